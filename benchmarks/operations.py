@@ -1,0 +1,175 @@
+"""Time PyTorch's operators in batch-invariant mode beside standard PyTorch, in one process.
+
+    python benchmarks/operations.py [--device cuda|cpu] [--backend NAME] [--quick] [--json FILE]
+
+On a GPU the calls are captured in a CUDA graph over rotating operands (512 MB or more in all), so that neither launches
+nor a warm L2 flatter anyone; a time is the median of 7 replays divided by the number of calls. The floor is the larger
+of flops / 790 TFLOP/s and bytes / 4.3 TB/s, both measured on an H200; the last column is speed relative to the standard.
+On a CPU a time is the median of 7 calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import bikernels
+from bikernels_torch import set_batch_invariant_mode
+
+PEAK_FLOPS, PEAK_BYTES = 790e12, 4.3e12
+ROTATED_BYTES = 512 * 2**20
+REPLAYS = 7
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+class Measurement(NamedTuple):
+    """One operator on one shape, microseconds per call."""
+
+    name: str
+    dtype: str
+    standard: float
+    invariant: float
+    floor: float | None
+
+
+class Workload(NamedTuple):
+    """Operands to rotate over, the call, and its least work."""
+
+    name: str
+    dtype: str
+    make: Callable[[], tuple[torch.Tensor, ...]]
+    call: Callable[..., torch.Tensor]
+    flops: float
+    bytes: float
+
+
+def product(m: int, n: int, k: int, dtype: str, device: torch.device) -> Workload:
+    """x (M, K) times the transpose of a weight (N, K)."""
+
+    def make() -> tuple[torch.Tensor, ...]:
+        return tuple(torch.randn(rows, k, device=device).to(DTYPES[dtype]) for rows in (m, n))
+
+    size = (m * k + n * k + m * n) * DTYPES[dtype].itemsize
+    return Workload(f"mm {m}x{n}x{k}", dtype, make, lambda x, w: torch.mm(x, w.T), 2.0 * m * n * k, size)
+
+
+def reduction(name: str, rows: int, n: int, dtype: str, device: torch.device) -> Workload:
+    """A reduction of (rows, n)."""
+    call = {
+        "log_softmax": lambda x: torch.log_softmax(x, -1),
+        "softmax": lambda x: torch.softmax(x, -1),
+        "mean(-1)": lambda x: torch.mean(x, -1),
+        "mean(0)": lambda x: torch.mean(x, 0),
+    }[name]
+    size = rows * n * DTYPES[dtype].itemsize * (2 if "softmax" in name else 1)
+    return Workload(
+        f"{name} {rows}x{n}", dtype, lambda: (torch.randn(rows, n, device=device).to(DTYPES[dtype]),), call, 0, size
+    )
+
+
+def workloads(device: torch.device, quick: bool) -> Iterator[Workload]:
+    """Shapes of a language model on a GPU; smaller ones on a CPU."""
+    if device.type == "cpu":
+        for dtype in ("fp32", "fp64", "bf16"):
+            for m, n, k in ((1024, 1024, 1024), (64, 4096, 4096), (1, 4096, 4096)):
+                yield product(m, n, k, dtype, device)
+        for name in ("log_softmax", "softmax", "mean(-1)", "mean(0)"):
+            for dtype in ("bf16", "fp32"):
+                yield reduction(name, 512, 4096, dtype, device)
+        return
+    for m in (1, 16, 128, 2048) if quick else (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192):
+        shapes = [(4096, 4096)] if quick else [(6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (1024, 4096)]
+        for n, k in shapes:
+            yield product(m, n, k, "bf16", device)
+    yield product(4096, 4096, 4096, "fp32", device)
+    yield product(4096, 4096, 4096, "fp64", device)
+    for rows, n in ((1, 151936), (64, 151936), (1024, 151936), (8192, 4096)):
+        for name in ("log_softmax", "softmax", "mean(-1)", "mean(0)"):
+            for dtype in ("bf16",) if quick else ("bf16", "fp32"):
+                yield reduction(name, rows, n, dtype, device)
+
+
+def microseconds(workload: Workload, device: torch.device, invariant: bool) -> float:
+    """Median time of one call."""
+    mode = set_batch_invariant_mode() if invariant else contextlib.nullcontext()
+    with mode:
+        if device.type == "cpu":
+            operands = workload.make()
+            workload.call(*operands)
+            times = []
+            for _ in range(REPLAYS):
+                start = time.perf_counter()
+                workload.call(*operands)
+                times.append(time.perf_counter() - start)
+            return 1e6 * statistics.median(times)
+        copies = int(min(64, max(4, ROTATED_BYTES // max(workload.bytes, 1) + 1)))
+        rotated = [workload.make() for _ in range(copies)]
+        workload.call(*rotated[0])
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for operands in rotated:
+                workload.call(*operands)
+        times = []
+        for _ in range(REPLAYS + 1):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1e3 / copies)
+        return statistics.median(times[1:])
+
+
+def main() -> int:
+    """Print the table and, if asked to, write it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
+    parser.add_argument("--backend", choices=tuple(bikernels.backends()))
+    parser.add_argument("--quick", action="store_true", help="fewer shapes")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    use = bikernels.use_backend(arguments.backend) if arguments.backend else contextlib.nullcontext()
+
+    machine = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "bikernels": bikernels.__version__,
+        "contract": bikernels.contract_version,
+        "backend": arguments.backend or "default",
+    }
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    print(f"{'':28}{'dtype':6}{'standard us':>12}{'in mode us':>12}{'floor us':>10}{'x standard':>12}")
+    results = []
+    with torch.inference_mode(), use:
+        for workload in workloads(device, arguments.quick):
+            standard, invariant = (microseconds(workload, device, flag) for flag in (False, True))
+            floor = None
+            if device.type == "cuda":
+                floor = 1e6 * max(workload.flops / PEAK_FLOPS, workload.bytes / PEAK_BYTES)
+            results.append(Measurement(workload.name, workload.dtype, standard, invariant, floor))
+            bound = "" if floor is None else f"{floor:.1f}"
+            print(
+                f"{workload.name:28}{workload.dtype:6}{standard:>12.1f}{invariant:>12.1f}{bound:>10}"
+                f"{standard / invariant:>12.2f}",
+                flush=True,
+            )
+    if arguments.json:
+        record = {"machine": machine, "microseconds": [result._asdict() for result in results]}
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""Which backend and which arithmetic class apply where a call names none: contexts, then the environment."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from contextvars import ContextVar
+from typing import Any
+
+from . import backends as _backends
+from .contract import ARITHMETIC
+from .errors import ArithmeticUnsupportedError, BackendUnavailableError
+from .views import Device
+
+ENVIRONMENT_BACKEND = "BIKERNELS_BACKEND"
+
+_Entries = tuple[tuple[object, str], ...]
+_backend_entries: ContextVar[_Entries] = ContextVar("bikernels_backend", default=())
+_arithmetic_entries: ContextVar[_Entries] = ContextVar("bikernels_arithmetic", default=())
+
+
+class _Use(contextlib.ContextDecorator):
+    """A context that names something. Leaving takes back this entry and no other, in whatever order contexts end."""
+
+    _entries: ContextVar[_Entries]
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._marks: list[object] = []
+
+    def _recreate_cm(self) -> _Use:
+        return type(self)(self._name)
+
+    def __enter__(self) -> None:
+        mark = object()
+        self._marks.append(mark)
+        self._entries.set((*self._entries.get(), (mark, self._name)))
+
+    def __exit__(self, *_: Any) -> None:
+        mark = self._marks.pop()
+        self._entries.set(tuple(entry for entry in self._entries.get() if entry[0] is not mark))
+
+
+class use_backend(_Use):  # noqa: N801  (reads as a statement: with use_backend("numba"):)
+    """Context manager and decorator: compute with the backend of this name, on the devices that it serves.
+
+    Arrays on other devices keep their own backend. The environment variable BIKERNELS_BACKEND has the same effect for a
+    whole process, and a call's `backend=` goes before both.
+
+    Raises:
+        ValueError: there is no backend of this name.
+        BackendUnavailableError: it cannot run here; the message says what to install.
+    """
+
+    _entries = _backend_entries
+
+    def __init__(self, name: str) -> None:
+        _backends.get(name)
+        super().__init__(name)
+
+
+class use_arithmetic(_Use):  # noqa: N801
+    """Context manager and decorator: compute matrix products in this arithmetic class (see `contract.ARITHMETIC`).
+
+    It applies to the dtypes that the class covers; products of other dtypes stay in their native class.
+
+    Raises:
+        ValueError: there is no class of this name.
+    """
+
+    _entries = _arithmetic_entries
+
+    def __init__(self, name: str) -> None:
+        _check_arithmetic(name)
+        super().__init__(name)
+
+
+def _check_arithmetic(name: str) -> None:
+    if name not in ARITHMETIC:
+        raise ValueError(f"arithmetic {name!r} does not exist; use one of {', '.join(map(repr, ARITHMETIC))}")
+
+
+def current_backend() -> str | None:
+    """The backend that the innermost context or the environment names, or None."""
+    entries = _backend_entries.get()
+    return entries[-1][1] if entries else os.environ.get(ENVIRONMENT_BACKEND) or None
+
+
+def current_arithmetic() -> str | None:
+    """The arithmetic class that the innermost context names, or None."""
+    entries = _arithmetic_entries.get()
+    return entries[-1][1] if entries else None
+
+
+def choose_backend(name: str | None, device: Device) -> _backends.Backend:
+    """The backend for operands on `device`. A name given in the call must serve that device."""
+    if name is not None:
+        backend = _backends.get(name)
+        if backend.device_type != device.type:
+            remedy = "pass CUDA arrays" if backend.device_type == "cuda" else "pass NumPy arrays"
+            raise ValueError(
+                f"backend {name!r} computes on {backend.device_type} arrays and the operands lie on {device}; "
+                f"{remedy}, or backend={_backends.preferred(device.type).name!r}"
+            )
+        return backend
+    return _default_backend(device.type)
+
+
+def _default_backend(device_type: str) -> _backends.Backend:
+    current = current_backend()
+    if current is not None:
+        backend = _backends.get(current)
+        if backend.device_type == device_type:
+            return backend
+    return _backends.preferred(device_type)
+
+
+def choose_arithmetic(name: str | None, dtype: str, backend: _backends.Backend, device: Device) -> str:
+    """The class of a product of operands of `dtype`. A class given in the call must cover it."""
+    if name is not None:
+        _check_arithmetic(name)
+        if dtype not in ARITHMETIC[name].covers:
+            covering = [other.name for other in ARITHMETIC.values() if dtype in other.covers]
+            raise ArithmeticUnsupportedError(
+                f"arithmetic {name!r} is for {' and '.join(ARITHMETIC[name].covers)} and the operands are {dtype}; "
+                f"use {' or '.join(map(repr, covering))}"
+            )
+    else:
+        current = current_arithmetic()
+        if current is None or dtype not in ARITHMETIC[current].covers:
+            return backend.native_arithmetic(dtype, device)
+        name = current
+    if not backend.computes(name, device):
+        able = [other.name for other in ARITHMETIC.values() if dtype in other.covers]
+        able = [other for other in able if backend.computes(other, device)]
+        raise ArithmeticUnsupportedError(
+            f"arithmetic {name!r} cannot be computed on {device} by backend {backend.name!r}; "
+            f"use {' or '.join(map(repr, able))}, or pass NumPy arrays: the CPU computes every class"
+        )
+    return name
+
+
+def backends() -> dict[str, _backends.BackendStatus]:
+    """Every backend: whether it is available, or why not; what it is chosen for; its native arithmetic classes."""
+
+    def default(device_type: str) -> _backends.Backend | None:
+        try:
+            return _default_backend(device_type)
+        except BackendUnavailableError:  # the environment names one that cannot run here: nothing is chosen
+            return None
+
+    return _backends.statuses(default)

@@ -1,0 +1,75 @@
+"""Sessions: `nox -s demo`, `tests`, `tests_gpu`, `lint`, `bench`. `--no-venv` runs one in the current environment."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.sessions = ["lint", "tests"]
+# pip, not uv: both of a machine's own package configuration and an already cached PyTorch are then honoured.
+nox.options.default_venv_backend = "virtualenv"
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+
+
+def group(name: str) -> list[str]:
+    """The requirements of a dependency group."""
+    return list(nox.project.dependency_groups(PROJECT, name))
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA driver with at least one GPU is there. It needs no package."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int()
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
+def install(session: nox.Session, *requirements: str, extras: tuple[str, ...] = ()) -> None:
+    """Install the project with extras and requirements, unless the session runs in the current environment."""
+    if session.virtualenv.is_sandboxed:
+        session.install("-e", f".[{','.join(extras)}]" if extras else ".", *requirements)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Show that results change with the batch size in standard PyTorch and do not in the mode (CPU or GPU)."""
+    install(session, *group("torch"), extras=("cuda13",) if has_gpu() else ())
+    session.run("python", "examples/demo.py", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Everything that needs no GPU: the CPU backend, the adapter, and every GPU kernel compiled."""
+    install(session, *group("test"), extras=("cuda13",))
+    session.run("pytest", *(session.posargs or ["-m", "not gpu"]))
+
+
+@nox.session
+def tests_gpu(session: nox.Session) -> None:
+    """Every backend on this machine's GPU, against each other and the reference."""
+    if not has_gpu():
+        session.error("no NVIDIA driver with a GPU was found; `nox -s tests` needs none")
+    install(session, *group("test"), extras=("cuda13",))
+    session.run("pytest", "--backend", "cupy", "--backend", "numba", "--backend", "cpu", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff, ruff format and mypy."""
+    install(session, *group("lint"))
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Time the operations beside PyTorch's."""
+    install(session, *group("torch"), extras=("cuda13",) if has_gpu() else ())
+    session.run("python", "benchmarks/operations.py", *session.posargs)

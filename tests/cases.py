@@ -1,0 +1,183 @@
+"""Inputs that reach the corners of the contract, and the judge that compares bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bikernels import contract, reference
+from bikernels.dtypes import NUMPY_DTYPE
+
+RAGGED = (1, 2, 7, 8, 9, 63, 64, 65, 127, 128, 129, 1000, 4097)
+FLOATS = contract.FLOAT_DTYPES
+DISTRIBUTIONS = ("normal", "wide", "cancelling", "subnormal", "special")
+
+
+def draw(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, distribution: str = "normal") -> np.ndarray:
+    """Random values of a dtype. "special" mixes in NaN, infinities, zeros of both signs and the largest numbers."""
+    x = rng.standard_normal(shape)
+    if distribution == "wide":
+        x = np.ldexp(x, rng.integers(-12, 12, shape))
+    elif distribution == "cancelling":
+        half = (shape[-1] + 1) // 2
+        x[..., half:] = -x[..., : shape[-1] - half]
+    elif distribution == "subnormal":
+        low, high = {"bfloat16": (-76, -64), "float16": (-24, -8), "float32": (-80, -60), "float64": (-545, -500)}[
+            dtype
+        ]
+        x = np.ldexp(x, rng.integers(low, high, shape))
+    elif distribution == "special":
+        largest = float(np.finfo(NUMPY_DTYPE[dtype]).max) if dtype != "bfloat16" else 2.0**127
+        values = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, largest, -largest, 2.0**-120])
+        chosen = rng.random(shape) < 0.02
+        x[chosen] = rng.choice(values, int(chosen.sum()))
+    with np.errstate(over="ignore", under="ignore"):
+        return x.astype(NUMPY_DTYPE[dtype])
+
+
+def bits(x: np.ndarray) -> np.ndarray:
+    """The bytes of an array as unsigned integers."""
+    x = np.ascontiguousarray(x)
+    return x.view(f"u{x.itemsize}")
+
+
+def assert_same_bits(actual: np.ndarray, expected: np.ndarray, message: str = "") -> None:
+    """Fail unless dtype, shape and every byte agree; say how many elements differ and show the first."""
+    assert actual.dtype == expected.dtype, f"{message}: dtype {actual.dtype}, expected {expected.dtype}"
+    assert actual.shape == expected.shape, f"{message}: shape {actual.shape}, expected {expected.shape}"
+    different = bits(actual) != bits(expected)
+    if different.any():
+        first = tuple(int(i) for i in np.argwhere(different)[0])
+        raise AssertionError(
+            f"{message}: {int(different.sum())} of {different.size} elements differ, first at {first}: "
+            f"{actual[first]!r} (0x{int(bits(actual)[first]):x}), "
+            f"expected {expected[first]!r} (0x{int(bits(expected)[first]):x})"
+        )
+
+
+class Case(NamedTuple):
+    """One call: an operation of the core, its arrays, its options."""
+
+    name: str
+    operation: str
+    arrays: tuple[np.ndarray, ...]
+    options: dict[str, Any]
+
+    def expected(self) -> np.ndarray:
+        """What the reference computes. Reductions take their last axis unless the options name one."""
+        options = dict(self.options)
+        if self.operation in ("matmul", "addmm"):
+            c, a, b = (None, *self.arrays) if self.operation == "matmul" else self.arrays
+            return reference.addmm(c, a, b, **options)
+        axis = options.pop("axis", -1)
+        (x,) = self.arrays
+        if self.operation == "mean":
+            return reference.mean(np.moveaxis(x, axis, -1), x.ndim - 1, **options)
+        rows = getattr(reference, self.operation)(np.moveaxis(x, axis, -1), x.ndim - 1, **options)
+        return np.moveaxis(rows, -1, axis)
+
+
+def arithmetics(dtype: str) -> list[str]:
+    """The classes that cover a dtype."""
+    return [name for name, kind in contract.ARITHMETIC.items() if dtype in kind.covers]
+
+
+def matmul_cases(seed: int = 0) -> Iterator[Case]:
+    """Products small enough for the reference, over dtypes, classes, distributions and lengths of K."""
+    rng = np.random.default_rng(seed)
+    for dtype in FLOATS:
+        for arithmetic in arithmetics(dtype):
+            options = {"arithmetic": arithmetic}
+            for distribution in DISTRIBUTIONS:
+                a, b = draw(rng, (5, 100), dtype, distribution), draw(rng, (100, 9), dtype, distribution)
+                yield Case(f"{dtype}-{arithmetic}-{distribution}", "matmul", (a, b), options)
+            for k in (0, 1, 7, 8, 15, 16, 17, 33):
+                a, b = draw(rng, (3, k), dtype, "wide"), draw(rng, (k, 17), dtype, "wide")
+                yield Case(f"{dtype}-{arithmetic}-K{k}", "matmul", (a, b), options)
+            a, b, c = draw(rng, (7, 40), dtype), draw(rng, (40, 11), dtype), draw(rng, (11,), dtype)
+            for alpha, beta in ((1, 1), (-0.7, 0.3), (0, -1), (2.5, 0), (-1, 0)):
+                yield Case(
+                    f"{dtype}-{arithmetic}-alpha{alpha}-beta{beta}",
+                    "addmm",
+                    (c, a, b),
+                    options | {"alpha": alpha, "beta": beta},
+                )
+            if dtype in ("bfloat16", "float16"):
+                yield Case(f"{dtype}-{arithmetic}-to-float32", "matmul", (a, b), options | {"dtype": "float32"})
+    bfloat16 = NUMPY_DTYPE["bfloat16"]  # 2^-149 minus 2^-160, which lies below the last bit that the floor leaves
+    a = np.array([[2.0**-75, 2.0**-80]]).astype(bfloat16)
+    b = np.array([[2.0**-74], [-(2.0**-80)]]).astype(bfloat16)
+    for arithmetic in ("tc16f25", "tc8f24"):
+        yield Case(f"bfloat16-{arithmetic}-floor", "matmul", (a, b), {"arithmetic": arithmetic, "dtype": "float32"})
+    for dtype, tiny in (("float32", 2.0**-80), ("float64", 2.0**-540)):  # a product that underflows to -0
+        a = np.array([[tiny, 0.0]], NUMPY_DTYPE[dtype])
+        b = np.array([[-tiny], [0.0]], NUMPY_DTYPE[dtype])
+        yield Case(f"{dtype}-underflow", "matmul", (a, b), {})
+        yield Case(f"{dtype}-underflow-last", "matmul", (a[:, :1], b[:1]), {})
+
+
+def long_matmul_cases(seed: int = 1) -> Iterator[Case]:
+    """K = 4097, where a wrong order cannot hide."""
+    rng = np.random.default_rng(seed)
+    for dtype in FLOATS:
+        for arithmetic in arithmetics(dtype):
+            a, b = draw(rng, (3, 4097), dtype), draw(rng, (4097, 5), dtype)
+            yield Case(f"{dtype}-{arithmetic}-K4097", "matmul", (a, b), {"arithmetic": arithmetic})
+
+
+ROW_LENGTHS = (1, 2, 7, 8, 9, 31, 255, 256, 257, 2047, 2048, 2049, 5000)
+
+
+def reduction_cases(seed: int = 2) -> Iterator[Case]:
+    """Reductions over dtypes, casts, lengths, distributions and axes."""
+    rng = np.random.default_rng(seed)
+    for operation in ("mean", "log_softmax", "softmax"):
+        for dtype in FLOATS:
+            for n in ROW_LENGTHS:
+                yield Case(f"{operation}-{dtype}-n{n}", operation, (draw(rng, (3, n), dtype),), {})
+            for distribution in ("wide", "subnormal", "special"):
+                x = draw(rng, (40, 70), dtype, distribution)
+                yield Case(f"{operation}-{dtype}-{distribution}", operation, (x,), {})
+            yield Case(f"{operation}-{dtype}-first-axis", operation, (draw(rng, (300, 13), dtype),), {"axis": 0})
+            yield Case(f"{operation}-{dtype}-middle-axis", operation, (draw(rng, (5, 70, 11), dtype),), {"axis": 1})
+            for other in FLOATS:
+                if other != dtype:
+                    x = draw(rng, (4, 300), dtype, "wide")
+                    yield Case(f"{operation}-{dtype}-to-{other}", operation, (x,), {"dtype": other})
+        for dtype in contract.INTEGER_DTYPES:
+            high = 2 if dtype == "bool" else 100
+            x = rng.integers(0, high, (3, 300)).astype(dtype)
+            yield Case(f"{operation}-{dtype}", operation, (x,), {})
+        x = rng.integers(-(2**62), 2**62, (3, 300))
+        for other in FLOATS:
+            yield Case(f"{operation}-int64-to-{other}", operation, (x,), {"dtype": other})
+    for operation in ("log_softmax", "softmax"):
+        for dtype in FLOATS:
+            inf = np.inf
+            rows = np.array(
+                [
+                    [-inf, -inf, -inf, -inf],
+                    [-inf, 0.0, -inf, 1.0],
+                    [inf, 0.0, 1.0, -inf],
+                    [0.0, -0.0, 0.0, -0.0],
+                    [np.nan, 0.0, 1.0, 2.0],
+                    [0.0, -20.0, -30.0, -40.0],
+                    [0.0, -80.0, -90.0, -100.0],
+                    [5.0, 5.0, -90.0, -700.0],
+                ]
+            )
+            yield Case(f"{operation}-{dtype}-edges", operation, (rows.astype(NUMPY_DTYPE[dtype]),), {})
+    for dtype in FLOATS:
+        yield Case(f"mean-{dtype}-empty", "mean", (np.zeros((2, 0), NUMPY_DTYPE[dtype]),), {})
+        yield Case(f"mean-{dtype}-minus-zero", "mean", (np.full((2, 5), -0.0, NUMPY_DTYPE[dtype]),), {})
+
+
+def by_name(cases: Iterator[Case]) -> dict[str, Case]:
+    """The cases in a dictionary; every name once."""
+    result: dict[str, Case] = {}
+    for case in cases:
+        assert case.name not in result, case.name
+        result[case.name] = case
+    return result

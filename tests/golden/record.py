@@ -1,0 +1,57 @@
+"""Record the golden cases on this machine's GPU: `python -m tests.golden.record [FILE]`, from the repository's root.
+
+Matrix products in a tensor-core class come from the GPU's tensor cores; the rest from the `cupy` backend. Nothing is
+written, and the script exits non-zero, unless the reference agrees with the GPU in every byte of every case.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import bikernels
+
+from ..cases import Case, assert_same_bits, long_matmul_cases, matmul_cases, reduction_cases
+from . import GOLDEN, save
+
+SEED = 2026
+
+
+def main() -> int:
+    import cupy as cp
+
+    can_compute = set(bikernels.backends()["cupy"].arithmetic.values()) | {"fma32", "fma64"}
+    results: dict[str, tuple[Case, np.ndarray]] = {}
+    failures = []
+    for case in itertools.chain(matmul_cases(SEED), long_matmul_cases(SEED), reduction_cases(SEED)):
+        if case.options.get("arithmetic", "fma32") not in can_compute:
+            continue
+        options = case.options if case.operation in ("matmul", "addmm") else {"axis": -1} | case.options
+        arrays = [cp.asarray(x) for x in case.arrays]
+        result = getattr(bikernels, case.operation)(*arrays, backend="cupy", **options).get()
+        try:
+            assert_same_bits(result, case.expected(), case.name)
+        except AssertionError as error:
+            failures.append(str(error))
+        results[case.name] = (case, result)
+    device = cp.cuda.runtime.getDeviceProperties(0)
+    machine = {
+        "gpu": device["name"].decode(),
+        "driver": str(cp.cuda.runtime.driverGetVersion()),
+        "cupy": cp.__version__,
+        "bikernels": bikernels.__version__,
+        "contract": str(bikernels.contract_version),
+    }
+    print(machine)
+    print(f"{len(results)} cases, {len(failures)} differ from the reference")
+    print("\n".join(failures))
+    if not failures:
+        save(Path(sys.argv[1]) if len(sys.argv) > 1 else GOLDEN, results, machine)
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
