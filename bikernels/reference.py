@@ -45,11 +45,11 @@ def _fma32(a: Array, b: Array, c: Array) -> Array:
 def _fma64(a: Array, b: Array, c: Array) -> Array:
     """float64 fma (Boldo and Melquiond's algorithm); exact rational arithmetic where that could over- or underflow."""
     a, b, c = (np.ascontiguousarray(x) for x in np.broadcast_arrays(a, b, c))
-    plain = a * b + c
+    plain = np.where(np.isfinite(a) & np.isfinite(b) & np.isinf(c), c, a * b + c)  # a * b itself may overflow
 
     def ordinary(x: Array, low: int, high: int) -> Array:
         exponent = np.frexp(x)[1]
-        return (x == 0) | ((exponent > low) & (exponent < high))
+        return (x == 0) | (np.isfinite(x) & (exponent > low) & (exponent < high))
 
     safe = ordinary(a, -400, 400) & ordinary(b, -400, 400) & ordinary(c, -900, 900)
     a_s, b_s, c_s = (np.where(safe, x, 0.0) for x in (a, b, c))

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import bikernels
-from bikernels import backends as backends_module
 from bikernels import contract, reference
+from bikernels.backends import get
 from bikernels.dtypes import NUMPY_DTYPE
 
 from .cases import FLOATS, assert_same_bits, draw
@@ -301,7 +301,7 @@ def test_a_backend_that_is_not_there_says_what_to_install(name: str) -> None:
     for call in (
         lambda: bikernels.use_backend(name),
         lambda: bikernels.matmul(ones(2, 2), ones(2, 2), backend=name),
-        lambda: backends_module.get(name),
+        lambda: get(name),
     ):
         with pytest.raises(bikernels.BackendUnavailableError, match=f"'{name}' is not available: "):
             call()

@@ -36,6 +36,11 @@ def test_fma_is_the_c_library_s(dtype: type, distribution: str, rng: np.random.G
         e = -70 if small else -530
         a, b = (np.ldexp(rng.standard_normal(n), e + rng.integers(-8, 8, n)).astype(dtype) for _ in range(2))
         c = np.ldexp(rng.standard_normal(n), 2 * e + rng.integers(-8, 30, n)).astype(dtype)
+    a[:6], b[:6] = 0.75 * np.finfo(dtype).max, 3.0  # a product that overflows before it meets c
+    c[:6] = [-np.inf, np.inf, np.nan, -np.finfo(dtype).max, 0.0, 1.0]
+    a[6:12] = [np.inf, -np.inf, np.inf, np.inf, 1.0, 0.0]
+    b[6:12] = [1.5, 1.5, 0.0, -np.inf, 1.0, np.inf]
+    c[6:12] = [1.0, np.inf, 1.0, np.inf, -np.inf, 1.0]
     function = libm_fma(dtype)
     expected = np.array([function(*triple) for triple in zip(a, b, c, strict=True)], dtype)  # type: ignore[operator]
     actual = reference.fma(a, b, c)
