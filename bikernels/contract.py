@@ -130,20 +130,23 @@ def _hex(*texts: str) -> tuple[float, ...]:
 
 EXP = {
     "float32": ExpConstants(
-        *_hex("0x1.715476p+0", "0x1.8001fcp+23", "0x1.62e430p-1", "-0x1.05c610p-29", "-0x1.ap+6", "0x1.64p+6"),
+        log2e=float.fromhex("0x1.715476p+0"),
+        magic=float.fromhex("0x1.8001fcp+23"),
+        ln2_high=float.fromhex("0x1.62e430p-1"),
+        ln2_low=float.fromhex("-0x1.05c610p-29"),
+        low=float.fromhex("-0x1.ap+6"),
+        high=float.fromhex("0x1.64p+6"),
         coefficients=_hex(
             "0x1p+0", "0x1p+0", "0x1.fffffap-2", "0x1.555492p-3", "0x1.5559fep-5", "0x1.12397ep-7", "0x1.697b94p-10"
         ),
     ),
     "float64": ExpConstants(
-        *_hex(
-            "0x1.71547652b82fep+0",
-            "0x1.80000000007fep+52",
-            "0x1.62e42fefa39efp-1",
-            "0x1.abc9e3b39803fp-56",
-            "-0x1.75p+9",
-            "0x1.63p+9",
-        ),
+        log2e=float.fromhex("0x1.71547652b82fep+0"),
+        magic=float.fromhex("0x1.80000000007fep+52"),
+        ln2_high=float.fromhex("0x1.62e42fefa39efp-1"),
+        ln2_low=float.fromhex("0x1.abc9e3b39803fp-56"),
+        low=float.fromhex("-0x1.75p+9"),
+        high=float.fromhex("0x1.63p+9"),
         coefficients=_hex(
             "0x1p+0",
             "0x1p+0",
@@ -163,8 +166,9 @@ EXP = {
 
 LOG = {
     "float32": LogConstants(
-        0x3F2AAAAB,
-        *_hex("0x1.62e430p-1", "0x0p+0"),
+        cut=0x3F2AAAAB,
+        ln2_high=float.fromhex("0x1.62e430p-1"),
+        ln2_low=float.fromhex("0x0p+0"),
         coefficients=_hex(
             "-0x1.000000p-1",
             "0x1.555508p-2",
@@ -178,8 +182,9 @@ LOG = {
         ),
     ),
     "float64": LogConstants(
-        0x3FE6000000000000,
-        *_hex("0x1.62e42fefa39efp-1", "0x1.abc9e3b39803fp-56"),
+        cut=0x3FE6000000000000,
+        ln2_high=float.fromhex("0x1.62e42fefa39efp-1"),
+        ln2_low=float.fromhex("0x1.abc9e3b39803fp-56"),
         coefficients=_hex(
             "-0x1.0000000000001p-1",
             "0x1.55555555555eep-2",

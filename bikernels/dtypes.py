@@ -24,7 +24,7 @@ STORAGE_DTYPE: dict[str, np.dtype[Any]] = NUMPY_DTYPE | {
 def dtype_name(dtype: Any) -> str:
     """The contract's name of a dtype, or of anything that NumPy takes for one; raises TypeError for any other."""
     if isinstance(dtype, str) and dtype in NUMPY_DTYPE:
-        return dtype
+        return str(dtype)  # not a numpy.str_
     try:
         converted = np.dtype(dtype)
     except TypeError:

@@ -41,7 +41,7 @@ class NumpyKind(Kind):
             raise TypeError("is a masked array, whose mask would be ignored; pass a plain array, e.g. array.filled(0)")
         dtype = dtype_name(array.dtype)
         return View(
-            array.ctypes.data,
+            array.__array_interface__["data"][0],
             dtype,
             array.shape,
             _element_strides(array.shape, array.strides, dtype, array.flags.aligned),
@@ -81,14 +81,13 @@ class NumbaKind(Kind):
 
     def view(self, array: Any) -> View:
         view = _view_of_interface(array)
-        stream = array.stream
-        view.stream = stream if isinstance(stream, int) else int(stream.handle.value or 0)
+        view.stream = int(array.stream)  # 0, or one of Numba's streams
         return view
 
     def empty(self, dtype: str, shape: tuple[int, ...], like: View) -> Any:
         cuda = importlib.import_module("numba.cuda")
-        stream = cuda.external_stream(like.stream) if like.stream else 0
         with cuda.gpus[like.device.index]:
+            stream = cuda.external_stream(like.stream) if like.stream else 0
             return cuda.device_array(shape, NUMPY_DTYPE[dtype], stream=stream)
 
 

@@ -186,17 +186,18 @@ def _polynomial(coefficients: tuple[float, ...], f: Array) -> Array:
     return p
 
 
-def exp(t: Array) -> Array:
-    """exp in float32 or float64."""
+def exp(t: Array, d: Array | float = 0.0) -> Array:
+    """The exponential of t + d in float32 or float64, where d lies below the last bit of t."""
     real, unsigned = t.dtype.type, np.dtype(f"u{t.itemsize}")
     fraction = np.finfo(t.dtype).nmant
     numbers = contract.EXP[str(t.dtype)]
+    d = np.where(t < real(numbers.low), real(0), d)
     t = np.where(t < real(numbers.low), real(numbers.low), t)  # a NaN fails both comparisons and stays
     t = np.where(t > real(numbers.high), real(numbers.high), t)
     z = fma(t, real(numbers.log2e), real(numbers.magic))
     k = z - real(numbers.magic)
     f = fma(k, real(-numbers.ln2_high), t)
-    f = fma(k, real(-numbers.ln2_low), f)
+    f = fma(k, real(-numbers.ln2_low), f) + d
     p = _polynomial(numbers.coefficients, f)
     b = z.view(unsigned)  # its low bits are i + 2 * bias; what lies above leaves the word in the shifts
     half = b >> unsigned.type(1)
@@ -238,7 +239,7 @@ def tree_sum(rows: Array) -> Array:
     count, n = rows.shape
     chunks = max(1, -(-n // chunk))
     padded = np.zeros((count, chunks, chunk // lanes, lanes), rows.dtype)
-    padded.reshape(count, -1)[:, :n] = rows
+    padded.reshape(count, chunks * chunk)[:, :n] = rows
     with np.errstate(all="ignore"):
         acc = np.zeros((count, chunks, lanes), rows.dtype)
         for i in range(chunk // lanes):
@@ -264,33 +265,38 @@ def mean(x: Array, kept: int = 0, dtype: str | None = None) -> Array:
     return write(result, name).reshape(x.shape[:kept])
 
 
-def _softmax_terms(rows: Array) -> tuple[Array, Array, Array]:
-    """t = x - max, and the sum of exp(t) as u and the error e of its last addition."""
+def _sum_and_error(x: Array, y: Array) -> tuple[Array, Array]:
+    """x + y, and by how much its rounding went wrong (Knuth's TwoSum)."""
+    total = x + y
+    b = total - x
+    return total, (x - (total - b)) + (y - b)
+
+
+def _softmax_terms(rows: Array, dtype: str) -> tuple[Array, Array, Array, Array]:
+    """t = x - max, its exponentials, and their sum as u and the error e of its last addition."""
     real = rows.dtype.type
     with np.errstate(all="ignore"):
-        t = rows - rows.max(1, keepdims=True)  # NumPy's max propagates NaN
+        t, d = _sum_and_error(rows, -rows.max(1, keepdims=True))  # NumPy's max propagates NaN
+        exponentials = exp(t, d if dtype == str(rows.dtype) else 0.0)
         count = (t == 0).sum(1).astype(rows.dtype)
-        r = tree_sum(np.where(t == 0, real(0), exp(t)))
-        u = count + r
-        b = u - count
-        e = (count - (u - b)) + (r - b)
-    return t, u[:, None], e[:, None]
+        u, e = _sum_and_error(count, tree_sum(np.where(t == 0, real(0), exponentials)))
+    return t, exponentials, u[:, None], e[:, None]
 
 
-def _row_by_row(compute: Callable[[Array], Array], x: Array, kept: int, dtype: str | None) -> Array:
+def _row_by_row(compute: Callable[[Array, str], Array], x: Array, kept: int, dtype: str | None) -> Array:
     rows, name = _rows(x, dtype, kept)
     if rows.size == 0:
         return np.empty(x.shape, NUMPY_DTYPE[name])
     with np.errstate(all="ignore"):
-        return write(compute(rows), name).reshape(x.shape)
+        return write(compute(rows, name), name).reshape(x.shape)
 
 
 def softmax(x: Array, kept: int = 0, dtype: str | None = None) -> Array:
     """The softmax over all axes but the first `kept`."""
 
-    def compute(rows: Array) -> Array:
-        t, u, _ = _softmax_terms(rows)
-        return exp(t) / u
+    def compute(rows: Array, name: str) -> Array:
+        _, exponentials, u, _ = _softmax_terms(rows, name)
+        return exponentials / u
 
     return _row_by_row(compute, x, kept, dtype)
 
@@ -298,8 +304,8 @@ def softmax(x: Array, kept: int = 0, dtype: str | None = None) -> Array:
 def log_softmax(x: Array, kept: int = 0, dtype: str | None = None) -> Array:
     """The log_softmax over all axes but the first `kept`."""
 
-    def compute(rows: Array) -> Array:
-        t, u, e = _softmax_terms(rows)
+    def compute(rows: Array, name: str) -> Array:
+        t, _, u, e = _softmax_terms(rows, name)
         return t - (log(u) + e / u)
 
     return _row_by_row(compute, x, kept, dtype)

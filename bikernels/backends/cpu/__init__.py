@@ -1,0 +1,44 @@
+"""The CPU backend: Numba kernels for NumPy arrays and other memory of the host. It computes every arithmetic class.
+
+`matmul.py` drives matrix products, with the inner loops of `fma.py` and `tensor_core.py`; `mean.py` and `softmax.py`
+are the reductions, on the rows of `rows.py` and the sums of `sum_tree.py`. `convert.py` reads and writes operands of
+every dtype; `numerics.py`, `elementary.py` and `vectors.py` have the operations all of them are made of; `compile.py`
+says how they are compiled and `threads.py` in which threads they run.
+"""
+
+from __future__ import annotations
+
+from ... import contract
+from ...specs import MatmulSpec, ReductionSpec
+from ...views import CPU, Device
+from .. import MatmulLaunch, ReductionLaunch
+
+
+class CpuBackend:
+    name = "cpu"
+    device_type = "cpu"
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def devices(self) -> list[Device]:
+        return [CPU]
+
+    def native_arithmetic(self, dtype: str, device: Device) -> str:
+        return contract.native_arithmetic(dtype)
+
+    def computes(self, arithmetic: str, device: Device) -> bool:
+        return arithmetic in contract.ARITHMETIC
+
+    def prepare_matmul(self, spec: MatmulSpec, device: Device) -> MatmulLaunch:
+        from . import matmul
+
+        return matmul.prepare(spec)
+
+    def prepare_reduction(self, spec: ReductionSpec, device: Device) -> ReductionLaunch:
+        from . import mean, softmax
+
+        return mean.prepare(spec) if spec.operation == "mean" else softmax.prepare(spec)
+
+
+backend = CpuBackend()

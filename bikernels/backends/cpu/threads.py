@@ -1,0 +1,143 @@
+"""A pool of Python threads for kernels that run without the GIL.
+
+Numba's own threading layers are not used: OpenMP does not survive a fork, workqueue aborts when two threads call it,
+TBB is not everywhere. Here every thread that works on a call runs the same function, which takes pieces of the work
+from a counter in shared memory until none is left. The caller takes part, so a call never waits for a thread of the
+pool that has not begun, and any number of threads may call at once. How the pieces are shared out decides no bit.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable
+
+import numba
+from numba.np.ufunc import parallel
+
+
+def limit() -> int:
+    """The most threads a call may use.
+
+    It is the least of NUMBA_NUM_THREADS, numba.set_num_threads, OMP_NUM_THREADS and the CPUs this process may run on.
+    """
+    limits: list[int] = [numba.config.NUMBA_NUM_THREADS]  # type: ignore[attr-defined]
+    if parallel._is_initialized:  # asking before somebody has set it would start Numba's threading layer
+        limits.append(parallel.get_num_threads())
+    openmp = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if openmp.isdecimal() and int(openmp) > 0:
+        limits.append(int(openmp))
+    limits.append(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(limits)
+
+
+class _Job:
+    """One call: `help` is run by threads of the pool, `run` by the caller."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self._lock = threading.Lock()
+        self._helping = 0
+        self._closed = False
+        self._finished = threading.Lock()
+        self._finished.acquire()
+        self._error: BaseException | None = None
+
+    def help(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._helping += 1
+        try:
+            self._work()
+        except BaseException as error:  # noqa: BLE001  (the caller raises it)
+            self._error = error
+        self._leave()
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._helping -= 1
+            if self._closed and not self._helping:
+                self._finished.release()
+
+    def run(self) -> None:
+        try:
+            self._work()
+        finally:
+            with self._lock:
+                self._closed = True
+                wait = self._helping > 0
+            interrupt = None
+            while wait:  # even when interrupted: the others still write to the caller's memory
+                try:
+                    wait = not self._finished.acquire()
+                except BaseException as error:  # noqa: BLE001  (raised below)
+                    interrupt = error
+            if interrupt is not None:
+                raise interrupt
+        if self._error is not None:
+            raise self._error
+
+
+class _Pool:
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._size = 0
+
+    def run(self, work: Callable[[], None], threads: int) -> None:
+        with self._lock:
+            while self._size < threads - 1:
+                try:
+                    threading.Thread(target=self._serve, name="bikernels", daemon=True).start()
+                except RuntimeError:  # no more threads here, or the interpreter is shutting down
+                    break
+                self._size += 1
+            helpers = min(threads - 1, self._size)
+        job = _Job(work)
+        for _ in range(helpers):
+            self._jobs.put(job)
+        job.run()
+
+    def _serve(self) -> None:
+        while True:
+            job = self._jobs.get()
+            job.help()
+            del job  # holds the caller's arrays
+
+
+_pool = _Pool()
+
+
+def _reset() -> None:
+    global _pool
+    _pool = _Pool()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reset)  # the child has none of its parent's threads
+
+
+def run(work: Callable[[], None], pieces: int, cost: float) -> None:
+    """Run `work`, which takes pieces of a job until none is left, in as many threads as pay.
+
+    Args:
+        work: called once in each thread; it must be safe to call in several at a time.
+        pieces: into how many pieces the job divides; no more threads than that are used.
+        cost: about how many nanoseconds the job takes one thread.
+    """
+    threads = min(pieces, int(cost // _WORTH_A_THREAD) + 1)
+    if threads > 1:
+        threads = min(threads, limit())
+    if threads > 1:
+        _pool.run(work, threads)
+    else:
+        work()
+
+
+_WORTH_A_THREAD = 30_000.0
+"""Nanoseconds of work below which waking another thread costs more than it saves."""
+
+FEW = 4
+"""Pieces per thread below which a job is better cut into smaller ones."""

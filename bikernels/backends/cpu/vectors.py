@@ -1,0 +1,85 @@
+"""Vector instructions for the inner loops of matrix products: short helpers over LLVM's builder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+
+I32, I64 = ir.IntType(32), ir.IntType(64)
+F32, F64 = ir.FloatType(), ir.DoubleType()
+
+
+def constant(kind: ir.Type, number: int | float) -> ir.Constant:
+    """The number as a scalar, or in every element of a vector."""
+    if isinstance(kind, ir.VectorType):
+        return ir.Constant(kind, [ir.Constant(kind.element, number)] * kind.count)
+    return ir.Constant(kind, number)
+
+
+def place(builder: Any, address: Any, offset: int, kind: ir.Type) -> Any:
+    """A pointer to `kind`, `offset` bytes behind the address."""
+    return builder.inttoptr(builder.add(address, ir.Constant(I64, offset)), kind.as_pointer())
+
+
+def load(builder: Any, address: Any, offset: int, kind: ir.Type) -> Any:
+    """Load a vector, or a scalar, that is aligned to its elements."""
+    return builder.load(place(builder, address, offset, kind), align=4)
+
+
+def load_splat(builder: Any, address: Any, offset: int, kind: ir.VectorType) -> Any:
+    """Load a scalar into every element of a vector."""
+    vector = builder.insert_element(
+        ir.Constant(kind, ir.Undefined), load(builder, address, offset, kind.element), ir.Constant(I32, 0)
+    )
+    return builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count))
+
+
+def store(builder: Any, value: Any, address: Any, offset: int = 0) -> None:
+    """Store a vector at an address aligned to its elements."""
+    builder.store(value, place(builder, address, offset, value.type), align=4)
+
+
+def loop(builder: Any, count: Any, carried: list[Any], body: Callable[[list[Any]], list[Any]]) -> list[Any]:
+    """Run `body` `count` times (0 is fine) on the carried values; their last values. All stay in registers."""
+    before = builder.basic_block
+    inside, after = builder.append_basic_block("inside"), builder.append_basic_block("after")
+    zero, one = ir.Constant(I64, 0), ir.Constant(I64, 1)
+    builder.cbranch(builder.icmp_signed(">", count, zero), inside, after)
+    builder.position_at_end(inside)
+    index = builder.phi(I64)
+    phis = [builder.phi(value.type) for value in carried]
+    results = body(phis)
+    following = builder.add(index, one)
+    last = builder.basic_block
+    for phi, start, result in zip([index, *phis], [zero, *carried], [following, *results], strict=True):
+        phi.add_incoming(start, before)
+        phi.add_incoming(result, last)
+    builder.cbranch(builder.icmp_signed("<", following, count), inside, after)
+    builder.position_at_end(after)
+    final = []
+    for start, result in zip(carried, results, strict=True):
+        phi = builder.phi(start.type)
+        phi.add_incoming(start, before)
+        phi.add_incoming(result, last)
+        final.append(phi)
+    return final
+
+
+def maximum(builder: Any, x: Any, y: Any) -> Any:
+    """The larger of signed integers."""
+    return builder.select(builder.icmp_signed(">", x, y), x, y)
+
+
+def minimum(builder: Any, x: Any, y: Any) -> Any:
+    """The smaller of signed integers."""
+    return builder.select(builder.icmp_signed("<", x, y), x, y)
+
+
+def power_of_two(builder: Any, exponent: Any, kind: ir.Type) -> Any:
+    """2^exponent as float32 or float64, for exponents of normal numbers (integers as wide as `kind`)."""
+    element = kind.element if isinstance(kind, ir.VectorType) else kind
+    bias, shift = (127, 23) if isinstance(element, ir.FloatType) else (1023, 52)
+    biased = builder.add(exponent, constant(exponent.type, bias))
+    return builder.bitcast(builder.shl(biased, constant(exponent.type, shift)), kind)
