@@ -57,7 +57,7 @@ def result(
     first = operands.views[0]
     if out is None:
         array = operands.kind.empty(dtype, shape, first)
-        return array, operands.kind.view(array)
+        return array, view_of(array, "out")[0]
     view, _ = view_of(out, "out")
     if view.dtype != dtype:
         raise TypeError(f"out is {view.dtype} and the result is {dtype}; pass an out of that dtype, or dtype=")
