@@ -1,0 +1,134 @@
+"""Calls of the core on tensors: described without a copy, with the mode's settings, into the caller's tensor."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+import bikernels
+from bikernels import Device, View
+from bikernels.settings import current_arithmetic, current_backend
+from bikernels.views import CPU, overlaps_itself
+
+FLOATS = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float64: "float64",
+}
+"""What the core computes with; other dtypes are left to PyTorch."""
+
+_NAMES = FLOATS | {
+    getattr(torch, name): name
+    for name in ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+}
+
+
+# ------------------------------------------------------------------------------------------------------ the settings
+
+
+class Settings(NamedTuple):
+    """The backend and the arithmetic class of a `bikernels` context, where there is one."""
+
+    backend: str | None
+    arithmetic: str | None
+
+
+NO_SETTINGS = Settings(None, None)
+_settings = NO_SETTINGS
+
+
+def set_mode_settings(settings: Settings) -> None:
+    """Compute with these where the calling thread's own context names none."""
+    global _settings
+    _settings = settings
+
+
+def _call(function: Callable[..., Any], *operands: View | None, **options: Any) -> None:
+    if _settings == NO_SETTINGS:
+        function(*operands, **options)
+        return
+    with contextlib.ExitStack() as stack:
+        if _settings.backend is not None and current_backend() is None:
+            stack.enter_context(bikernels.use_backend(_settings.backend))
+        if _settings.arithmetic is not None and current_arithmetic() is None:
+            stack.enter_context(bikernels.use_arithmetic(_settings.arithmetic))
+        function(*operands, **options)
+
+
+# -------------------------------------------------------------------------------------------------------- the tensors
+
+
+def view(x: torch.Tensor) -> View:
+    """The memory of a dense CPU or CUDA tensor, on the current stream of its device."""
+    device = x.device
+    if device.type == "cpu":
+        return View(x.data_ptr(), _NAMES[x.dtype], tuple(x.shape), x.stride(), CPU)
+    index = device.index
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    return View(x.data_ptr(), _NAMES[x.dtype], tuple(x.shape), x.stride(), Device("cuda", index), stream=stream)
+
+
+def is_readable(x: torch.Tensor) -> bool:
+    """Whether the core reads the tensor's dtype (as the input of a cast)."""
+    return x.dtype in _NAMES
+
+
+def write(
+    out: torch.Tensor,
+    shape: tuple[int, ...],
+    operands: tuple[torch.Tensor, ...],
+    compute: Callable[[torch.Tensor], None],
+) -> torch.Tensor:
+    """Let `compute` fill `out`, the caller's, by PyTorch's rules: it is resized to `shape`, and may be an operand.
+
+    Where `out` has another shape, or shares memory with an operand or with itself, the result is computed apart.
+    """
+    memory = out.untyped_storage().data_ptr()
+    if (
+        out.shape != shape
+        or any(memory == x.untyped_storage().data_ptr() for x in operands)
+        or overlaps_itself(view(out))
+    ):
+        result = torch.empty(shape, dtype=out.dtype, device=out.device)
+        compute(result)
+        return store(out, result)
+    compute(out)
+    return out
+
+
+def store(out: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """Copy a result into `out`, the caller's, which PyTorch resizes (and warns if there is something to lose)."""
+    return torch.ops.aten.clone.out(result, out=out)
+
+
+# ----------------------------------------------------------------------------------------------------- the operations
+
+
+def matmul(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Write a @ b to out, rounded to its dtype."""
+    _call(bikernels.matmul, view(a), view(b), out=view(out), dtype=_NAMES[out.dtype])
+
+
+def addmm(out: torch.Tensor, c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: float, beta: float) -> None:
+    """Write beta * c + alpha * (a @ b) to out, rounded once to its dtype; out may be c."""
+    options = {"out": view(out), "dtype": _NAMES[out.dtype], "alpha": alpha, "beta": beta}
+    _call(bikernels.addmm, view(c), view(a), view(b), **options)
+
+
+def softmax(out: torch.Tensor, x: torch.Tensor, dim: int) -> None:
+    """Write the softmax of x along one dimension to out, computed as out's dtype."""
+    _call(bikernels.softmax, view(x), axis=dim, out=view(out), dtype=_NAMES[out.dtype])
+
+
+def log_softmax(out: torch.Tensor, x: torch.Tensor, dim: int) -> None:
+    """Write the log_softmax of x along one dimension to out, computed as out's dtype."""
+    _call(bikernels.log_softmax, view(x), axis=dim, out=view(out), dtype=_NAMES[out.dtype])
+
+
+def mean(out: torch.Tensor, x: torch.Tensor, dims: tuple[int, ...] | None, keepdim: bool) -> None:
+    """Write the mean of x over some dimensions, or all, to out, computed as out's dtype."""
+    _call(bikernels.mean, view(x), axis=dims, keepdims=keepdim, out=view(out), dtype=_NAMES[out.dtype])

@@ -1,0 +1,161 @@
+"""When the batch-invariant mode is on.
+
+The model. The process has one list of decisions, oldest first; each says "on" or "off", and the newest one decides.
+With an empty list the mode is off.
+
+- Entering `set_batch_invariant_mode(enabled)` appends a decision, and leaving takes back that very decision, wherever
+  in the list it is by then. So contexts may end in any order, in any thread, by an exception or by the end of a
+  suspended generator, and never take back another's decision.
+- `enable_batch_invariant_mode()` and `disable_batch_invariant_mode()` append a decision that no context takes back. It
+  replaces the previous such decision, so the list does not grow.
+
+Hence `disable_batch_invariant_mode()` within a context switches the mode off at once, and it stays off when the context
+ends; `set_batch_invariant_mode(False)` within a context switches it off for that while.
+
+The list is the process's, not the thread's, since PyTorch's overrides are: while the mode is on it is on for every
+thread. Overrides are registered when the newest decision changes from off to on and removed when it changes back.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import threading
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, cast
+
+from bikernels.settings import current_arithmetic, current_backend
+
+from . import core
+from .overrides import Overrides
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class _Decision:
+    """On or off, and the bikernels settings of the context in which it was made."""
+
+    def __init__(self, enabled: bool, permanent: bool) -> None:
+        self.enabled = enabled
+        self.permanent = permanent
+        self.settings = core.Settings(current_backend(), current_arithmetic())
+
+
+_lock = threading.RLock()
+_decisions: list[_Decision] = []
+_overrides = Overrides()
+
+
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.RLock()  # the thread that held it does not exist here
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _decide(decisions: list[_Decision]) -> None:
+    """Make `decisions` the list, and the overrides what it says; the caller holds the lock. All or nothing."""
+    newest = decisions[-1] if decisions else None
+    if newest is not None and newest.enabled:
+        core.set_mode_settings(newest.settings)
+        _overrides.install()
+    else:
+        _overrides.remove()
+        core.set_mode_settings(core.NO_SETTINGS)
+    _decisions[:] = decisions
+
+
+def is_batch_invariant_mode_enabled() -> bool:
+    """Whether the mode is on, for the whole process."""
+    with _lock:
+        return bool(_decisions) and _decisions[-1].enabled
+
+
+def enable_batch_invariant_mode() -> None:
+    """Switch the mode on until `disable_batch_invariant_mode`; newer contexts decide while they last."""
+    _decide_permanently(True)
+
+
+def disable_batch_invariant_mode() -> None:
+    """Switch the mode off, also within contexts that switched it on; newer contexts decide while they last."""
+    _decide_permanently(False)
+
+
+def _decide_permanently(enabled: bool) -> None:
+    with _lock:
+        others = [decision for decision in _decisions if not decision.permanent]
+        _decide([*others, _Decision(enabled, permanent=True)] if enabled or others else [])
+
+
+class set_batch_invariant_mode:  # noqa: N801  (reads as a statement: with set_batch_invariant_mode():)
+    """Context manager and decorator: switch the batch-invariant mode on (or off) for a while, for the whole process.
+
+    As a decorator of a generator or coroutine function it holds from the first step to the last, as if the body stood
+    in a `with` statement. The `bikernels.use_arithmetic` and `bikernels.use_backend` contexts around the entry also
+    apply in threads that have none of their own, such as those of autograd's backward pass.
+
+    Args:
+        enabled: True switches the mode on, False off.
+
+    Raises:
+        TypeError: `enabled` is not a bool (a decorator is written with parentheses).
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        if not isinstance(enabled, bool):
+            raise TypeError(
+                f"enabled is {enabled!r}; pass True or False (a decorator is written @set_batch_invariant_mode())"
+            )
+        self._enabled = enabled
+        self._entered: list[tuple[int, _Decision]] = []
+
+    def __enter__(self) -> None:
+        with _lock:
+            decision = _Decision(self._enabled, permanent=False)
+            _decide([*_decisions, decision])
+            self._entered.append((threading.get_ident(), decision))
+
+    def __exit__(self, *exception: object) -> None:
+        with _lock:
+            # One object may be entered several times, also by several threads; each takes back its own last entry, and
+            # a generator that ends in another thread the last one.
+            own = [i for i, (thread, _) in enumerate(self._entered) if thread == threading.get_ident()]
+            _, decision = self._entered.pop(own[-1] if own else -1)
+            _decide([other for other in _decisions if other is not decision])
+
+    def __call__(self, function: Callable[_P, _T]) -> Callable[_P, _T]:
+        enabled = self._enabled
+        if inspect.isasyncgenfunction(function):
+            raise TypeError(f"{function.__qualname__} is an asynchronous generator; use a with statement in its body")
+        if inspect.isgeneratorfunction(function):
+            return cast("Callable[_P, _T]", _wrap_generator(function, enabled))
+        if inspect.iscoroutinefunction(function):
+            return cast("Callable[_P, _T]", _wrap_coroutine(function, enabled))
+
+        @functools.wraps(function)
+        def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+            with set_batch_invariant_mode(enabled):
+                return function(*args, **kwargs)
+
+        return wrapper
+
+
+def _wrap_generator(function: Callable[..., Any], enabled: bool) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with set_batch_invariant_mode(enabled):
+            return (yield from function(*args, **kwargs))
+
+    return wrapper
+
+
+def _wrap_coroutine(function: Callable[..., Any], enabled: bool) -> Callable[..., Any]:
+    @functools.wraps(function)
+    async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with set_batch_invariant_mode(enabled):
+            return await function(*args, **kwargs)
+
+    return wrapper

@@ -1,0 +1,91 @@
+"""Which of PyTorch's operators the mode replaces, and how the replacements are put in and taken out.
+
+An override is a function `f(original, *arguments)` with the operator's own arguments; `original` is PyTorch's kernel,
+to which it hands what it does not compute itself: integer, complex and float8 dtypes, and every call in which PyTorch
+has to raise. Kernels are replaced below autograd, so gradients are PyTorch's formulas over the replaced operators;
+sparse, quantized, nested and meta tensors and other devices have kernels of their own and never get here.
+
+Adding an operator is adding a function in `operators/` and its name in that file's table.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import compile_guard
+from .operators import attention, linear, matmul, mean, pointwise, softmax
+
+Override = Callable[..., Any]
+
+KERNELS: dict[str, Override] = {**matmul.OVERRIDES, **softmax.OVERRIDES, **mean.OVERRIDES, **linear.OUT_OVERRIDES}
+"""Replaced for CPU and CUDA tensors, below autograd."""
+
+CPU_KERNELS: dict[str, Override] = pointwise.OVERRIDES
+"""Replaced for CPU tensors only: on a GPU every element is computed alike."""
+
+COMPOSITES: dict[str, Override] = {**attention.OVERRIDES, **linear.OVERRIDES}
+"""Operators that PyTorch makes of others, replaced by another composition; autograd sees what they are made of."""
+
+
+class Overrides:
+    """The replacements and the switches that go with them, all in or all out. The mode's lock guards it."""
+
+    def __init__(self) -> None:
+        self._library: Any = None
+        self._switches: list[Callable[[], None]] = []
+
+    def install(self) -> None:
+        """Put everything in; nothing happens if it is in."""
+        if self._library is not None:
+            return
+        library = torch.library.Library("aten", "IMPL")
+        undo: list[Callable[[], None]] = [library._destroy]
+        try:
+            with _quietly():
+                for key in _backend_keys():
+                    for name, override in itertools.chain(KERNELS.items(), CPU_KERNELS.items() if key == "CPU" else ()):
+                        _replace(library, name, override, key)
+                for name, override in COMPOSITES.items():
+                    _replace(library, name, override, "CompositeImplicitAutograd")
+            undo.append(attention.avoid_fused_layers())
+            undo.append(compile_guard.install())
+        except BaseException:
+            for step in reversed(undo):
+                step()
+            raise
+        self._library, self._switches = library, undo
+
+    def remove(self) -> None:
+        """Take everything out; nothing happens if it is out."""
+        self._library = None
+        while self._switches:
+            self._switches.pop()()
+
+
+def _backend_keys() -> tuple[str, ...]:
+    return ("CPU", "CUDA") if torch.backends.cuda.is_built() else ("CPU",)
+
+
+def _replace(library: Any, name: str, override: Override, key: str) -> None:
+    operator = f"aten::{name}"
+    kernel_key = "CPU" if key.startswith("Composite") else key  # a composite is computed alike under every key
+    if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(operator, kernel_key):
+        return  # PyTorch itself has none, e.g. mm.dtype on a CPU; it says so
+    kernel = torch.library.get_kernel(operator, kernel_key)
+    # The key set matters to kernels that dispatch further by it; PyTorch's own do not.
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.__members__[kernel_key])
+    library.impl(name, functools.partial(override, functools.partial(kernel.call_boxed, keys)), key)
+
+
+class _quietly(warnings.catch_warnings):  # noqa: N801
+    """PyTorch warns, once a process, that a kernel is overridden; here that is the purpose."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        warnings.simplefilter("ignore")
