@@ -21,6 +21,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_report_header() -> list[str]:
+    return [
+        f"backend {name}: {'available' if status.available else f'not available ({status.reason})'}"
+        for name, status in bikernels.backends().items()
+    ]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", metafunc.config.getoption("backend") or NAMES, indirect=True, scope="session")

@@ -1,0 +1,242 @@
+"""Compiles the kernels with NVRTC, on a machine with or without a GPU, and keeps the results on disk.
+
+A kernel is a source file of the folder `kernels` and the macros that make one instance of it. The contract's constants
+come in as macros too (`contract_macros`), so that they are written once, in `contract.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import re
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ... import contract
+from .parameters import MAX_DIMS
+
+ENVIRONMENT_CACHE = "BIKERNELS_CACHE_DIR"
+SOURCES = Path(__file__).parent / "kernels"
+
+_COMPILING = threading.Lock()
+"""cuda.core cannot be imported by two threads at once; and what one compiles, the others then find."""
+
+
+class Kernel(NamedTuple):
+    """One instance of a source file: what is compiled into one binary."""
+
+    source: str
+    """Name of a file in the folder `kernels`."""
+    macros: tuple[tuple[str, str | int], ...]
+
+    def __str__(self) -> str:
+        return f"{self.source}({', '.join(f'{name}={value}' for name, value in self.macros)})"
+
+
+# ------------------------------------------------------------------------------------------------------------- source
+
+
+def contract_macros() -> dict[str, str]:
+    """Every constant of the contract that a kernel reads, as the text of a C++ literal."""
+    macros = {
+        "SUM_LANES": str(contract.SUM_LANES),
+        "SUM_CHUNK": str(contract.SUM_CHUNK),
+        "TENSOR_CORE_GROUP": str(max(kind.group for kind in contract.ARITHMETIC.values() if kind.is_tensor_core)),
+    }
+    for code, dtype in enumerate(contract.FLOAT_DTYPES + contract.INTEGER_DTYPES):
+        macros[f"DTYPE_{dtype.upper()}"] = str(code)
+    for dtype, bits in contract.CANONICAL_NAN.items():
+        macros[f"NAN_{dtype.upper()}"] = hex(bits) + ("ull" if contract.ITEMSIZE[dtype] == 8 else "u")
+    for dtype, suffix in (("float32", "f"), ("float64", "")):
+        for function, constants in (("EXP", contract.EXP[dtype]), ("LOG", contract.LOG[dtype])):
+            for name, value in constants._asdict().items():
+                macros[f"{function}_{dtype}_{name}".upper()] = _literal(value, suffix)
+    return macros
+
+
+def _literal(value: float | int | tuple[float, ...], suffix: str) -> str:
+    """C++ text of a number (exact, in hexadecimal), of a word of bits, or of a list of numbers."""
+    if isinstance(value, tuple):
+        return ", ".join(_literal(item, suffix) for item in value)
+    return f"({value.hex()}{suffix})" if isinstance(value, float) else f"{value:#x}{'u' if suffix else 'ull'}"
+
+
+def _program(kernel: Kernel) -> str:
+    """The text that is compiled: all macros, then the source file."""
+    macros = contract_macros() | {"MAX_DIMS": str(MAX_DIMS)} | {name: str(value) for name, value in kernel.macros}
+    return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + f'#include "{kernel.source}"\n'
+
+
+@functools.cache
+def _sources_text() -> bytes:
+    """All source files, since a binary depends on whatever its source includes."""
+    files = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cu", ".cuh"))
+    return b"".join(path.name.encode() + b"\0" + path.read_bytes() + b"\0" for path in files)
+
+
+# ------------------------------------------------------------------------------------------------------------ compiler
+
+
+def architecture(compute_capability: tuple[int, int]) -> str:
+    """The compiler's name of a GPU; with "a" where it has instructions of its own that kernels may use."""
+    major, minor = compute_capability
+    return f"sm_{major}{minor}{'a' if major in (9, 10) else ''}"
+
+
+def _options(arch: str) -> dict[str, object]:
+    """Options that decide bits: nothing is fused, flushed or approximated."""
+    return {
+        "arch": arch,
+        "std": "c++17",
+        "fma": False,
+        "ftz": False,
+        "prec_div": True,
+        "prec_sqrt": True,
+        "use_fast_math": False,
+        "ptxas_options": "-v",
+    }
+
+
+@functools.cache
+def _compiler_version() -> str:
+    from cuda.bindings import nvrtc
+
+    status, major, minor = nvrtc.nvrtcVersion()
+    if int(status) != 0:
+        raise RuntimeError(f"NVRTC does not answer: {status}")
+    return f"nvrtc {major}.{minor}"
+
+
+class _Log:
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str | bytes) -> None:
+        self.text += text if isinstance(text, str) else text.decode(errors="replace")
+
+
+def _compile(kernel: Kernel, arch: str) -> tuple[bytes, str]:
+    """The binary and the compiler's log."""
+    from cuda.core import Program, ProgramOptions
+
+    program, log = _program(kernel), _Log()
+    options = ProgramOptions(name=Path(kernel.source).stem, include_path=[str(SOURCES)], **_options(arch))
+    try:
+        binary = Program(program, "c++", options).compile("cubin", logs=log).code
+    except Exception as error:
+        raise RuntimeError(
+            f"{kernel} did not compile for {arch} with {_compiler_version()}; if this GPU is newer than the compiler, "
+            f"upgrade nvidia-cuda-nvrtc\n{log.text}"
+        ) from error
+    return bytes(binary), log.text
+
+
+# --------------------------------------------------------------------------------------------------------------- cache
+
+
+def _cache_folders() -> Iterator[Path]:
+    """Where binaries may be kept, best first."""
+    named = os.environ.get(ENVIRONMENT_CACHE)
+    if named:
+        yield Path(named)
+    elif sys.platform == "win32" and os.environ.get("LOCALAPPDATA"):
+        yield Path(os.environ["LOCALAPPDATA"]) / "bikernels" / "cache"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME")
+        with contextlib.suppress(RuntimeError):  # no home directory
+            yield (Path(base) if base else Path.home() / ".cache") / "bikernels"
+    yield _temporary_folder()
+
+
+@functools.cache
+def _temporary_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="bikernels-"))
+
+
+def cubin(kernel: Kernel, arch: str) -> Path:
+    """The path of the kernel's binary for `arch`, compiled unless it is in the cache.
+
+    The folder is BIKERNELS_CACHE_DIR, by default the user's cache directory, and a temporary one if that cannot be
+    written. A file is complete once it has its name, so that processes and threads may share the folder.
+    """
+    with _COMPILING:
+        return _cubin(kernel, arch)
+
+
+def _cubin(kernel: Kernel, arch: str) -> Path:
+    key = hashlib.sha256()
+    for part in (str(kernel), _program(kernel), repr(_options(arch)), _compiler_version()):
+        key.update(part.encode() + b"\0")
+    key.update(_sources_text())
+    name = f"{Path(kernel.source).stem}-{arch}-{key.hexdigest()[:32]}.cubin"
+
+    binary: bytes | None = None
+    for folder in _cache_folders():
+        path = folder / name
+        if path.is_file():
+            return path
+        if binary is None:
+            binary, _ = _compile(kernel, arch)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(binary)
+                os.replace(temporary, path)
+            except BaseException:
+                os.unlink(temporary)
+                raise
+        except OSError:
+            continue
+        return path
+    raise OSError(f"no folder can be written for compiled kernels; set {ENVIRONMENT_CACHE} to one that can")
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+class Resources(NamedTuple):
+    """What the compiler says of one function of a binary."""
+
+    kernel: str
+    registers: int
+    spill_bytes: int
+    local_bytes: int
+
+
+_FUNCTION = re.compile(
+    r"Function properties for (?P<name>\w+)\s+"
+    r"\S.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\s+"
+    r"ptxas info\s*: Used (?P<registers>\d+) registers"
+)
+
+
+def resources(kernel: Kernel, arch: str) -> list[Resources]:
+    """Compile the kernel, without the cache, and read the resources of its functions."""
+    _, log = _compile(kernel, arch)
+    found = [
+        Resources(
+            f"{kernel}: {match['name']}",
+            int(match["registers"]),
+            int(match["stores"]) + int(match["loads"]),
+            int(match["stack"]),
+        )
+        for match in _FUNCTION.finditer(log)
+    ]
+    if not found:
+        raise RuntimeError(f"the compiler's log for {kernel} names no function:\n{log}")
+    return found
+
+
+def compile_all(arch: str) -> list[Resources]:
+    """Compile every kernel that the backend can launch on a GPU of this architecture ("sm_80", "sm_90a", …)."""
+    from .schedules import all_kernels
+
+    return [function for kernel in all_kernels(arch) for function in resources(kernel, arch)]

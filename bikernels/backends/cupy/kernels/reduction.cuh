@@ -1,0 +1,192 @@
+// What the reduction kernels share: their parameters, and how the elements of a row are read and written.
+#pragma once
+#include "layout.cuh"
+#include "numerics.cuh"
+#include "sum_tree.cuh"
+
+struct Reduction {
+    long long rows;
+    long long n;        // elements of a row
+    Divisor chunks;     // of a row
+    long long divisor;  // of a mean: the true length, also where x holds sums of chunks
+    long long x_dtype, out_dtype;
+    long long rounds;            // whether x is rounded to out_dtype first (elsewhere that cast is exact)
+    long long logarithm;         // log_softmax instead of softmax
+    long long kept;              // dims[0 … kept-1] are those of the rows' first elements
+    long long count;             // dims[kept … count-1] are those of the elements of a row
+    long long x_step, out_step;  // the only stride of a row's elements, where it has one dimension
+    Dims<2> dims;                // operand 0 is x, operand 1 out
+
+    // Whether exponentials make up for the rounding of x - maximum: where the result is as precise as the arithmetic.
+    __device__ __forceinline__ bool is_precise() const {
+        return out_dtype == DTYPE_FLOAT32 || out_dtype == DTYPE_FLOAT64;
+    }
+    __device__ __forceinline__ bool has_step() const { return count - kept <= 1; }
+    __device__ __forceinline__ void row_offsets(long long row, long long (&offset)[2]) const {
+        dims.offsets(row, 0, kept, offset);
+    }
+    __device__ __forceinline__ long long row_offset(long long row) const { return dims.offset<0>(row, 0, kept); }
+};
+
+template <class T, class U>
+struct is_same {
+    static constexpr bool value = false;
+};
+template <class T>
+struct is_same<T, T> {
+    static constexpr bool value = true;
+};
+
+// Reads one row of x in the accumulate dtype, after the cast to the result's dtype.
+template <class X, class A>
+struct RowReader {
+    static constexpr bool HAS_DTYPE = !is_same<X, any_dtype>::value;
+
+    const Reduction& p;
+    const void* x;
+    long long start;  // offset of the row's first element
+    bool vectors;
+
+    __device__ __forceinline__ RowReader(const Reduction& p, const void* x, long long start)
+        : p(p), x(x), start(start), vectors(false) {
+        if constexpr (HAS_DTYPE)
+            vectors = p.has_step() && p.x_step == 1 && is_vector_aligned(static_cast<const X*>(x) + start);
+    }
+
+    // Elements i … i+7; `absent` from n on.
+    __device__ __forceinline__ void read(long long i, A absent, A (&v)[THREAD_LANES]) const {
+        if constexpr (HAS_DTYPE) {
+            if (vectors && i + THREAD_LANES <= p.n) {
+                load_8(static_cast<const X*>(x) + start + i, v);
+                round(v);
+                return;
+            }
+            if (p.has_step()) {
+                const int present = static_cast<int>(min(p.n - i, static_cast<long long>(THREAD_LANES)));
+                const long long first = start + i * p.x_step;
+#pragma unroll
+                for (int j = 0; j < THREAD_LANES; j++)
+                    v[j] = j < present ? Element<X, A>::load(x, first + j * p.x_step, 0) : absent;
+                round(v);
+                return;
+            }
+        }
+        // One element at a time, so that its code exists once: v is a queue, because registers have no run-time index.
+#pragma unroll 1
+        for (int j = 0; j < THREAD_LANES; j++) {
+            A value = absent;
+            if (i + j < p.n) {
+                const long long offset = p.dims.template offset<0>(i + j, p.kept, p.count);
+                value = Element<X, A>::load(x, start + offset, static_cast<int>(p.x_dtype));
+            }
+#pragma unroll
+            for (int k = 0; k < THREAD_LANES - 1; k++) v[k] = v[k + 1];
+            v[THREAD_LANES - 1] = value;
+        }
+        round(v);
+    }
+
+  private:
+    __device__ __forceinline__ void round(A (&v)[THREAD_LANES]) const {
+        if (p.rounds) {
+#pragma unroll
+            for (int j = 0; j < THREAD_LANES; j++) v[j] = round_through(v[j], static_cast<int>(p.out_dtype));
+        }
+    }
+};
+
+// Writes one row of out.
+template <class A>
+struct RowWriter {
+    const Reduction& p;
+    void* out;
+    long long start;
+    bool vectors;
+
+    __device__ __forceinline__ RowWriter(const Reduction& p, void* out, long long start)
+        : p(p), out(out), start(start) {
+        vectors = p.has_step() && p.out_step == 1 && is_vector_aligned(address(0));
+    }
+
+    // Elements i … i+7, those before n.
+    __device__ __forceinline__ void write(long long i, A (&v)[THREAD_LANES]) const {
+        if (vectors && i + THREAD_LANES <= p.n) {
+            store_8(address(i), static_cast<int>(p.out_dtype), v);
+            return;
+        }
+#pragma unroll 1
+        for (int j = 0; j < THREAD_LANES && i + j < p.n; j++) {  // a queue, as in RowReader::read
+            const long long offset =
+                p.has_step() ? (i + j) * p.out_step : p.dims.template offset<1>(i + j, p.kept, p.count);
+            store(out, start + offset, static_cast<int>(p.out_dtype), v[0]);
+#pragma unroll
+            for (int k = 0; k < THREAD_LANES - 1; k++) v[k] = v[k + 1];
+        }
+    }
+
+  private:
+    __device__ __forceinline__ void* address(long long i) const {
+        const int size = p.out_dtype == DTYPE_FLOAT64 ? 8 : p.out_dtype == DTYPE_FLOAT32 ? 4 : 2;
+        return static_cast<char*>(out) + (start + i) * size;
+    }
+};
+
+// ------------------------------------------------------------------------------------------- maximum, and its
+// companions
+
+template <class A>
+__device__ __forceinline__ A lowest();
+template <>
+__device__ __forceinline__ float lowest<float>() {
+    return __uint_as_float(0xFF800000u);
+}
+template <>
+__device__ __forceinline__ double lowest<double>() {
+    return __longlong_as_double(0xFFF0000000000000ll);
+}
+
+// The larger of two; a NaN if there is one.
+template <class A>
+__device__ __forceinline__ A larger(A a, A b) {
+    return b > a || b != b ? b : a;
+}
+
+template <class A>
+__device__ __forceinline__ A max_warp(A maximum) {
+#pragma unroll
+    for (int mask = 1; mask < WARP; mask *= 2) maximum = larger(maximum, __shfl_xor_sync(~0u, maximum, mask));
+    return maximum;
+}
+
+// exp(x - maximum), given t, the rounded difference.
+template <class A>
+__device__ __forceinline__ A exponential_of(A x, A maximum, A t, bool is_precise) {
+    const A b = t - x;
+    const A error = (x - (t - b)) + (-maximum - b);  // of that difference, exactly
+    return exponential(t, is_precise ? error : A(0));
+}
+
+// A term of softmax's sum: exp(x - maximum), but +0 and one more in `count` where x is the maximum. An absent element,
+// read as -inf, gives +0.
+template <class A>
+__device__ __forceinline__ A counted_exponential(A x, A maximum, bool is_precise, unsigned& count) {
+    const A t = x - maximum;
+    count += t == 0;
+    return t == 0 ? A(0) : exponential_of(x, maximum, t, is_precise);
+}
+
+// What the elements of a row are divided by (softmax) or what is subtracted from them (log_softmax).
+template <class A>
+__device__ __forceinline__ A softmax_normaliser(A count, A sum, bool is_log) {
+    const A u = count + sum;
+    const A b = u - count;
+    const A error = (count - (u - b)) + (sum - b);  // of that addition, exactly
+    return is_log ? logarithm(u) + error / u : u;
+}
+
+// One result.
+template <class A>
+__device__ __forceinline__ A softmax_element(A x, A maximum, A normaliser, bool is_log, bool is_precise) {
+    const A t = x - maximum;
+    return is_log ? t - normaliser : exponential_of(x, maximum, t, is_precise) / normaliser;
+}

@@ -1,0 +1,100 @@
+"""The structs that kernels take by value, as NumPy dtypes; their fields are those of the .cuh files, in their order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ...contract import FLOAT_DTYPES, INTEGER_DTYPES
+
+MAX_DIMS = 32
+"""Dimensions of a `Dims`. Operands with more that do not merge have at least 2^33 elements."""
+
+DTYPE_CODE = {dtype: code for code, dtype in enumerate(FLOAT_DTYPES + INTEGER_DTYPES)}
+
+DIVISOR = np.dtype([("number", "i8"), ("multiplier", "u8"), ("shift", "i8")])
+
+
+def _dims(operands: int) -> np.dtype[Any]:
+    return np.dtype([("length", DIVISOR, (MAX_DIMS,)), ("stride", "i8", (operands, MAX_DIMS))])
+
+
+MATMUL = np.dtype(
+    [
+        ("m", "i8"),
+        ("n", "i8"),
+        ("k", "i8"),
+        ("a_stride", "i8", (2,)),
+        ("b_stride", "i8", (2,)),
+        ("a_along_k", "i8"),
+        ("b_along_k", "i8"),
+        ("c_stride", "i8", (2,)),
+        ("out_stride", "i8", (2,)),
+        ("addend", "i8"),
+        ("c_dtype", "i8"),
+        ("out_dtype", "i8"),
+        ("tiles", "i8"),
+        ("tiles_of_matrix", DIVISOR),
+        ("tiles_of_band", DIVISOR),
+        ("batch_dims", "i8"),
+        ("batch", _dims(4)),
+    ]
+)
+
+REDUCTION = np.dtype(
+    [
+        ("rows", "i8"),
+        ("n", "i8"),
+        ("chunks", DIVISOR),
+        ("divisor", "i8"),
+        ("x_dtype", "i8"),
+        ("out_dtype", "i8"),
+        ("rounds", "i8"),
+        ("logarithm", "i8"),
+        ("kept", "i8"),
+        ("count", "i8"),
+        ("x_step", "i8"),
+        ("out_step", "i8"),
+        ("dims", _dims(2)),
+    ]
+)
+
+
+def divisor(number: int) -> tuple[int, int, int]:
+    """A `Divisor` by number >= 1.
+
+    With l = ceil(log2(number)) and m = floor(2^64 (2^l - number) / number) + 1, the quotient of an n below 2^63 is
+    (floor(m n / 2^64) + n) >> l (Granlund and Montgomery 1994, figure 4.1).
+    """
+    shift = (number - 1).bit_length()
+    return number, (((1 << shift) - number) << 64) // number + 1, shift
+
+
+def fill_dims(dims: Any, shape: tuple[int, ...], *strides: tuple[int, ...]) -> None:
+    """Write dimensions that operands walk together into a `Dims`."""
+    if len(shape) > MAX_DIMS:
+        raise ValueError(
+            f"the operands have {len(shape)} dimensions that do not merge and at most {MAX_DIMS} are supported; "
+            "pass contiguous copies"
+        )
+    dims["length"][: len(shape)] = [divisor(max(1, length)) for length in shape]
+    for operand, steps in enumerate(strides):
+        dims["stride"][operand, : len(shape)] = steps
+
+
+class _Described(np.ndarray[Any, Any]):
+    """A struct that knows its address: CuPy asks at every launch, and NumPy would describe all fields each time."""
+
+    interface: dict[str, Any]
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return self.interface
+
+
+def by_value(parameters: Any) -> Any:
+    """The struct as CuPy should pass it to a kernel."""
+    described = parameters.view(_Described)
+    described.interface = parameters.__array_interface__
+    return described

@@ -1,0 +1,259 @@
+"""Reductions: brings the layout into order, fills the kernels' parameters, and picks kernels and launch shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...contract import ACCUMULATE, ITEMSIZE, SUM_CHUNK
+from ...specs import ReductionSpec, merge_dimensions
+from ...views import Device, View
+from .. import ReductionLaunch
+from . import schedules
+from .launch import Launch, Stream, gpu, load, on_device, shaped, workspace
+from .parameters import DTYPE_CODE, REDUCTION, by_value, divisor, fill_dims
+
+
+class _Rows(NamedTuple):
+    """Rows to reduce: their first elements by the `kept` dimensions, their elements by the `row` dimensions."""
+
+    kept: tuple[int, ...]
+    row: tuple[int, ...]
+    x_dtype: str
+    out_dtype: str
+    x: tuple[tuple[int, ...], tuple[int, ...]]
+    """Strides along kept and row."""
+    out: tuple[tuple[int, ...], tuple[int, ...]]
+    divisor: int
+    """Of a mean: the length of the rows that the caller gave."""
+    rounds: bool
+    """Whether x has to be rounded to the result's dtype first, where reading it to the accumulate dtype does not."""
+
+    @property
+    def number(self) -> int:
+        return math.prod(self.kept)
+
+    @property
+    def n(self) -> int:
+        return math.prod(self.row)
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.n // SUM_CHUNK)
+
+    @property
+    def accumulate(self) -> str:
+        return ACCUMULATE[self.out_dtype]
+
+    @property
+    def in_columns(self) -> bool:
+        """Whether neighbouring rows lie closer than a row's elements, which then lie a fixed step apart."""
+        if len(self.row) != 1 or not self.kept or self.kept[-1] < schedules.MIN_COLUMNS:
+            return False
+        return abs(self.x[0][-1]) < abs(self.x[1][0])
+
+    def of_sums(self, kept: tuple[int, ...], step: int) -> _Rows:
+        """The next level of the tree: a row's chunk sums, `step` apart, in the accumulate dtype."""
+        return self._replace(row=(self.chunks,), x_dtype=self.accumulate, x=(kept, (step,)), rounds=False)
+
+    def parameters(self, operation: str) -> Any:
+        parameters = np.zeros((), REDUCTION)
+        parameters["rows"], parameters["n"], parameters["divisor"] = self.number, self.n, self.divisor
+        parameters["chunks"] = divisor(max(1, self.chunks))
+        parameters["x_dtype"], parameters["out_dtype"] = DTYPE_CODE[self.x_dtype], DTYPE_CODE[self.out_dtype]
+        parameters["rounds"] = self.rounds
+        parameters["logarithm"] = operation == "log_softmax"
+        parameters["kept"], parameters["count"] = len(self.kept), len(self.kept) + len(self.row)
+        if len(self.row) == 1:
+            parameters["x_step"], parameters["out_step"] = self.x[1][0], self.out[1][0]
+        fill_dims(parameters["dims"], self.kept + self.row, self.x[0] + self.x[1], self.out[0] + self.out[1])
+        return by_value(parameters)
+
+
+def _rows_of(spec: ReductionSpec) -> _Rows:
+    """The rows of a spec, in the order in which they lie: which row comes first decides nothing."""
+    kept, row = spec.x.shape[: spec.kept], spec.x.shape[spec.kept :]
+    x_kept, x_row = spec.x.strides[: spec.kept], spec.x.strides[spec.kept :]
+    out_kept = spec.out.strides[: spec.kept]
+    out_row = spec.out.strides[spec.kept :] or (0,) * len(row)
+    order = sorted(range(len(kept)), key=lambda axis: -abs(x_kept[axis]))
+    kept, (x_kept, out_kept) = merge_dimensions(*(tuple(v[axis] for axis in order) for v in (kept, x_kept, out_kept)))
+    rounds = ITEMSIZE[spec.out.dtype] == 2 and spec.x.dtype != spec.out.dtype
+    return _Rows(kept, row, spec.x.dtype, spec.out.dtype, (x_kept, x_row), (out_kept, out_row), math.prod(row), rounds)
+
+
+Step = Callable[[Stream, int, int, int], None]
+"""step(stream, out, x, workspace): queue one kernel; the last three are addresses."""
+
+
+class _Plan:
+    """The kernels of a reduction, in order, and the workspace between them."""
+
+    def __init__(self, device: Device) -> None:
+        self.index = device.index
+        self.multiprocessors = gpu(device.index).multiprocessors
+        self.steps: list[Step] = []
+        self.bytes = 0
+
+    def reserve(self, elements: int, dtype: str) -> int:
+        """Place an array in the workspace; its offset, in bytes."""
+        offset = self.bytes
+        self.bytes += -(-elements * ITEMSIZE[dtype] // 256) * 256
+        return offset
+
+    def load(self, rows: _Rows, source: str, name: str, grid: int, block: int, shared_elements: int = 0) -> Launch:
+        kernel = schedules.reduction_kernel(source, rows.x_dtype, rows.accumulate)
+        return shaped(load(kernel, name, self.index), grid, block, shared_elements * ITEMSIZE[rows.accumulate])
+
+    def launch(self) -> ReductionLaunch:
+        steps, size, index = tuple(self.steps), self.bytes, self.index
+
+        def launch(out: View, x: View) -> None:
+            (step,) = steps
+            step(Stream(out.stream), out.pointer, x.pointer, 0)
+
+        def launch_with_workspace(out: View, x: View) -> None:
+            stream = Stream(out.stream)
+            with workspace(size, index, stream) as address:
+                for step in steps:
+                    step(stream, out.pointer, x.pointer, address)
+
+        return on_device(index, launch_with_workspace if size else launch)
+
+
+def prepare(spec: ReductionSpec, device: Device) -> ReductionLaunch:
+    """See `bikernels.backends.Backend.prepare_reduction`."""
+    rows, plan = _rows_of(spec), _Plan(device)
+    if spec.operation == "mean":
+        _plan_mean(plan, rows)
+    else:
+        _plan_softmax(plan, rows, spec.operation)
+    return plan.launch()
+
+
+def _plan_mean(plan: _Plan, rows: _Rows) -> None:
+    """Levels of the tree through the workspace while rows are to be spread over CTAs, then the mean."""
+    source: int | None = None  # the workspace offset of what is summed; None: x
+    in_columns = rows.in_columns
+    if in_columns:
+        while schedules.splits_columns(rows.number, rows.n, plan.multiprocessors, source is None):
+            source, rows = _plan_column_sums(plan, rows, source)
+        warps = schedules.column_warps(rows.n)
+        run = plan.load(rows, "mean_columns.cu", "mean_columns", -(-rows.number // 32), warps * 32)
+        extra: tuple[Any, ...] = ()
+    else:
+        while schedules.splits_rows(rows.number, rows.n, plan.multiprocessors):
+            source, rows = _plan_row_sums(plan, rows, source)
+        run, warps = _row_launch(plan, rows, "mean_rows.cu", "mean_rows")
+        extra = (np.int32(warps),)
+    parameters = rows.parameters("mean")
+
+    def mean(stream: Stream, out: int, x: int, workspace: int) -> None:
+        run(stream, parameters, *extra, out, x if source is None else workspace + source)
+
+    plan.steps.append(mean)
+
+
+def _row_launch(plan: _Plan, rows: _Rows, source: str, name: str) -> tuple[Launch, int]:
+    """A kernel that gives a row to a warp or to a CTA; and the number of warps of a row."""
+    warps = schedules.row_warps(rows.n)
+    teams = schedules.ROWS_PER_CTA if warps == 1 else 1
+    shared = rows.chunks if warps > 1 else 0
+    return plan.load(rows, source, name, -(-rows.number // teams), warps * teams * 32, shared), warps
+
+
+def _plan_row_sums(plan: _Plan, rows: _Rows, source: int | None) -> tuple[int, _Rows]:
+    """One level: the sums of all chunks, row by row. Returns where they are, and their layout."""
+    target = plan.reserve(rows.number * rows.chunks, rows.accumulate)
+    run = plan.load(rows, "mean_rows.cu", "sum_chunks", -(-rows.number * rows.chunks // 4), 128)
+    parameters = rows.parameters("mean")
+
+    def sums(stream: Stream, out: int, x: int, workspace: int) -> None:
+        run(stream, parameters, workspace + target, x if source is None else workspace + source)
+
+    plan.steps.append(sums)
+    kept = tuple(step * rows.chunks for step in _contiguous(rows.kept))
+    return target, rows.of_sums(kept, 1)
+
+
+def _plan_column_sums(plan: _Plan, rows: _Rows, source: int | None) -> tuple[int, _Rows]:
+    """One level: the sums of all chunks, chunk by chunk, those of neighbouring rows side by side."""
+    target = plan.reserve(rows.number * rows.chunks, rows.accumulate)
+    blocks = -(-rows.number // 32) * rows.chunks
+    run = plan.load(rows, "mean_columns.cu", "sum_column_chunks", blocks, schedules.column_warps(rows.n) * 32)
+    parameters = rows.parameters("mean")
+
+    def sums(stream: Stream, out: int, x: int, workspace: int) -> None:
+        run(stream, parameters, workspace + target, x if source is None else workspace + source)
+
+    plan.steps.append(sums)
+    return target, rows.of_sums(_contiguous(rows.kept), rows.number)
+
+
+def _plan_softmax(plan: _Plan, rows: _Rows, operation: str) -> None:
+    extra: tuple[Any, ...] = ()
+    if rows.in_columns and rows.chunks <= schedules.MAX_COLUMN_CHUNKS:
+        warps = schedules.column_warps(rows.n)
+        run = plan.load(rows, "softmax_columns.cu", "softmax_columns", -(-rows.number // 32), warps * 32)
+    elif schedules.splits_rows(rows.number, rows.n, plan.multiprocessors):
+        _plan_split_softmax(plan, rows, operation)
+        return
+    elif rows.n <= schedules.SHORT_ROW:
+        grid = -(-rows.number // schedules.ROWS_PER_CTA)
+        run = plan.load(rows, "softmax_rows.cu", "softmax_short_rows", grid, schedules.ROWS_PER_CTA * 32)
+    else:
+        run, warps = _row_launch(plan, rows, "softmax_rows.cu", "softmax_rows")
+        extra = (np.int32(warps),)
+    parameters = rows.parameters(operation)
+
+    def softmax(stream: Stream, out: int, x: int, workspace: int) -> None:
+        run(stream, parameters, *extra, out, x)
+
+    plan.steps.append(softmax)
+
+
+def _plan_split_softmax(plan: _Plan, rows: _Rows, operation: str) -> None:
+    """The steps of softmax_split_rows.cu."""
+    source, accumulate = "softmax_split_rows.cu", rows.accumulate
+    parameters = rows.parameters(operation)
+    all_chunks = rows.number * rows.chunks
+    maxima = sums = plan.reserve(all_chunks, accumulate)  # the maxima have been read when the sums are written
+    counts = plan.reserve(all_chunks, "uint32")
+    maximum, normaliser = plan.reserve(rows.number, accumulate), plan.reserve(rows.number, accumulate)
+    grid = -(-all_chunks // 4)
+    chunk_maxima = plan.load(rows, source, "chunk_maxima", grid, 128)
+    row_maxima = plan.load(rows, source, "row_maxima", rows.number, 512)
+    chunk_exponentials = plan.load(rows, source, "chunk_exponentials", grid, 128)
+    write_chunks = plan.load(rows, source, "write_chunks", grid, 128)
+    chunks = np.int64(rows.chunks)
+
+    def maxima_and_sums(stream: Stream, out: int, x: int, workspace: int) -> None:
+        chunk_maxima(stream, parameters, workspace + maxima, x)
+        row_maxima(stream, chunks, workspace + maximum, workspace + maxima)
+        chunk_exponentials(stream, parameters, workspace + sums, workspace + counts, workspace + maximum, x)
+
+    plan.steps.append(maxima_and_sums)
+
+    level, level_sums = rows.of_sums(tuple(step * rows.chunks for step in _contiguous(rows.kept)), 1), sums
+    while level.chunks > schedules.MAX_ROW_CHUNKS:
+        level_sums, level = _plan_row_sums(plan, level, level_sums)
+    row_normalisers = plan.load(rows, source, "row_normalisers", rows.number, 512, level.chunks)
+    n, is_log, last_sums = np.int64(level.n), np.int64(operation == "log_softmax"), level_sums
+
+    def normalise(stream: Stream, out: int, x: int, workspace: int) -> None:
+        row_normalisers(stream, n, chunks, is_log, workspace + normaliser, workspace + last_sums, workspace + counts)
+        write_chunks(stream, parameters, out, workspace + maximum, workspace + normaliser, x)
+
+    plan.steps.append(normalise)
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a C-ordered array."""
+    strides, step = [], 1
+    for length in reversed(shape):
+        strides.append(step)
+        step *= length
+    return tuple(reversed(strides))

@@ -1,0 +1,63 @@
+"""Every CUDA C++ kernel compiles, without a GPU, for each architecture, and spills no register."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("cuda.core", reason="needs the cuda13 extra")
+
+from bikernels import contract
+from bikernels.backends.cupy import compile as compiler
+from bikernels.backends.cupy.schedules import all_kernels
+
+ARCHITECTURES = ("sm_80", "sm_90a")
+NEWER = ("sm_100a", "sm_120")
+
+
+def kernels(arch: str) -> dict[str, compiler.Kernel]:
+    return {str(kernel): kernel for kernel in all_kernels(arch)}
+
+
+@pytest.mark.parametrize(
+    ("arch", "name"), [(arch, name) for arch in ARCHITECTURES for name in kernels(arch)], ids=lambda value: value
+)
+def test_no_spills(arch: str, name: str) -> None:
+    for function in compiler.resources(kernels(arch)[name], arch):
+        assert function.spill_bytes == 0, function
+        assert function.local_bytes == 0, function
+
+
+@pytest.mark.parametrize("arch", NEWER)
+def test_newer_architectures(arch: str) -> None:
+    """One kernel of each source."""
+    by_source = {kernel.source: kernel for kernel in all_kernels(arch)}
+    for kernel in by_source.values():
+        for function in compiler.resources(kernel, arch):
+            assert function.spill_bytes == 0, function
+
+
+def test_spills_are_seen() -> None:
+    log = (
+        "ptxas info    : Compiling entry function 'f' for 'sm_90a'\n"
+        "ptxas info    : Function properties for f\n"
+        "ptxas         .     48 bytes stack frame, 40 bytes spill stores, 44 bytes spill loads\n"
+        "ptxas info    : Used 255 registers\n"
+    )
+    match = compiler._FUNCTION.search(log)
+    assert match is not None
+    assert (match["stack"], match["stores"], match["loads"], match["registers"]) == ("48", "40", "44", "255")
+
+
+def test_constants_come_from_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    macros = compiler.contract_macros()
+    assert macros["SUM_LANES"] == str(contract.SUM_LANES)
+    numbers = contract.EXP["float32"]._replace(low=-50.0)
+    monkeypatch.setitem(contract.EXP, "float32", numbers)
+    assert compiler.contract_macros() != macros
+
+
+def test_float_literals_are_exact() -> None:
+    macros = compiler.contract_macros()
+    for dtype in ("float32", "float64"):
+        literal = macros[f"EXP_{dtype}_LOG2E".upper()].strip("()").removesuffix("f" if dtype == "float32" else "")
+        assert float.fromhex(literal) == contract.EXP[dtype].log2e
