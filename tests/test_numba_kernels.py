@@ -19,10 +19,10 @@ try:
 except RuntimeError as error:  # the Python package is there, the library is not
     pytest.skip(f'nvJitLink cannot be loaded ({error}); pip install "bikernels[cuda13]"', allow_module_level=True)
 
-from numba import cuda, types
+from numba import cuda, types  # noqa: E402
 
-from bikernels.backends.numba import inspection, launch, matmul, reduction
-from bikernels.contract import ARITHMETIC
+from bikernels.backends.numba import inspection, launch, matmul, reduction  # noqa: E402
+from bikernels.contract import ARITHMETIC  # noqa: E402
 
 GPUS = ((8, 0), (9, 0))
 """Compute capabilities, the oldest first."""

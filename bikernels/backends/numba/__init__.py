@@ -1,0 +1,64 @@
+"""Numba CUDA: every kernel is Python, to be read and changed.
+
+matmul.py and reduction.py hold the kernels and how they are launched; device.py is the vocabulary that they are written
+in, functions.py its exp and log, launch.py the host's side. inspection.py shows what the compiler makes of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+
+from ...contract import PORTABLE_ARITHMETIC, native_arithmetic, tensor_core_arithmetic
+from ...specs import MatmulSpec, ReductionSpec
+from ...views import Device
+from .. import MatmulLaunch, ReductionLaunch
+
+_REMEDY = 'pip install "bikernels[cuda13]"'
+
+
+class NumbaBackend:
+    """The kernels of this package, on CUDA GPUs."""
+
+    name = "numba"
+    device_type = "cuda"
+
+    def unavailable(self) -> str | None:
+        if importlib.util.find_spec("numba_cuda") is None:
+            return f"the package numba-cuda is not installed; {_REMEDY}"
+        try:
+            cuda = importlib.import_module("numba.cuda")
+        except (ImportError, AttributeError, OSError) as error:  # AttributeError: NumPy is too new for it
+            return f"numba-cuda cannot be imported ({type(error).__name__}: {error}); {_REMEDY}"
+        if not cuda.is_available():
+            reason = " ".join(str(cuda.cuda_error() or "no device").split())
+            return f"Numba finds no CUDA GPU ({reason}); install an NVIDIA driver"
+        return None
+
+    def devices(self) -> list[Device]:
+        cuda = importlib.import_module("numba.cuda")
+        return [Device("cuda", index) for index in range(len(cuda.gpus))]
+
+    def native_arithmetic(self, dtype: str, device: Device) -> str:
+        from .launch import compute_capability
+
+        return native_arithmetic(dtype, compute_capability(device))
+
+    def computes(self, arithmetic: str, device: Device) -> bool:
+        from .launch import compute_capability
+
+        of_tensor_cores = tensor_core_arithmetic(compute_capability(device))
+        return arithmetic in PORTABLE_ARITHMETIC.values() or arithmetic == of_tensor_cores
+
+    def prepare_matmul(self, spec: MatmulSpec, device: Device) -> MatmulLaunch:
+        from .matmul import prepare
+
+        return prepare(spec, device)
+
+    def prepare_reduction(self, spec: ReductionSpec, device: Device) -> ReductionLaunch:
+        from .reduction import prepare
+
+        return prepare(spec, device)
+
+
+backend = NumbaBackend()
