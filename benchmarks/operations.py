@@ -4,7 +4,8 @@
 
 On a GPU the calls are captured in a CUDA graph over rotating operands (512 MB or more in all), so that neither launches
 nor a warm L2 flatter anyone; a time is the median of 7 replays divided by the number of calls. The floor is the larger
-of flops / 790 TFLOP/s and bytes / 4.3 TB/s, both measured on an H200; the last column is speed relative to the standard.
+of flops / 790 TFLOP/s and bytes / 4.3 TB/s, both measured on an H200. The last column is the speed relative to the
+standard.
 On a CPU a time is the median of 7 calls.
 """
 

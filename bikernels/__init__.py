@@ -5,7 +5,7 @@ the launch. `bikernels_torch` puts them behind PyTorch's own operators.
 """
 
 from . import contract
-from .backends import BackendStatus
+from .backend import BackendStatus
 from .contract import VERSION as contract_version
 from .errors import ArithmeticUnsupportedError, BackendUnavailableError, BikernelsError
 from .operations.matmul import addmm, matmul

@@ -7,7 +7,7 @@ import os
 from contextvars import ContextVar
 from typing import Any
 
-from . import backends as _backends
+from . import backend as registry
 from .contract import ARITHMETIC
 from .errors import ArithmeticUnsupportedError, BackendUnavailableError
 from .views import Device
@@ -55,7 +55,7 @@ class use_backend(_Use):  # noqa: N801  (reads as a statement: with use_backend(
     _entries = _backend_entries
 
     def __init__(self, name: str) -> None:
-        _backends.get(name)
+        registry.get(name)
         super().__init__(name)
 
 
@@ -92,30 +92,30 @@ def current_arithmetic() -> str | None:
     return entries[-1][1] if entries else None
 
 
-def choose_backend(name: str | None, device: Device) -> _backends.Backend:
+def choose_backend(name: str | None, device: Device) -> registry.Backend:
     """The backend for operands on `device`. A name given in the call must serve that device."""
     if name is not None:
-        backend = _backends.get(name)
+        backend = registry.get(name)
         if backend.device_type != device.type:
             remedy = "pass CUDA arrays" if backend.device_type == "cuda" else "pass NumPy arrays"
             raise ValueError(
                 f"backend {name!r} computes on {backend.device_type} arrays and the operands lie on {device}; "
-                f"{remedy}, or backend={_backends.preferred(device.type).name!r}"
+                f"{remedy}, or backend={registry.preferred(device.type).name!r}"
             )
         return backend
     return _default_backend(device.type)
 
 
-def _default_backend(device_type: str) -> _backends.Backend:
+def _default_backend(device_type: str) -> registry.Backend:
     current = current_backend()
     if current is not None:
-        backend = _backends.get(current)
+        backend = registry.get(current)
         if backend.device_type == device_type:
             return backend
-    return _backends.preferred(device_type)
+    return registry.preferred(device_type)
 
 
-def choose_arithmetic(name: str | None, dtype: str, backend: _backends.Backend, device: Device) -> str:
+def choose_arithmetic(name: str | None, dtype: str, backend: registry.Backend, device: Device) -> str:
     """The class of a product of operands of `dtype`. A class given in the call must cover it."""
     if name is not None:
         _check_arithmetic(name)
@@ -140,13 +140,13 @@ def choose_arithmetic(name: str | None, dtype: str, backend: _backends.Backend, 
     return name
 
 
-def backends() -> dict[str, _backends.BackendStatus]:
+def backends() -> dict[str, registry.BackendStatus]:
     """Every backend: whether it is available, or why not; what it is chosen for; its native arithmetic classes."""
 
-    def default(device_type: str) -> _backends.Backend | None:
+    def default(device_type: str) -> registry.Backend | None:
         try:
             return _default_backend(device_type)
         except BackendUnavailableError:  # the environment names one that cannot run here: nothing is chosen
             return None
 
-    return _backends.statuses(default)
+    return registry.statuses(default)

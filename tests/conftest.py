@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import bikernels
-from bikernels.backends import NAMES
+from bikernels.backend import NAMES
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

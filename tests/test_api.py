@@ -14,7 +14,7 @@ import pytest
 
 import bikernels
 from bikernels import contract, reference
-from bikernels.backends import get
+from bikernels.backend import get
 from bikernels.dtypes import NUMPY_DTYPE
 
 from .cases import FLOATS, assert_same_bits, draw
@@ -33,7 +33,7 @@ def test_contract_version() -> None:
     assert bikernels.contract_version == contract.VERSION == 1
 
 
-@pytest.mark.parametrize("module", ["bikernels", "bikernels.backends.cpu", "bikernels.reference"])
+@pytest.mark.parametrize("module", ["bikernels", "bikernels.backend.cpu", "bikernels.reference"])
 def test_core_imports_neither_torch_nor_a_gpu_framework(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('torch', 'cupy', 'cuda') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -21,7 +21,7 @@ except RuntimeError as error:  # the Python package is there, the library is not
 
 from numba import cuda, types  # noqa: E402
 
-from bikernels.backends.numba import inspection, launch, matmul, reduction  # noqa: E402
+from bikernels.backend.numba import inspection, launch, matmul, reduction  # noqa: E402
 from bikernels.contract import ARITHMETIC  # noqa: E402
 
 GPUS = ((8, 0), (9, 0))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backends import ReductionLaunch
+from ..backend import ReductionLaunch
 from ..kinds import order_streams
 from ..settings import choose_backend, current_backend
 from ..specs import Layout, ReductionSpec, merge_dimensions

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backends import MatmulLaunch
+from ..backend import MatmulLaunch
 from ..contract import ACCUMULATE
 from ..kinds import order_streams
 from ..settings import choose_arithmetic, choose_backend, current_arithmetic, current_backend

@@ -15,7 +15,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as ET  # noqa: N817
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]

@@ -46,9 +46,9 @@ class Backend(Protocol):
 
 
 _MODULES = {
-    "cpu": "bikernels.backends.cpu",
-    "cupy": "bikernels.backends.cupy",
-    "numba": "bikernels.backends.numba",
+    "cpu": "bikernels.backend.cpu",
+    "cupy": "bikernels.backend.cupy",
+    "numba": "bikernels.backend.numba",
 }
 """Name and module of each backend; of two for one kind of device, the one that is preferred comes first."""
 

@@ -20,7 +20,7 @@ _INSTALL = 'pip install "bikernels[cuda13]"'
 
 
 class CupyBackend:
-    """The backend protocol; see `bikernels.backends.Backend`."""
+    """The backend protocol; see `bikernels.backend.Backend`."""
 
     name = "cupy"
     device_type = "cuda"

@@ -18,7 +18,7 @@ _SCALAR = {"float32": np.float32, "float64": np.float64}
 
 
 def prepare(spec: MatmulSpec, device: Device) -> MatmulLaunch:
-    """See `bikernels.backends.Backend.prepare_matmul`."""
+    """See `bikernels.backend.Backend.prepare_matmul`."""
     m, n, k = spec.mnk
     a, b = _operand(spec.a, (-2, -1)), _operand(spec.b, (-1, -2))
     out = spec.out.strides[-2:]

@@ -125,7 +125,7 @@ class _Plan:
 
 
 def prepare(spec: ReductionSpec, device: Device) -> ReductionLaunch:
-    """See `bikernels.backends.Backend.prepare_reduction`."""
+    """See `bikernels.backend.Backend.prepare_reduction`."""
     rows, plan = _rows_of(spec), _Plan(device)
     if spec.operation == "mean":
         _plan_mean(plan, rows)
