@@ -39,8 +39,7 @@ def draw(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, distribut
 
 def bits(x: np.ndarray) -> np.ndarray:
     """The bytes of an array as unsigned integers."""
-    x = np.ascontiguousarray(x)
-    return x.view(f"u{x.itemsize}")
+    return np.array(x, order="C").view(f"u{x.itemsize}")
 
 
 def assert_same_bits(actual: np.ndarray, expected: np.ndarray, message: str = "") -> None:

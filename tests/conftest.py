@@ -45,8 +45,10 @@ class BackendUnderTest:
         """A C-contiguous copy on the backend's device, byte for byte."""
         if self.xp is np:
             return np.array(x, order="C")
-        moved = self.xp.empty(x.shape, x.dtype)
-        self.xp.cuda.runtime.memcpy(moved.data.ptr, np.ascontiguousarray(x).ctypes.data, x.nbytes, 1)
+        source = np.array(x, order="C")
+        moved = self.xp.empty(source.shape, source.dtype)
+        host_to_device = 1
+        self.xp.cuda.runtime.memcpy(moved.data.ptr, source.ctypes.data, source.nbytes, host_to_device)
         return moved
 
     def layouts(self, x: np.ndarray) -> Iterator[tuple[str, Any]]:

@@ -153,11 +153,11 @@ def test_tensor_cores_notice(backend: Any, change: str, rng: np.random.Generator
         pytest.skip("needs a GPU that computes tc16f25")
     a, b = draw(rng, (64, 512), "bfloat16"), draw(rng, (512, 64), "bfloat16")
     if change == "moved boundary":
-        mutant = backend.call("matmul", np.pad(a, ((0, 0), (1, 0))), np.pad(b, ((1, 0), (0, 0))))
+        mutant = backend.call("matmul", np.pad(a, ((0, 0), (1, 0))), np.pad(b, ((1, 0), (0, 0))), dtype="float32")
     else:
         wide_a, wide_b = np.zeros((64, 1024), a.dtype), np.zeros((1024, 64), b.dtype)
         where = np.arange(512) + np.arange(512) // 8 * 8  # every group of 16 holds 8 products and 8 zeros
         wide_a[:, where], wide_b[where] = a, b
-        mutant = backend.call("matmul", wide_a, wide_b)
+        mutant = backend.call("matmul", wide_a, wide_b, dtype="float32")
     with pytest.raises(AssertionError):
-        assert_same_bits(mutant, backend.call("matmul", a, b))
+        assert_same_bits(mutant, backend.call("matmul", a, b, dtype="float32"))

@@ -1,7 +1,7 @@
-"""Run the whole suite on this machine's GPU and record it: `python tests/gpu_results/record.py FILE [--commit HASH]`.
+"""Run the whole suite on this machine's GPU and record it: `python tests/gpu_results/record.py FILE [--commit HASH] …`.
 
 The record says which GPU, driver and versions, which commit, and how many tests passed, failed and were skipped (and
-why), per test file. The exit status is pytest's.
+why), per test file. Further arguments are pytest's, and so is the exit status.
 """
 
 from __future__ import annotations
@@ -84,14 +84,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--commit", help="the commit under test, where there is no git checkout")
-    parser.add_argument("pytest", nargs="*", help="further arguments for pytest")
-    arguments = parser.parse_args()
+    arguments, for_pytest = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}"]
         for backend in ("cupy", "numba", "cpu"):
             command += ["--backend", backend]
-        done = subprocess.run([*command, *arguments.pytest], cwd=ROOT)
+        done = subprocess.run([*command, *for_pytest], cwd=ROOT)
         files, reasons = counts(report)
     record = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
