@@ -241,6 +241,33 @@ def test_unaligned_elements_are_refused() -> None:
         bikernels.mean(packed["value"])
 
 
+@pytest.mark.gpu
+def test_a_class_that_the_device_cannot_compute(backend: Any) -> None:
+    missing = [name for name in ("tc16f25", "tc8f24") if not backend.can_compute(name)]
+    if not missing:
+        pytest.skip("a CPU computes every class")
+    x = backend.put(ones(2, 2, dtype="bfloat16"))
+    for name in missing:
+        out = backend.put(ones(2, 2, dtype="bfloat16"))
+        with pytest.raises(bikernels.ArithmeticUnsupportedError, match=f"'{name}' cannot be computed on cuda:0"):
+            bikernels.matmul(x, x, out=out, backend=backend.name, arithmetic=name)
+        with bikernels.use_arithmetic(name), pytest.raises(bikernels.ArithmeticUnsupportedError):
+            bikernels.matmul(x, x, out=out, backend=backend.name)
+        assert (backend.get(out) == 1).all()
+
+
+@pytest.mark.gpu
+def test_operands_on_two_devices(backend: Any) -> None:
+    if backend.name == "cpu":
+        pytest.skip("needs a GPU")
+    with pytest.raises(ValueError, match="b lies on cpu and a on cuda:0"):
+        bikernels.matmul(backend.put(ones(2, 2)), ones(2, 2))
+    with pytest.raises(ValueError, match="out lies on cpu and the operands on cuda:0"):
+        bikernels.mean(backend.put(ones(2, 2)), axis=0, out=ones(2))
+    with pytest.raises(ValueError, match=f"backend '{backend.name}' computes on cuda arrays"):
+        bikernels.matmul(ones(2, 2), ones(2, 2), backend=backend.name)
+
+
 # ---------------------------------------------------------------------------------------------------------- contexts
 
 
