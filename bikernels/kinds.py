@@ -39,6 +39,9 @@ class NumpyKind(Kind):
     def view(self, array: Any) -> View:
         if isinstance(array, np.ma.MaskedArray):
             raise TypeError("is a masked array, whose mask would be ignored; pass a plain array, e.g. array.filled(0)")
+        if isinstance(array, np.generic):  # a scalar owns no memory
+            array = np.asarray(array)
+            array.flags.writeable = False
         dtype = dtype_name(array.dtype)
         return View(
             array.__array_interface__["data"][0],
@@ -151,7 +154,7 @@ def _find_kind(cls: type, array: Any) -> Kind | None:
     exports_cuda = hasattr(array, "__cuda_array_interface__")
     for base in cls.__mro__:
         kind = _KIND_OF_MODULE.get(base.__module__.partition(".")[0])
-        if kind is NUMPY and isinstance(array, np.ndarray):
+        if kind is NUMPY and isinstance(array, np.ndarray | np.generic):
             return kind
         if kind in (CUPY, NUMBA) and exports_cuda:
             return kind
@@ -165,7 +168,7 @@ def view_of(array: Any, argument: str) -> tuple[View, Kind]:
     kind = kind_of(array, argument)
     try:
         return kind.view(array), kind
-    except (TypeError, ValueError) as error:
+    except (BufferError, TypeError, ValueError) as error:
         raise type(error)(f"{argument}: {error}") from None
 
 

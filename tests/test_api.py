@@ -94,6 +94,13 @@ def test_torch_tensors_are_answered_in_numpy() -> None:
     assert_same_bits(actual, bikernels.matmul(*bits))
 
 
+def test_numpy_scalars_are_arrays_without_dimensions() -> None:
+    assert bikernels.mean(np.float32(3)) == 3
+    assert (bikernels.addmm(np.float32(2), ones(2, 3), ones(3, 2)) == 5).all()
+    with pytest.raises(ValueError, match="read-only"):
+        bikernels.mean(ones(3), out=np.float32(0))
+
+
 def test_inputs_are_not_copied() -> None:
     a = np.zeros((2000, 2000), np.float32)
     view, _ = bikernels.kinds.view_of(a[::-2, 3::5], "a")
@@ -165,6 +172,9 @@ PRODUCT_ERRORS = {
         "c is float64",
     ),
     "alpha": (lambda: bikernels.addmm(ones(2), ones(2, 2), ones(2, 2), alpha=1j), TypeError, "alpha is 1j"),
+    "alpha text": (lambda: bikernels.addmm(ones(2), ones(2, 2), ones(2, 2), alpha="a"), TypeError, "alpha is 'a'"),
+    "alpha size": (lambda: bikernels.addmm(ones(2), ones(2, 2), ones(2, 2), alpha=10**400), ValueError, "alpha is too"),
+    "no addend": (lambda: bikernels.addmm(None, ones(2, 2), ones(2, 2)), TypeError, "c is None.*matmul"),
     "arithmetic": (lambda: bikernels.matmul(ones(2, 2), ones(2, 2), arithmetic="tf32"), ValueError, "'tf32'.*'fma32'"),
     "class and dtype": (
         lambda: bikernels.matmul(ones(2, 2), ones(2, 2), arithmetic="tc16f25"),
@@ -178,6 +188,7 @@ REDUCTION_ERRORS = {
     "axis": (lambda: bikernels.log_softmax(ones(2, 3), axis=2), np.exceptions.AxisError, "2"),
     "axis of a scalar": (lambda: bikernels.softmax(ones()), np.exceptions.AxisError, "-1"),
     "axis twice": (lambda: bikernels.mean(ones(2, 3), axis=(1, -1)), ValueError, "twice"),
+    "axis array": (lambda: bikernels.mean(ones(2, 3), axis=np.array([0, 1])), TypeError, "axis is array"),
     "axis type": (lambda: bikernels.mean(ones(2, 3), axis=1.5), TypeError, "axis is 1.5"),
     "softmax axes": (lambda: bikernels.softmax(ones(2, 3), axis=(0, 1)), TypeError, "one integer"),
     "complex": (lambda: bikernels.mean(np.ones(3, complex)), TypeError, "x: .*complex128"),
@@ -201,6 +212,7 @@ def bad_outs() -> dict[str, tuple[np.ndarray, type[Exception], str]]:
         "dtype": (ones(3, 3, dtype="float64"), TypeError, "float64"),
         "read-only": (read_only, ValueError, "read-only"),
         "broadcast": (np.lib.stride_tricks.as_strided(ones(3), (3, 3), (0, 4)), ValueError, "share memory"),
+        "scalar": (np.float32(1), ValueError, r"shape \(\)"),  # type: ignore[dict-item]
         "list": ([[1.0]], TypeError, "out is of type list"),  # type: ignore[dict-item]
     }
 

@@ -54,7 +54,7 @@ def reduce(
 def _index(axis: Any) -> int:
     try:
         return int(axis.__index__())
-    except AttributeError:
+    except (AttributeError, TypeError):
         raise TypeError(f"axis is {axis!r}; pass an integer, a tuple of integers or None") from None
 
 

@@ -82,6 +82,8 @@ def addmm(
 
     The epilogue is t = alpha * acc (if alpha is not 1), then fma(beta, c, t) (if beta is not 0): docs/contract.md.
     """
+    if c is None:
+        raise TypeError("c is None; pass an array, or call matmul")
     return _product(c, a, b, _real(alpha, "alpha"), _real(beta, "beta"), out, dtype, backend, arithmetic)
 
 
@@ -127,8 +129,10 @@ def _product(
 def _real(value: Any, argument: str) -> float:
     try:
         return float(value)
-    except TypeError:
+    except (TypeError, ValueError):
         raise TypeError(f"{argument} is {value!r}; pass a real number") from None
+    except OverflowError:
+        raise ValueError(f"{argument} is too large for float64; pass a smaller number or math.inf") from None
 
 
 def _rounded(value: float, dtype: str) -> float:

@@ -45,5 +45,5 @@ def softmax(x: Any, /, axis: int = -1, *, dtype: Any = None, out: Any = None, ba
 def _one(axis: Any) -> int:
     try:
         return int(axis.__index__())
-    except AttributeError:
+    except (AttributeError, TypeError):
         raise TypeError(f"axis is {axis!r}; pass one integer") from None
