@@ -364,6 +364,24 @@ def test_environment_variable(value: str, words: str | None) -> None:
 # ----------------------------------------------------------------------------------------------- threads and processes
 
 
+def test_flush_to_zero_set_by_another_library_does_not_show() -> None:
+    torch = pytest.importorskip("torch")
+    a = np.full((3, 40), 2.0**-70, np.float32)
+    x = np.full((3, 40), 2.0**-140, np.float32)
+    expected = bikernels.matmul(a, a.T), bikernels.mean(x, axis=1)
+    assert 0 < expected[0].max() < np.finfo(np.float32).smallest_normal
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormals")
+    try:
+        actual = bikernels.matmul(a, a.T), bikernels.mean(x, axis=1)
+        still_flushes = float(torch.tensor([2.0**-80]) * 2.0**-60) == 0
+    finally:
+        torch.set_flush_denormal(False)
+    assert still_flushes
+    for one, other in zip(actual, expected, strict=True):
+        assert_same_bits(one, other)
+
+
 def test_concurrent_threads(rng: np.random.Generator) -> None:
     inputs = [(draw(rng, (65, 300), dtype), draw(rng, (300, 70), dtype)) for dtype in FLOATS]
     expected = [bikernels.matmul(a, b) for a, b in inputs]

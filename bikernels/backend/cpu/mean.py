@@ -100,7 +100,11 @@ def prepare(spec: ReductionSpec) -> ReductionLaunch:
             _sum_chunks(kind, g, x.pointer, sums.ctypes.data, memory.ctypes.data, counter.ctypes.data)
 
         threads.run(work_on_chunks, g.groups * g.chunks, cost)
-        memory = np.empty(workspace_bytes, np.uint8)
-        _finish_groups(kind, g, out.pointer, sums.ctypes.data, memory.ctypes.data)
+
+        def finish() -> None:
+            memory = np.empty(workspace_bytes, np.uint8)
+            _finish_groups(kind, g, out.pointer, sums.ctypes.data, memory.ctypes.data)
+
+        threads.run(finish, 1, 0)
 
     return launch

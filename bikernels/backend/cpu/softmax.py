@@ -269,6 +269,10 @@ def prepare(spec: ReductionSpec) -> ReductionLaunch:
 
         for step in (_MAXIMUM, _SUM, _WRITE):
 
+            def finish(step: int = step) -> None:
+                memory = np.empty(workspace_bytes, np.uint8)
+                _finish_pass(kind, logarithm, step, g, state.ctypes.data, memory.ctypes.data)
+
             def work_on_chunks(step: int = step) -> None:
                 memory = np.empty(workspace_bytes, np.uint8)
                 _chunks(
@@ -286,7 +290,6 @@ def prepare(spec: ReductionSpec) -> ReductionLaunch:
 
             threads.run(work_on_chunks, g.groups * g.chunks, cost / 3)
             if step != _WRITE:
-                memory = np.empty(workspace_bytes, np.uint8)
-                _finish_pass(kind, logarithm, step, g, state.ctypes.data, memory.ctypes.data)
+                threads.run(finish, 1, 0)
 
     return launch

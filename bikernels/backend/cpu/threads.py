@@ -8,6 +8,7 @@ pool that has not begun, and any number of threads may call at once. How the pie
 
 from __future__ import annotations
 
+import functools
 import os
 import queue
 import threading
@@ -15,6 +16,8 @@ from collections.abc import Callable
 
 import numba
 from numba.np.ufunc import parallel
+
+from .environment import in_default_environment
 
 
 def limit() -> int:
@@ -131,9 +134,9 @@ def run(work: Callable[[], None], pieces: int, cost: float) -> None:
     if threads > 1:
         threads = min(threads, limit())
     if threads > 1:
-        _pool.run(work, threads)
+        _pool.run(functools.partial(in_default_environment, work), threads)
     else:
-        work()
+        in_default_environment(work)
 
 
 _WORTH_A_THREAD = 30_000.0
