@@ -30,7 +30,7 @@ def reduce(
     operands = describe((("x", x),))
     (view_x,) = operands.views
     if axis is not None and not isinstance(axis, int):
-        axis = tuple(axis) if isinstance(axis, Sequence) else (_index(axis),)
+        axis = tuple(axis) if isinstance(axis, Sequence) else (as_index(axis, _AXES),)
     plan = _plan(
         operation,
         view_x.layout,
@@ -51,11 +51,15 @@ def reduce(
     return array
 
 
-def _index(axis: Any) -> int:
+_AXES = "an integer, a tuple of integers or None"
+
+
+def as_index(axis: Any, allowed: str) -> int:
+    """The axis as an int; TypeError, saying what is allowed, if it is none."""
     try:
         return int(axis.__index__())
     except (AttributeError, TypeError):
-        raise TypeError(f"axis is {axis!r}; pass an integer, a tuple of integers or None") from None
+        raise TypeError(f"axis is {axis!r}; pass {allowed}") from None
 
 
 class _Plan(NamedTuple):
@@ -116,7 +120,7 @@ def _normalise(axis: int | tuple[int, ...] | None, ndim: int) -> tuple[int, ...]
         return tuple(range(ndim))
     axes = []
     for one in (axis,) if isinstance(axis, int) else axis:
-        index = _index(one)
+        index = as_index(one, _AXES)
         if not -ndim <= index < ndim:
             raise np.exceptions.AxisError(index, ndim, "axis")
         axes.append(index % ndim)

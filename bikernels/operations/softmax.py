@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._reduction import reduce
+from ._reduction import as_index, reduce
 
 
 def log_softmax(x: Any, /, axis: int = -1, *, dtype: Any = None, out: Any = None, backend: str | None = None) -> Any:
@@ -31,7 +31,7 @@ def log_softmax(x: Any, /, axis: int = -1, *, dtype: Any = None, out: Any = None
     result is (x - m) - log(c + r), the logarithm compensated for the rounding of c + r: section 4 of
     docs/contract.md.
     """
-    return reduce("log_softmax", x, _one(axis), dtype=dtype, keepdims=True, out=out, backend=backend)
+    return reduce("log_softmax", x, as_index(axis, "one integer"), dtype=dtype, keepdims=True, out=out, backend=backend)
 
 
 def softmax(x: Any, /, axis: int = -1, *, dtype: Any = None, out: Any = None, backend: str | None = None) -> Any:
@@ -39,11 +39,4 @@ def softmax(x: Any, /, axis: int = -1, *, dtype: Any = None, out: Any = None, ba
 
     Arguments, result and errors are those of `log_softmax`. The result is exp(x - m) / (c + r).
     """
-    return reduce("softmax", x, _one(axis), dtype=dtype, keepdims=True, out=out, backend=backend)
-
-
-def _one(axis: Any) -> int:
-    try:
-        return int(axis.__index__())
-    except (AttributeError, TypeError):
-        raise TypeError(f"axis is {axis!r}; pass one integer") from None
+    return reduce("softmax", x, as_index(axis, "one integer"), dtype=dtype, keepdims=True, out=out, backend=backend)
