@@ -8,7 +8,7 @@ pytest.importorskip("cuda.core", reason="needs the cuda13 extra")
 
 from bikernels import contract
 from bikernels.backend.cupy import compile as compiler
-from bikernels.backend.cupy.schedules import all_kernels
+from bikernels.backend.cupy.compile import all_kernels
 
 ARCHITECTURES = ("sm_80", "sm_90a")
 NEWER = ("sm_100a", "sm_120")

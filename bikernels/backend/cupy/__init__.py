@@ -1,6 +1,6 @@
 """CUDA C++ kernels, compiled with NVRTC at first use and launched through CuPy.
 
-`kernels/` is the CUDA C++; `schedules.py` decides speed; `matmul.py` and `reductions.py` turn a spec into launches;
+`kernels/` is the CUDA C++; `matmul/` and `reductions.py` turn a spec into launches; `schedules.py` is for the latter;
 `compile.py` compiles and caches. Nothing of CUDA is imported before a launch is prepared.
 """
 

@@ -235,8 +235,15 @@ def resources(kernel: Kernel, arch: str) -> list[Resources]:
     return found
 
 
-def compile_all(arch: str) -> list[Resources]:
-    """Compile every kernel that the backend can launch on a GPU of this architecture ("sm_80", "sm_90a", …)."""
-    from .schedules import all_kernels
+def all_kernels(arch: str) -> Iterator[Kernel]:
+    """Every kernel that the backend can launch on a GPU of this architecture ("sm_80", "sm_90a", …)."""
+    from . import schedules
+    from .matmul import kernels
 
+    yield from kernels(int("".join(filter(str.isdigit, arch))))
+    yield from schedules.reduction_kernels()
+
+
+def compile_all(arch: str) -> list[Resources]:
+    """Compile `all_kernels` and report on their functions."""
     return [function for kernel in all_kernels(arch) for function in resources(kernel, arch)]

@@ -11,6 +11,9 @@ from ...contract import FLOAT_DTYPES, INTEGER_DTYPES
 MAX_DIMS = 32
 """Dimensions of a `Dims`. Operands with more that do not merge have at least 2^33 elements."""
 
+C_TYPE = {"bfloat16": "bfloat16", "float16": "float16", "float32": "float", "float64": "double"}
+"""The floating-point dtypes in CUDA C++."""
+
 DTYPE_CODE = {dtype: code for code, dtype in enumerate(FLOAT_DTYPES + INTEGER_DTYPES)}
 
 DIVISOR = np.dtype([("number", "i8"), ("multiplier", "u8"), ("shift", "i8")])
