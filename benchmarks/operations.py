@@ -2,33 +2,29 @@
 
     python benchmarks/operations.py [--device cuda|cpu] [--backend NAME] [--quick] [--json FILE]
 
-On a GPU the calls are captured in a CUDA graph over rotating operands (512 MB or more in all), so that neither launches
-nor a warm L2 flatter anyone; a time is the median of 7 replays divided by the number of calls. The floor is the larger
-of flops / 790 TFLOP/s and bytes / 4.3 TB/s, both measured on an H200 (in 16-bit floats; products of wider ones have no
-floor here). The last column is the speed relative to the standard.
-On a CPU a time is the median of 7 calls.
+On a GPU both are captured in CUDA graphs over rotating operands, which are replayed in turn (see timing.py). A time is
+the median of the samples, the floor what an H200 allows (see bounds.py; on other devices there is none), and the last
+column the speed relative to the standard.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import bounds
 import torch
+from records import spread
+from timing import Samples, alternate, capture, rotations, wall_samples
 
 import bikernels
 from bikernels_torch import set_batch_invariant_mode
-
-PEAK_FLOPS, PEAK_BYTES = 790e12, 4.3e12
-ROTATED_BYTES = 512 * 2**20
-REPLAYS = 7
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -51,7 +47,7 @@ class Workload(NamedTuple):
     make: Callable[[], tuple[torch.Tensor, ...]]
     call: Callable[..., torch.Tensor]
     flops: float
-    bytes: float
+    bytes: int
 
 
 def product(m: int, n: int, k: int, dtype: str, device: torch.device) -> Workload:
@@ -100,36 +96,26 @@ def workloads(device: torch.device, quick: bool) -> Iterator[Workload]:
                 yield reduction(name, rows, n, dtype, device)
 
 
-def microseconds(workload: Workload, device: torch.device, invariant: bool) -> float:
-    """Median time of one call."""
-    mode = set_batch_invariant_mode() if invariant else contextlib.nullcontext()
-    with mode:
-        if device.type == "cpu":
-            operands = workload.make()
-            workload.call(*operands)
-            times = []
-            for _ in range(REPLAYS):
-                start = time.perf_counter()
-                workload.call(*operands)
-                times.append(time.perf_counter() - start)
-            return 1e6 * statistics.median(times)
-        copies = int(min(64, max(4, ROTATED_BYTES // max(workload.bytes, 1) + 1)))
-        rotated = [workload.make() for _ in range(copies)]
-        workload.call(*rotated[0])
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for operands in rotated:
-                workload.call(*operands)
-        times = []
-        for _ in range(REPLAYS + 1):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3 / copies)
-        return statistics.median(times[1:])
+MODES = {"standard": contextlib.nullcontext, "invariant": set_batch_invariant_mode}
+
+
+def samples(workload: Workload, device: torch.device) -> Samples:
+    """Times of a call in each mode."""
+    found: Samples = {}
+    if device.type == "cpu":
+        operands = workload.make()
+        for name, mode in MODES.items():
+            with mode():
+                found |= wall_samples({name: functools.partial(workload.call, *operands)})
+        return found
+    graphs = {}
+    with torch.cuda.stream(torch.cuda.Stream()):
+        rotated = [workload.make() for _ in range(rotations(workload.bytes))]
+        for name, mode in MODES.items():
+            with mode():
+                workload.call(*rotated[0])
+                graphs[name] = capture(functools.partial(workload.call, *operands) for operands in rotated)
+        return alternate(graphs, len(rotated))
 
 
 def main() -> int:
@@ -155,10 +141,11 @@ def main() -> int:
     results = []
     with torch.inference_mode(), use:
         for workload in workloads(device, arguments.quick):
-            standard, invariant = (microseconds(workload, device, flag) for flag in (False, True))
+            timed = samples(workload, device)
+            standard, invariant = (spread(timed[name]).median for name in MODES)
             floor = None
-            if device.type == "cuda" and (workload.flops == 0 or workload.dtype in ("bf16", "fp16")):
-                floor = 1e6 * max(workload.flops / PEAK_FLOPS, workload.bytes / PEAK_BYTES)
+            if bounds.known(str(machine["device"])):
+                floor = bounds.floor_us(workload.dtype, workload.flops, workload.bytes)
             results.append(Measurement(workload.name, workload.dtype, standard, invariant, floor))
             bound = "" if floor is None else f"{floor:.1f}"
             print(

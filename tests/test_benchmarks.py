@@ -1,0 +1,270 @@
+"""The benchmarks' own logic: which cases are chosen, what a record becomes, and the CPU part on tiny shapes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that imports a module of the folder as its scripts do."""
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module
+
+
+def run(script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    paths = [str(FOLDER.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.run(
+        [sys.executable, str(FOLDER / script), *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def samples(us: float) -> list[float]:
+    """Seven samples with the quartiles 0.99 us and 1.01 us."""
+    return [us * factor for factor in (1, 0.98, 0.99, 1, 1, 1.01, 1.02)]
+
+
+@pytest.fixture
+def record(module: Any) -> Any:
+    """A function that makes a record of a bf16 case on a GPU from times in microseconds."""
+    cases, bounds = module("cases"), module("bounds")
+
+    def make(
+        us: dict[str, float], m: int = 8, n: int = 4096, k: int = 4096, group: str = "small", check: str = "ok"
+    ) -> Any:
+        case = cases.Case(group, "bf16", "nk", m, n, k)
+        floor = bounds.floor_us(case.dtype, 2.0 * case.products, case.moved)
+        timed = {name: samples(value) for name, value in us.items()}
+        return cases.Record(case, floor, bounds.chain_us(case.dtype, k), timed, check, {})
+
+    return make
+
+
+@pytest.fixture
+def results(module: Any, record: Any) -> Any:
+    """A run with a case of each verdict."""
+    made = module("records")
+    return made.Results(
+        {"device": "cuda", "gpu": "NVIDIA H200", "backend": "cupy"},
+        [
+            record({"torch": 15.0, "cublaslt": 12.0, "bikernels": 10.0, "peer:matmul": 60.0}),
+            record({"torch": 12.0, "cublaslt": 15.0, "bikernels": 12.4}, m=16),
+            record({"torch": 5.0, "bikernels": 6.9}, m=32, n=256, k=7168),  # a chain of 5.43 us
+            record({"torch": 10.0, "bikernels": 20.0}, m=64),
+            record({"torch": 400.0, "cublaslt": 360.0, "bikernels": 350.0}, m=8192, group="large"),
+        ],
+        [made.Host("small bf16", {"bikernels": samples(12.0), "cupy.matmul": samples(10.0)}, {})],
+        [made.FirstUse("filled", [{"import bikernels": 0.4, "first product": 0.9}])],
+    )
+
+
+def test_listed_cases(module: Any) -> None:
+    cases = module("cases")
+    listed = cases.gpu_cases(cases.Selection())
+    assert sum(case.dtype == "bf16" and case.batch == 1 for case in listed) == 7 * 14 * 2
+    assert {case.group for case in listed} == set(cases.GPU_GROUPS) - {"host", "first-use"}
+    assert {(case.m, case.n, case.k) for case in listed if case.batch > 1 and case.layout == "kn"} == {
+        (m, 128, length) for m in (1, 128) for length in (128, 512, 2048, 8192)
+    }
+    full = cases.gpu_cases(cases.Selection(full=True))
+    assert sum(case.dtype == "fp16" for case in full) == 7 * 14 * 2
+    assert len(set(full)) == len(full) > len(listed) > len(cases.gpu_cases(cases.Selection(quick=True)))
+
+
+def test_chosen_cases(module: Any) -> None:
+    cases = module("cases")
+    chosen = cases.Selection(shapes=[(5, 7)], rows=[3, 300], layouts=["kn"], dtypes=["bf16", "fp64"])
+    assert [case[:6] for case in cases.gpu_cases(chosen)] == [
+        ("small", "bf16", "kn", 3, 5, 7),
+        ("medium", "bf16", "kn", 300, 5, 7),
+        ("fp64", "fp64", "kn", 3, 5, 7),
+        ("fp64", "fp64", "kn", 300, 5, 7),
+    ]
+    assert [case.m for case in cases.gpu_cases(chosen._replace(groups=["small"]))] == [3]
+
+
+def test_arguments(module: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    command = module("matmul")
+    arguments, _ = command.parse(["--shapes", "6144x4096", "1X2", "--m", "1", "17", "--layouts", "nk"])
+    assert arguments.shapes == [(6144, 4096), (1, 2)]
+    assert arguments.m == [1, 17]
+    for wrong in (["--shapes", "6144"], ["--shapes", "0x4"], ["--m", "0"], ["--m", "-1"], ["--dtypes", "int8"]):
+        with pytest.raises(SystemExit):
+            command.parse(wrong)
+        assert wrong[1] in capsys.readouterr().err
+
+
+def test_peers(module: Any) -> None:
+    products = module("products")
+    product = products.peer("operator:add")
+    assert product(1, 2, None) == 3
+    for name, error in (("operator", ValueError), ("operator:none", AttributeError), ("no_such:f", ImportError)):
+        with pytest.raises(error):
+            products.peer(name)
+
+
+def test_rotation(module: Any) -> None:
+    timing = module("timing")
+    assert timing.rotations(2**40) == 2
+    assert timing.rotations(1) == timing.MAX_CALLS
+    assert timing.rotations(32 * 2**20) * 32 * 2**20 == timing.ROTATED_BYTES
+
+
+def test_bounds(module: Any) -> None:
+    bounds = module("bounds")
+    assert bounds.floor_us("bf16", 790e12, 1) == pytest.approx(1e6)
+    assert bounds.floor_us("bf16", 1, 4.3e12) == pytest.approx(1e6)
+    assert bounds.chain_us("bf16", 4096) == bounds.chain_us("fp16", 4081) == pytest.approx(3.103, abs=1e-3)
+    assert bounds.chain_us("fp32", 4096) == 0
+    assert bounds.known("NVIDIA H200")
+    assert not bounds.known("NVIDIA A100-SXM4-80GB")
+
+
+def test_a_row_that_depends_on_the_batch_is_found(module: Any) -> None:
+    torch, products = module("torch"), module("products")
+    a, b, out = torch.randn(5, 7), torch.randn(7, 3), torch.empty(5, 3)
+
+    def dependent(a: Any, b: Any, out: Any) -> None:
+        torch.mul(a @ b, 1 + 2.0**-20 * (len(a) > 1), out=out)
+
+    def incomplete(a: Any, b: Any, out: Any) -> None:
+        out[:, 1:] = 1
+
+    assert products.row_is_invariant(a, b, out, products.ours())
+    assert not products.row_is_invariant(a, b, out, dependent)
+    assert not products.row_is_invariant(a, b, out, incomplete)
+    assert products.row_is_invariant(a.expand(2, 5, 7), b.expand(2, 7, 3), out.repeat(2, 1, 1), products.ours())
+
+
+def test_wall_samples(module: Any) -> None:
+    timing = module("timing")
+    timed = timing.wall_samples({"a": lambda: None, "b": lambda: math.factorial(50)}, repeats=3, shortest=1e-4)
+    assert {name: len(values) for name, values in timed.items()} == {"a": 3, "b": 3}
+    hurried = timing.wall_samples({"a": lambda: None}, repeats=3, shortest=1e-4, budget=0)
+    assert len(hurried["a"]) == 1
+
+
+def test_host_samples(module: Any) -> None:
+    calls: list[int] = []
+    timed = module("timing").host_samples({"a": lambda: calls.append(1)}, lambda: None, calls=20, burst=5, repeats=3)
+    assert len(timed["a"]) == 3
+    assert len(calls) == 4 * 20
+
+
+def test_record_survives_a_file(module: Any, results: Any, tmp_path: Path) -> None:
+    results.save(tmp_path / "deep" / "r.json")
+    loaded = module("records").Results.load(tmp_path / "deep" / "r.json")
+    assert loaded.machine == results.machine
+    assert [each.case for each in loaded.cases] == [each.case for each in results.cases]
+    assert loaded.cases[0].us["torch"] == pytest.approx(results.cases[0].us["torch"], rel=1e-5)
+    assert loaded.host[0].name == "small bf16"
+
+
+def test_verdicts(module: Any, record: Any, results: Any) -> None:
+    report = module("report")
+    verdicts = [report.verdict(each, results.machine) for each in results.cases]
+    assert [each.name for each in verdicts] == ["REACHED", "NOISE", "CHAIN", "MISSED", "REACHED"]
+    narrow = record({"torch": 5.0, "bikernels": 7.0}, n=256, k=7168)
+    assert report.verdict(narrow, results.machine) is report.Verdict.MISSED
+    assert report.verdict(record({"torch": 5.0}), results.machine) is report.Verdict.MISSED
+    assert report.verdict(record({"bikernels": 5.0}), results.machine) is None
+
+
+def test_report(module: Any, results: Any) -> None:
+    report = module("report")
+    assert report.relative(results.cases[0]) == pytest.approx(1.2)  # beside the faster of the two
+    summary = report.summary(results).splitlines()
+    mean = (1.2 * 12 / 12.4 * 5 / 6.9 * 0.5) ** 0.25
+    assert summary[2] == (
+        f"| bf16, M < 128 | 4 | 0.98 each, 1.15 mean | {mean:.2f} | 0.50 (4096x4096, M = 64, w.T) | 1 | 1 | 1 | 1 |"
+    )
+    assert "785 TFLOP/s" in summary[-1]
+    assert "| 0.20 |" in report.peers(results)
+    misses = report.misses(results).splitlines()
+    assert [line.partition(":")[0] for line in misses] == [
+        "- bf16 4096x4096, M = 64, w.T",
+        "- host, small bf16",
+        "- first use, cache filled",
+    ]
+    text = report.markdown(results)
+    assert "| bf16 | 4096x4096 | w.T | 8 | 15.0 [14.8..15.2] | 12.0 [11.9..12.1] | 60.0 [59.4..60.6] |" in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert all(line.endswith("|") for line in rows)
+
+
+def test_a_changed_row_is_reported(module: Any, record: Any, results: Any) -> None:
+    changed = record({"torch": 5.0, "bikernels": 1.0}, check="DIFFERENT")
+    assert "DIFFERENT" in module("report").misses(results._replace(cases=[changed]))
+
+
+def test_drift(module: Any, record: Any) -> None:
+    command, products = module("matmul"), module("products")
+    here = record({"bikernels": 10.0})
+    child = {here.case: products.Timed({"bikernels": samples(11.0)}, {})}
+    assert command.drift([here], child) == pytest.approx(1.1)
+    assert command.drift([here], {}) is None
+
+
+def test_report_command(results: Any, tmp_path: Path) -> None:
+    results.save(tmp_path / "r.json")
+    done = run("report.py", tmp_path / "r.json", "--section", "summary", "--section", "machine")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("| products |")
+    assert done.stdout.endswith("gpu NVIDIA H200, backend cupy\n")
+
+
+def test_plot(module: Any, results: Any, tmp_path: Path) -> None:
+    report, path = module("report"), tmp_path / "speed.svg"
+    if report.can_plot():
+        report.plot(results, path)
+        assert "4096x4096" in path.read_text()
+        first = path.read_bytes()
+        report.plot(results, path)
+        assert path.read_bytes() == first
+        with pytest.raises(ValueError, match="nothing to draw"):
+            report.plot(results, path, "fp16")
+    else:
+        with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
+            report.plot(results, path)
+        results.save(tmp_path / "r.json")
+        done = run("report.py", tmp_path / "r.json", "--plot", path)
+        assert done.returncode == 1
+        assert "pip install matplotlib" in done.stderr
+
+
+def test_on_the_cpu(tmp_path: Path) -> None:
+    written = [tmp_path / "r.json", tmp_path / "r.md"]
+    options = ("--device", "cpu", "--shapes", "8x16", "--m", "2", "--layouts", "nk", "--dtypes", "fp32", "bf16")
+    done = run("matmul.py", *options, "--json", written[0], "--report", written[1], OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    fields = json.loads(written[0].read_text())
+    assert fields["machine"]["threads"] == 1
+    assert [(each["case"]["dtype"], each["case"]["arithmetic"], sorted(each["us"])) for each in fields["cases"]] == [
+        ("fp32", None, ["bikernels", "torch"]),
+        ("bf16", None, ["bikernels", "torch"]),
+        ("bf16", "tc16f25", ["bikernels"]),
+    ]
+    assert all(each["check"] == "ok" for each in fields["cases"])
+    assert "| 2x8x16 | bf16 | tc16f25 | w |" in written[1].read_text()
+
+
+def test_the_child_refuses_a_process_with_other_settings() -> None:
+    done = run("cublaslt.py", CUBLASLT_WORKSPACE_SIZE="1024")
+    assert done.returncode == 2
+    assert "CUBLASLT_WORKSPACE_SIZE" in done.stderr
