@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from .contract import ITEMSIZE
 from .dtypes import NUMPY_DTYPE, dtype_name
-from .views import CPU, Device, View
+from .specs import contiguous_strides
+from .views import CPU, Description, Device, Form, FormView, View, description
+
+Allocate = Callable[[int], tuple[Any, View]]
+"""allocate(stream): a new C-contiguous array, uninitialised, that is used on this stream; and its view."""
 
 
 class Kind:
@@ -25,11 +31,11 @@ class Kind:
     name: str
 
     def view(self, array: Any) -> View:
-        """Describe an array without copying it."""
+        """View an array without copying it. Done at each call, so what can be left to the form's description is."""
         raise NotImplementedError
 
-    def empty(self, dtype: str, shape: tuple[int, ...], like: View) -> Any:
-        """A new C-contiguous array, uninitialised, on the device and the stream of `like`."""
+    def allocator(self, dtype: str, shape: tuple[int, ...], device: Device) -> Allocate:
+        """What allocates arrays like this."""
         raise NotImplementedError
 
 
@@ -42,41 +48,63 @@ class NumpyKind(Kind):
         if isinstance(array, np.generic):  # a scalar owns no memory
             array = np.asarray(array)
             array.flags.writeable = False
-        dtype = dtype_name(array.dtype)
-        return View(
-            array.__array_interface__["data"][0],
-            dtype,
-            array.shape,
-            _element_strides(array.shape, array.strides, dtype, array.flags.aligned),
-            read_only=not array.flags.writeable,
-            owner=array,
-        )
+        flags = array.flags
+        form = (self._describe, array.dtype, array.shape, array.strides, flags.aligned, flags.writeable)
+        return FormView(form, array.__array_interface__["data"][0], owner=array)
 
-    def empty(self, dtype: str, shape: tuple[int, ...], like: View) -> Any:
-        return np.empty(shape, NUMPY_DTYPE[dtype])
+    @staticmethod
+    def _describe(
+        dtype: np.dtype[Any], shape: tuple[int, ...], strides: tuple[int, ...], aligned: bool, writeable: bool
+    ) -> Description:
+        name = dtype_name(dtype)
+        return Description(name, shape, _element_strides(shape, strides, name, aligned), CPU, not writeable)
+
+    def allocator(self, dtype: str, shape: tuple[int, ...], device: Device) -> Allocate:
+        own = NUMPY_DTYPE[dtype]
+
+        def allocate(stream: int) -> tuple[Any, View]:
+            array = np.empty(shape, own)
+            return array, self.view(array)
+
+        return allocate
 
 
 class CupyKind(Kind):
     name = "cupy"
 
-    def view(self, array: Any) -> View:
-        cupy = importlib.import_module("cupy")
-        dtype = dtype_name(array.dtype)
-        device = array.device.id
-        return View(
-            array.data.ptr,
-            dtype,
-            array.shape,
-            _element_strides(array.shape, array.strides, dtype),
-            Device("cuda", device),
-            stream=cupy.cuda.get_current_stream(device).ptr,
-            owner=array,
-        )
+    @functools.cached_property
+    def _cupy(self) -> Any:
+        return importlib.import_module("cupy")
 
-    def empty(self, dtype: str, shape: tuple[int, ...], like: View) -> Any:
-        cupy = importlib.import_module("cupy")
-        with cupy.cuda.Device(like.device.index):
-            return cupy.empty(shape, NUMPY_DTYPE[dtype])
+    @functools.cached_property
+    def _current_stream(self) -> Callable[[int], Any]:
+        return self._cupy.cuda.get_current_stream
+
+    def view(self, array: Any) -> View:
+        memory = array.data
+        index = memory.device_id
+        form = (self._describe, array.dtype, array.shape, array.strides, index)
+        return FormView(form, memory.ptr, self._current_stream(index).ptr, array)
+
+    @staticmethod
+    def _describe(dtype: Any, shape: tuple[int, ...], strides: tuple[int, ...], index: int) -> Description:
+        name = dtype_name(dtype)
+        return Description(name, shape, _element_strides(shape, strides, name), Device("cuda", index))
+
+    def allocator(self, dtype: str, shape: tuple[int, ...], device: Device) -> Allocate:
+        cupy, own, index = self._cupy, NUMPY_DTYPE[dtype], device.index
+        new, current_device = cupy.ndarray, cupy.cuda.runtime.getDevice
+        form = View(0, dtype, shape, contiguous_strides(shape), device).form
+
+        def allocate(stream: int) -> tuple[Any, View]:
+            if current_device() == index:
+                array = new(shape, own)
+            else:
+                with cupy.cuda.Device(index):
+                    array = new(shape, own)
+            return array, FormView(form, array.data.ptr, stream, array)
+
+        return allocate
 
 
 class NumbaKind(Kind):
@@ -87,11 +115,16 @@ class NumbaKind(Kind):
         view.stream = int(array.stream)  # 0, or one of Numba's streams
         return view
 
-    def empty(self, dtype: str, shape: tuple[int, ...], like: View) -> Any:
+    def allocator(self, dtype: str, shape: tuple[int, ...], device: Device) -> Allocate:
         cuda = importlib.import_module("numba.cuda")
-        with cuda.gpus[like.device.index]:
-            stream = cuda.external_stream(like.stream) if like.stream else 0
-            return cuda.device_array(shape, NUMPY_DTYPE[dtype], stream=stream)
+
+        def allocate(stream: int) -> tuple[Any, View]:
+            with cuda.gpus[device.index]:
+                bound = cuda.external_stream(stream) if stream else 0
+                array = cuda.device_array(shape, NUMPY_DTYPE[dtype], stream=bound)
+            return array, self.view(array)
+
+        return allocate
 
 
 class ForeignKind(Kind):
@@ -109,12 +142,12 @@ class ForeignKind(Kind):
             order_streams(producer, view.stream, view.device)
         return view
 
-    def empty(self, dtype: str, shape: tuple[int, ...], like: View) -> Any:
-        if like.device == CPU:
-            return NUMPY.empty(dtype, shape, like)
+    def allocator(self, dtype: str, shape: tuple[int, ...], device: Device) -> Allocate:
+        if device == CPU:
+            return NUMPY.allocator(dtype, shape, device)
         with contextlib.suppress(ImportError):
-            return CUPY.empty(dtype, shape, like)
-        return NUMBA.empty(dtype, shape, like)
+            return CUPY.allocator(dtype, shape, device)
+        return NUMBA.allocator(dtype, shape, device)
 
 
 class ViewKind(Kind):
@@ -125,7 +158,7 @@ class ViewKind(Kind):
     def view(self, array: Any) -> View:
         return array
 
-    def empty(self, dtype: str, shape: tuple[int, ...], like: View) -> Any:
+    def allocator(self, dtype: str, shape: tuple[int, ...], device: Device) -> Allocate:
         raise TypeError(f"out is required where the operands are View objects: pass a {dtype} View of shape {shape}")
 
 
@@ -163,12 +196,32 @@ def _find_kind(cls: type, array: Any) -> Kind | None:
     return None
 
 
-def view_of(array: Any, argument: str) -> tuple[View, Kind]:
-    """Describe an operand. Errors of its kind are raised again with the argument's name in front."""
+_REFUSALS = (BufferError, TypeError, ValueError)
+"""Errors of a kind, which are raised again with the argument's name in front."""
+
+
+def view_of(array: Any, argument: str) -> View:
+    """View an array; TypeError and ValueError, naming the argument, for what cannot be one."""
     kind = kind_of(array, argument)
     try:
-        return kind.view(array), kind
-    except (BufferError, TypeError, ValueError) as error:
+        return kind.view(array)
+    except _REFUSALS as error:
+        raise type(error)(f"{argument}: {error}") from None
+
+
+def views_of(arrays: Sequence[Any], arguments: Sequence[str]) -> list[View]:
+    """`view_of` each."""
+    try:
+        return [_KIND_OF_TYPE[type(array)].view(array) for array in arrays]
+    except (KeyError, *_REFUSALS):  # a type that is new, or an error that still needs its argument's name
+        return [view_of(array, argument) for array, argument in zip(arrays, arguments, strict=True)]
+
+
+def described(form: Form, argument: str) -> Description:
+    """The description of a form; TypeError and ValueError, naming the argument, if no operation takes such arrays."""
+    try:
+        return description(form)
+    except _REFUSALS as error:
         raise type(error)(f"{argument}: {error}") from None
 
 
@@ -184,14 +237,6 @@ def _element_strides(
     return tuple(step // itemsize for step in byte_strides)
 
 
-def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for length in reversed(shape):
-        strides.append(step)
-        step *= max(length, 1)
-    return tuple(reversed(strides))
-
-
 def _view_of_interface(array: Any) -> View:
     """Through the CUDA array interface, version 3."""
     fields = array.__cuda_array_interface__
@@ -201,7 +246,7 @@ def _view_of_interface(array: Any) -> View:
     own = getattr(array, "dtype", None)
     dtype = dtype_name(own if isinstance(own, np.dtype) else np.dtype(fields["typestr"]))
     steps = fields.get("strides")
-    strides = _contiguous_strides(shape) if steps is None else _element_strides(shape, tuple(steps), dtype)
+    strides = contiguous_strides(shape) if steps is None else _element_strides(shape, tuple(steps), dtype)
     return View(pointer, dtype, shape, strides, _cuda_device_of(pointer), read_only=read_only, owner=array)
 
 
@@ -269,7 +314,7 @@ def _view_of_dlpack(array: Any) -> View:
     if kind is None or tensor.dtype.lanes != 1 or name not in ITEMSIZE:
         raise TypeError(f"its dtype (DLPack code {tensor.dtype.code}, {tensor.dtype.bits} bits) is not supported")
     shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
-    strides = tuple(tensor.strides[i] for i in range(tensor.ndim)) if tensor.strides else _contiguous_strides(shape)
+    strides = tuple(tensor.strides[i] for i in range(tensor.ndim)) if tensor.strides else contiguous_strides(shape)
     pointer = (tensor.data or 0) + tensor.byte_offset
     if pointer % ITEMSIZE[name]:
         raise ValueError(f"its elements are not aligned to {ITEMSIZE[name]} bytes; pass a contiguous copy")
@@ -303,13 +348,18 @@ def _cuda_device_of(pointer: int) -> Device:
 
 
 def order_streams(producer: int, consumer: int, device: Device) -> None:
-    """Make the consumer's stream wait for what the producer's stream has been given so far."""
+    """Make the consumer's stream, on that GPU, wait for what the producer's stream has been given so far."""
     if producer == consumer or {producer, consumer} == {0, 1}:  # 1 is the default stream's other name
         return
     driver = importlib.import_module("cuda.bindings.driver")
-    event = _driver_call("cuEventCreate", driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)
+    _driver_call("cuCtxPushCurrent", _driver_call("cuDevicePrimaryCtxRetain", device.index))
     try:
-        _driver_call("cuEventRecord", event, producer)
-        _driver_call("cuStreamWaitEvent", consumer, event, 0)
+        event = _driver_call("cuEventCreate", driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)
+        try:
+            _driver_call("cuEventRecord", event, producer)
+            _driver_call("cuStreamWaitEvent", consumer, event, 0)
+        finally:
+            _driver_call("cuEventDestroy", event)
     finally:
-        _driver_call("cuEventDestroy", event)
+        _driver_call("cuCtxPopCurrent")
+        _driver_call("cuDevicePrimaryCtxRelease", device.index)

@@ -12,7 +12,7 @@ from .contract import ARITHMETIC
 from .errors import ArithmeticUnsupportedError, BackendUnavailableError
 from .views import Device
 
-ENVIRONMENT_BACKEND = "BIKERNELS_BACKEND"
+_environment_backend = os.environ.get("BIKERNELS_BACKEND") or None
 
 _Entries = tuple[tuple[object, str], ...]
 _backend_entries: ContextVar[_Entries] = ContextVar("bikernels_backend", default=())
@@ -44,8 +44,8 @@ class _Use(contextlib.ContextDecorator):
 class use_backend(_Use):  # noqa: N801  (reads as a statement: with use_backend("numba"):)
     """Context manager and decorator: compute with the backend of this name, on the devices that it serves.
 
-    Arrays on other devices keep their own backend. The environment variable BIKERNELS_BACKEND has the same effect for a
-    whole process, and a call's `backend=` goes before both.
+    Arrays on other devices keep their own backend. The environment variable BIKERNELS_BACKEND, read when
+    bikernels is imported, has the same effect for a whole process, and a call's `backend=` goes before both.
 
     Raises:
         ValueError: there is no backend of this name.
@@ -83,7 +83,7 @@ def _check_arithmetic(name: str) -> None:
 def current_backend() -> str | None:
     """The backend that the innermost context or the environment names, or None."""
     entries = _backend_entries.get()
-    return entries[-1][1] if entries else os.environ.get(ENVIRONMENT_BACKEND) or None
+    return entries[-1][1] if entries else _environment_backend
 
 
 def current_arithmetic() -> str | None:

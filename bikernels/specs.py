@@ -17,6 +17,15 @@ class Layout(NamedTuple):
     strides: tuple[int, ...]
 
 
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of an array in C order, in elements."""
+    strides, step = [], 1
+    for length in reversed(shape):
+        strides.append(step)
+        step *= max(length, 1)
+    return tuple(reversed(strides))
+
+
 class MatmulSpec(NamedTuple):
     """out[..., m, n] = epilogue(fold over k of a[..., m, k] * b[..., k, n], c[..., m, n]).
 

@@ -6,8 +6,11 @@ program that holds raw memory (an adapter for another framework, say) makes its 
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +33,65 @@ class Device:
 CPU = Device("cpu")
 
 
+class Description(NamedTuple):
+    """An array but for its address: the layout, in elements, and where it lies."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    device: Device
+    read_only: bool = False
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.dtype, self.shape, self.strides)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def extent(self) -> tuple[int, int]:
+        """Offsets, in bytes, of the first byte that the array can touch and of the end; equal without elements."""
+        if self.size == 0:
+            return 0, 0
+        low = high = 0
+        for length, stride in zip(self.shape, self.strides, strict=True):
+            reach = (length - 1) * stride
+            low, high = (low + reach, high) if reach < 0 else (low, high + reach)
+        itemsize = ITEMSIZE[self.dtype]
+        return low * itemsize, (high + 1) * itemsize
+
+    def overlaps_itself(self) -> bool:
+        """True if two indices may lead to one element (a broadcast axis, say)."""
+        reach = 0
+        steps = ((abs(stride), length) for stride, length in zip(self.strides, self.shape, strict=True))
+        for stride, length in sorted(steps):
+            if length > 1 and stride <= reach:
+                return True
+            reach += (length - 1) * stride
+        return False
+
+
+Form = tuple[Any, ...]
+"""What a framework says of an array but for its address, as cheaply as it can be had: a function, and the arguments
+from which it makes the description. Equal forms have equal descriptions: what is prepared for an array is kept by form.
+"""
+
+
+@functools.lru_cache(maxsize=4096)
+def description(form: Form) -> Description:
+    """The description of that form; errors are those of its framework."""
+    describe, *facts = form
+    result: Description = describe(*facts)
+    return result
+
+
+def _as_given(
+    dtype: str, shape: Sequence[int], strides: Sequence[int], device_type: str, index: int, read_only: bool
+) -> Description:
+    return Description(dtype, tuple(shape), tuple(strides), Device(device_type, index), read_only)
+
+
 class View:
     """An array in memory: address, layout, device. It owns nothing; `owner` keeps the memory alive.
 
@@ -44,7 +106,7 @@ class View:
         owner: any object that keeps the memory alive.
     """
 
-    __slots__ = ("device", "dtype", "owner", "pointer", "read_only", "shape", "stream", "strides")
+    __slots__ = ("form", "owner", "pointer", "stream")
 
     def __init__(
         self,
@@ -58,81 +120,71 @@ class View:
         read_only: bool = False,
         owner: Any = None,
     ) -> None:
+        self.form: Form = (_as_given, dtype, shape, strides, device.type, device.index, read_only)
         self.pointer = pointer
-        self.dtype = dtype
-        self.shape = shape
-        self.strides = strides
-        self.device = device
         self.stream = stream
-        self.read_only = read_only
         self.owner = owner
 
     @property
-    def layout(self) -> Layout:
-        return Layout(self.dtype, self.shape, self.strides)
+    def description(self) -> Description:
+        return description(self.form)
 
     @property
-    def size(self) -> int:
-        size = 1
-        for length in self.shape:
-            size *= length
-        return size
+    def dtype(self) -> str:
+        return self.description.dtype
 
-    def extent(self) -> tuple[int, int]:
-        """First address and one past the last that the array can touch; equal where it has no elements."""
-        if self.size == 0:
-            return self.pointer, self.pointer
-        low = high = 0
-        for length, stride in zip(self.shape, self.strides, strict=True):
-            reach = (length - 1) * stride
-            low, high = (low + reach, high) if reach < 0 else (low, high + reach)
-        itemsize = ITEMSIZE[self.dtype]
-        return self.pointer + low * itemsize, self.pointer + (high + 1) * itemsize
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.description.shape
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return self.description.strides
+
+    @property
+    def device(self) -> Device:
+        return self.description.device
+
+    @property
+    def read_only(self) -> bool:
+        return self.description.read_only
 
     def __repr__(self) -> str:
         return f"View({self.dtype}, shape={self.shape}, strides={self.strides}, device={self.device})"
 
 
+class FormView(View):
+    """A view made of a form."""
+
+    __slots__ = ()
+
+    def __init__(self, form: Form, pointer: int, stream: int = 0, owner: Any = None) -> None:
+        self.form = form
+        self.pointer = pointer
+        self.stream = stream
+        self.owner = owner
+
+
 class _ArrayInterface:
-    def __init__(self, view: View, layout: Layout) -> None:
-        storage = STORAGE_DTYPE[layout.dtype]
+    def __init__(self, view: View) -> None:
+        storage = STORAGE_DTYPE[view.dtype]
         self.owner = view
         self.__array_interface__ = {
             "version": 3,
             "data": (view.pointer, view.read_only),
             "typestr": storage.str,
-            "shape": layout.shape,
-            "strides": tuple(stride * storage.itemsize for stride in layout.strides),
+            "shape": view.shape,
+            "strides": tuple(stride * storage.itemsize for stride in view.strides),
         }
 
 
-def as_numpy(view: View, layout: Layout | None = None) -> np.ndarray[Any, Any]:
-    """The memory of `view` as a NumPy array of the given layout, without a copy; 16-bit floats appear as uint16.
-
-    With memory of another device the array may be asked about addresses, and must not be read.
-    """
-    layout = layout or view.layout
-    return np.asarray(_ArrayInterface(view, layout))
-
-
 def share_memory(a: View, b: View) -> bool:
-    """True if some element of `a` and some element of `b` have a byte in common."""
-    if a.device != b.device:
-        return False
-    (a_low, a_high), (b_low, b_high) = a.extent(), b.extent()
-    if a_low >= b_high or b_low >= a_high:
-        return False
-    try:  # the arrays interleave; NumPy solves for a common address (and reads no memory)
-        return bool(np.shares_memory(as_numpy(a), as_numpy(b), max_work=10_000))  # type: ignore[arg-type]
+    """True if some element of `a` and some element of `b`, which lie on one device, have a byte in common.
+
+    NumPy solves for a common address, and reads no memory.
+    """
+    arrays = np.asarray(_ArrayInterface(a)), np.asarray(_ArrayInterface(b))
+    try:
+        return bool(np.shares_memory(*arrays, max_work=10_000))  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
-
-
-def overlaps_itself(a: View) -> bool:
-    """True if two indices of `a` may lead to one element (a broadcast axis, say)."""
-    reach = 0
-    for stride, length in sorted((abs(stride), length) for stride, length in zip(a.strides, a.shape, strict=True)):
-        if length > 1 and stride <= reach:
-            return True
-        reach += (length - 1) * stride
-    return False

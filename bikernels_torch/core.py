@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 import bikernels
 from bikernels import Device, View
 from bikernels.settings import current_arithmetic, current_backend
-from bikernels.views import CPU, overlaps_itself
+from bikernels.views import CPU
 
 FLOATS = {
     torch.float32: "float32",
@@ -66,10 +67,15 @@ def view(x: torch.Tensor) -> View:
     """The memory of a dense CPU or CUDA tensor, on the current stream of its device."""
     device = x.device
     if device.type == "cpu":
-        return View(x.data_ptr(), _NAMES[x.dtype], tuple(x.shape), x.stride(), CPU)
+        return View(x.data_ptr(), _NAMES[x.dtype], x.shape, x.stride(), CPU)
     index = device.index
     stream = torch._C._cuda_getCurrentRawStream(index)
-    return View(x.data_ptr(), _NAMES[x.dtype], tuple(x.shape), x.stride(), Device("cuda", index), stream=stream)
+    return View(x.data_ptr(), _NAMES[x.dtype], x.shape, x.stride(), _gpu(index), stream=stream)
+
+
+@functools.cache
+def _gpu(index: int) -> Device:
+    return Device("cuda", index)
 
 
 def is_readable(x: torch.Tensor) -> bool:
@@ -91,7 +97,7 @@ def write(
     if (
         out.shape != shape
         or any(memory == x.untyped_storage().data_ptr() for x in operands)
-        or overlaps_itself(view(out))
+        or view(out).description.overlaps_itself()
     ):
         result = torch.empty(shape, dtype=out.dtype, device=out.device)
         compute(result)

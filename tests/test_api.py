@@ -103,7 +103,7 @@ def test_numpy_scalars_are_arrays_without_dimensions() -> None:
 
 def test_inputs_are_not_copied() -> None:
     a = np.zeros((2000, 2000), np.float32)
-    view, _ = bikernels.kinds.view_of(a[::-2, 3::5], "a")
+    view = bikernels.kinds.view_of(a[::-2, 3::5], "a")
     assert view.pointer == a[::-2, 3::5].ctypes.data
     assert view.strides == (-4000, 5)
 
@@ -403,6 +403,51 @@ def test_concurrent_threads(rng: np.random.Generator) -> None:
     for thread in threads:
         thread.join()
     assert not failures
+
+
+@pytest.mark.gpu
+def test_threads_that_have_not_used_the_gpu(backend: Any, rng: np.random.Generator) -> None:
+    a, b, x = draw(rng, (5, 30), "float32"), draw(rng, (30, 7), "float32"), draw(rng, (3, 40), "float32")
+    moved = [backend.put(array) for array in (a, b, x)]
+    actual: list[np.ndarray] = []
+
+    def work() -> None:
+        product = bikernels.matmul(*moved[:2], backend=backend.name)
+        softmax = bikernels.softmax(moved[2], backend=backend.name)
+        actual.extend((backend.get(product), backend.get(softmax)))
+
+    work()
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert len(actual) == 4
+    assert_same_bits(actual[0], actual[2])
+    assert_same_bits(actual[1], actual[3])
+
+
+@pytest.mark.gpu
+def test_operands_of_several_streams(backend: Any, rng: np.random.Generator) -> None:
+    """Each operand is waited for on its stream, and the result is ready on that of out."""
+    if backend.name == "cpu":
+        pytest.skip("streams are for GPUs")
+    cupy = backend.xp
+    a, b = (backend.put(draw(rng, (64, 64), "float32")) for _ in range(2))
+    expected = backend.get(bikernels.matmul(a, b, backend=backend.name))
+    busy = cupy.ones((4096, 4096), cupy.float32)
+    out, late = cupy.zeros((64, 64), cupy.float32), cupy.zeros((64, 64), cupy.float32)
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(3)]
+    cupy.cuda.Device().synchronize()
+    with streams[1]:
+        product = busy @ busy
+        late[...] = b
+    views = [
+        bikernels.View(x.data.ptr, "float32", x.shape, (64, 1), bikernels.Device("cuda", 0), stream=stream.ptr)
+        for x, stream in zip((a, late, out), streams, strict=True)
+    ]
+    assert bikernels.matmul(*views[:2], out=views[2], backend=backend.name) is views[2]
+    assert views[2].stream == streams[2].ptr
+    assert_same_bits(out.get(stream=streams[2]), expected)
+    del product
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -1,38 +1,150 @@
-"""What every operation does with its operands: describe them, check `out`, order the streams."""
+"""What every operation does with a call: view the operands, find the plan, allocate or check `out`, order the streams.
+
+The plan holds all that depends on forms and settings and not on addresses, the checks of an operation among it; it is
+made at the first call of its kind and looked up at the others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ..contract import FLOAT_DTYPES, INTEGER_DTYPES, ITEMSIZE
 from ..dtypes import dtype_name
-from ..kinds import Kind, order_streams, view_of
-from ..views import CPU, Device, View, overlaps_itself, share_memory
+from ..kinds import Allocate, Kind, described, kind_of, order_streams, view_of, views_of
+from ..specs import contiguous_strides
+from ..views import Description, Device, Form, FormView, View, share_memory
+
+Launch = Callable[..., None]
+"""launch(out, *operands, *factors): queue the kernels on out.stream. Only addresses are read from the views."""
 
 
-class Operands(NamedTuple):
-    """The views of a call's operands and what they agree on."""
+class Result(NamedTuple):
+    """What an operation gives for certain operands."""
 
-    views: tuple[View, ...]
-    kind: Kind
-    """Of the first operand; the result is of this kind."""
+    dtype: str
+    shape: tuple[int, ...]
+    prepare: Callable[[tuple[int, ...]], Launch]
+    """From the strides of the result, which has elements, to the launch."""
+
+
+class Operation(NamedTuple):
+    """An operation as `run` needs it."""
+
+    names: tuple[str, ...]
+    """Of the operands' arguments."""
+    result: Callable[..., Result]
+    """result(device, *layouts, *settings): checks the operands; its errors name the arguments."""
+    in_place: str | None = None
+    """The operand that `out` may be, element for element."""
+
+
+class _Plan(NamedTuple):
+    """What calls with operands and an `out` of certain forms, and with certain settings, have in common."""
+
     device: Device
+    launch: Launch | None
+    """None where the result has no elements."""
+    allocate: Allocate | None
+    """None where the caller gives `out`."""
+    extents: tuple[tuple[int, int], ...]
+    """What `out`, if the caller gives it, and the operands may touch: offsets from their addresses, in bytes."""
 
 
-def describe(arguments: Sequence[tuple[str, Any]]) -> Operands:
-    """Describe the operands, given with their arguments' names; they must lie on one device."""
-    first_name, first = arguments[0]
-    view, kind = view_of(first, first_name)
-    views = [view]
-    for name, array in arguments[1:]:
-        other, _ = view_of(array, name)
-        if other.device != view.device:
+def run(operation: Operation, arrays: Sequence[Any], settings: tuple[Any, ...], out: Any, *factors: float) -> Any:
+    """Compute an operation.
+
+    Args:
+        operation: which.
+        arrays: its operands.
+        settings: what else decides about the plan; hashable.
+        out: the caller's array for the result, or None.
+        factors: passed to the launch.
+
+    Returns:
+        out, or a new array.
+    """
+    views = views_of(arrays, operation.names)
+    stream = views[0].stream
+    forms = tuple([view.form for view in views])
+    if out is None:
+        plan = _plan(operation, settings, forms, kind_of(arrays[0], operation.names[0]), None)
+        assert plan.allocate is not None
+        out, view_out = plan.allocate(stream)
+    else:
+        view_out = view_of(out, "out")
+        plan = _plan(operation, settings, forms, None, view_out.form)
+        _check_memory(operation, plan, view_out, views)
+    if plan.launch is None:
+        return out
+    for view in views:
+        if view.stream != stream:
+            order_streams(view.stream, stream, plan.device)
+    if view_out.stream == stream:
+        plan.launch(view_out, *views, *factors)
+    else:
+        order_streams(view_out.stream, stream, plan.device)
+        plan.launch(FormView(view_out.form, view_out.pointer, stream), *views, *factors)
+        order_streams(stream, view_out.stream, plan.device)
+    return out
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    operation: Operation, settings: tuple[Any, ...], forms: tuple[Form, ...], kind: Kind | None, out_form: Form | None
+) -> _Plan:
+    """The plan; `kind` is that of the array to allocate, or `out_form` the form of the one given."""
+    operands = [described(form, name) for form, name in zip(forms, operation.names, strict=True)]
+    first = operands[0]
+    for name, operand in zip(operation.names, operands, strict=True):
+        if operand.device != first.device:
             raise ValueError(
-                f"{name} lies on {other.device} and {first_name} on {view.device}; move them to one device"
+                f"{name} lies on {operand.device} and {operation.names[0]} on {first.device}; move them to one device"
             )
-        views.append(other)
-    return Operands(tuple(views), kind, view.device)
+    result = operation.result(first.device, *(operand.layout for operand in operands), *settings)
+    allocate = None
+    if out_form is None:
+        assert kind is not None
+        allocate = kind.allocator(result.dtype, result.shape, first.device)
+        out = Description(result.dtype, result.shape, contiguous_strides(result.shape), first.device)
+    else:
+        out = described(out_form, "out")
+        _check_out(out, result, first.device)
+    launch = result.prepare(out.strides) if out.size else None
+    return _Plan(first.device, launch, allocate, tuple(one.extent() for one in (out, *operands)))
+
+
+def _check_out(out: Description, result: Result, device: Device) -> None:
+    """The checks of the caller's `out` that its address does not enter into."""
+    if out.dtype != result.dtype:
+        raise TypeError(f"out is {out.dtype} and the result is {result.dtype}; pass an out of that dtype, or dtype=")
+    if out.shape != result.shape:
+        raise ValueError(f"out has shape {out.shape} and the result has {result.shape}")
+    if out.device != device:
+        raise ValueError(f"out lies on {out.device} and the operands on {device}; move them to one device")
+    if out.read_only:
+        raise ValueError("out is read-only; pass a writable array")
+    if out.overlaps_itself():
+        raise ValueError(f"out has elements that share memory (strides {out.strides}); pass an array that owns each")
+
+
+def _check_memory(operation: Operation, plan: _Plan, out: View, views: Sequence[View]) -> None:
+    """The check that `out` shares no memory with the operands."""
+    (low, high), *extents = plan.extents
+    start, end = out.pointer + low, out.pointer + high
+    for name, view, (low, high) in zip(operation.names, views, extents, strict=True):
+        if start >= view.pointer + high or view.pointer + low >= end:
+            continue
+        in_place = name == operation.in_place
+        if in_place and view.pointer == out.pointer and view.description.layout == out.description.layout:
+            continue
+        if share_memory(out, view):
+            allowed = f"; only {operation.in_place} itself may be overwritten" if operation.in_place else ""
+            raise ValueError(f"out shares memory with {name}{allowed}; pass a separate array or out=None")
+
+
+# ------------------------------------------------------------------------------------------------------------- dtypes
 
 
 def floating(dtype: str, argument: str, *, or_integer: bool = False) -> str:
@@ -45,47 +157,6 @@ def floating(dtype: str, argument: str, *, or_integer: bool = False) -> str:
 def result_dtype(dtype: Any) -> str | None:
     """The name of the caller's `dtype=`, which must be a floating-point one; None stays None."""
     return None if dtype is None else floating(dtype_name(dtype), "dtype")
-
-
-def result(
-    out: Any, dtype: str, shape: tuple[int, ...], operands: Operands, names: Sequence[str], in_place: str | None = None
-) -> tuple[Any, View]:
-    """The array for the result and its view: a new one, or the caller's `out` once it has been checked.
-
-    `names` are the operands' arguments; `in_place` is the one that `out` may be, element for element.
-    """
-    first = operands.views[0]
-    if out is None:
-        array = operands.kind.empty(dtype, shape, first)
-        return array, view_of(array, "out")[0]
-    view, _ = view_of(out, "out")
-    if view.dtype != dtype:
-        raise TypeError(f"out is {view.dtype} and the result is {dtype}; pass an out of that dtype, or dtype=")
-    if view.shape != shape:
-        raise ValueError(f"out has shape {view.shape} and the result has {shape}")
-    if view.device != operands.device:
-        raise ValueError(f"out lies on {view.device} and the operands on {operands.device}; move them to one device")
-    if view.read_only:
-        raise ValueError("out is read-only; pass a writable array")
-    if overlaps_itself(view):
-        raise ValueError(f"out has elements that share memory (strides {view.strides}); pass an array that owns each")
-    for name, operand in zip(names, operands.views, strict=True):
-        if name == in_place and operand.pointer == view.pointer and operand.layout == view.layout:
-            continue
-        if share_memory(view, operand):
-            allowed = f"; only {in_place} itself may be overwritten" if in_place else ""
-            raise ValueError(f"out shares memory with {name}{allowed}; pass a separate array or out=None")
-    return out, view
-
-
-def order(operands: Operands, out: View) -> int:
-    """Make the first operand's stream wait for the other operands; the stream on which to launch."""
-    stream = operands.views[0].stream
-    if operands.device != CPU:
-        for view in (*operands.views[1:], out):
-            if view.stream != stream:
-                order_streams(view.stream, stream, operands.device)
-    return stream
 
 
 def is_integer(dtype: str) -> bool:

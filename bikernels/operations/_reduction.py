@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from ..backend import ReductionLaunch
-from ..kinds import order_streams
 from ..settings import choose_backend, current_backend
 from ..specs import Layout, ReductionSpec, merge_dimensions
 from ..views import Device
-from ._common import describe, floating, is_integer, order, result, result_dtype
+from ._common import Launch, Operation, Result, floating, is_integer, result_dtype, run
 
 
 def reduce(
-    operation: str,
+    operation: Operation,
     x: Any,
     axis: int | Sequence[int] | None,
     *,
@@ -26,29 +24,16 @@ def reduce(
     out: Any,
     backend: str | None,
 ) -> Any:
-    """Compute the reduction `operation` of `x` along `axis` (several: as if flattened in C order; None: all)."""
-    operands = describe((("x", x),))
-    (view_x,) = operands.views
+    """Compute a reduction of `x` along `axis` (several: as if flattened in C order; None: all)."""
     if axis is not None and not isinstance(axis, int):
         axis = tuple(axis) if isinstance(axis, Sequence) else (as_index(axis, _AXES),)
-    plan = _plan(
-        operation,
-        view_x.layout,
-        axis,
-        result_dtype(dtype),
-        keepdims,
-        operands.device,
-        backend,
-        None if backend else current_backend(),
-    )
-    array, view_out = result(out, plan.dtype, plan.shape, operands, ("x",))
-    if view_out.size:
-        stream = view_out.stream
-        view_out.stream = order(operands, view_out)
-        plan.prepare(view_out.strides)(view_out, view_x)
-        if stream != view_out.stream:
-            order_streams(view_out.stream, stream, operands.device)
-    return array
+    context = None if backend else current_backend()
+    return run(operation, (x,), (axis, result_dtype(dtype), keepdims, backend, context), out)
+
+
+def reduction(name: str) -> Operation:
+    """The operation of that name (see `ReductionSpec`), for `reduce`."""
+    return Operation(("x",), functools.partial(_result, name))
 
 
 _AXES = "an integer, a tuple of integers or None"
@@ -62,23 +47,16 @@ def as_index(axis: Any, allowed: str) -> int:
         raise TypeError(f"axis is {axis!r}; pass {allowed}") from None
 
 
-class _Plan(NamedTuple):
-    dtype: str
-    shape: tuple[int, ...]
-    prepare: Callable[[tuple[int, ...]], ReductionLaunch]
-
-
-@functools.lru_cache(maxsize=4096)
-def _plan(
+def _result(
     operation: str,
+    device: Device,
     x: Layout,
     axis: int | tuple[int, ...] | None,
     dtype: str | None,
     keepdims: bool,
-    device: Device,
     backend_name: str | None,
-    context_backend: str | None,  # part of the key: a context or the environment may change between calls
-) -> _Plan:
+    context_backend: str | None,  # part of a plan's key: the context may change between calls
+) -> Result:
     floating(x.dtype, "x", or_integer=True)
     dtype = dtype or ("float64" if is_integer(x.dtype) else x.dtype)
     ndim = len(x.shape)
@@ -91,8 +69,7 @@ def _plan(
         shape = tuple(1 if i in axes else x.shape[i] for i in range(ndim) if keepdims or i not in axes)
     backend = choose_backend(backend_name, device)
 
-    @functools.lru_cache(maxsize=16)
-    def prepare(out_strides: tuple[int, ...]) -> ReductionLaunch:
+    def prepare(out_strides: tuple[int, ...]) -> Launch:
         def take(values: tuple[int, ...], indices: tuple[int, ...]) -> tuple[int, ...]:
             return tuple(values[i] for i in indices)
 
@@ -111,7 +88,7 @@ def _plan(
         )
         return backend.prepare_reduction(spec, device)
 
-    return _Plan(dtype, shape, prepare)
+    return Result(dtype, shape, prepare)
 
 
 def _normalise(axis: int | tuple[int, ...] | None, ndim: int) -> tuple[int, ...]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ..backend import MatmulLaunch
 from ..contract import ACCUMULATE
-from ..kinds import order_streams
 from ..settings import choose_arithmetic, choose_backend, current_arithmetic, current_backend
 from ..specs import Layout, MatmulSpec, merge_dimensions
-from ..views import Device
-from ._common import at_least, describe, floating, order, result, result_dtype
+from ..views import Device, View
+from ._common import Launch, Operation, Result, at_least, floating, result_dtype, run
 
 
 def matmul(
@@ -49,7 +49,7 @@ def matmul(
 
     The order of operations is section 2 of docs/contract.md.
     """
-    return _product(None, a, b, 1.0, 0.0, out, dtype, backend, arithmetic)
+    return run(_MATMUL, (a, b), _settings(dtype, backend, arithmetic), out)
 
 
 def addmm(
@@ -84,46 +84,15 @@ def addmm(
     """
     if c is None:
         raise TypeError("c is None; pass an array, or call matmul")
-    return _product(c, a, b, _real(alpha, "alpha"), _real(beta, "beta"), out, dtype, backend, arithmetic)
+    factors = _real(alpha, "alpha"), _real(beta, "beta")
+    return run(_ADDMM, (a, b, c), _settings(dtype, backend, arithmetic), out, *factors)
 
 
-def _product(
-    c: Any,
-    a: Any,
-    b: Any,
-    alpha: float,
-    beta: float,
-    out: Any,
-    dtype: Any,
-    backend: str | None,
-    arithmetic: str | None,
-) -> Any:
-    names = ("a", "b") if c is None else ("a", "b", "c")
-    operands = describe(tuple(zip(names, (a, b, c), strict=False)))
-    view_a, view_b, *rest = operands.views
-    view_c = rest[0] if rest else None
-    if view_c is not None:
-        alpha, beta = _rounded(alpha, view_a.dtype), _rounded(beta, view_a.dtype)
-    plan = _plan(
-        view_a.layout,
-        view_b.layout,
-        None if view_c is None else view_c.layout,
-        result_dtype(dtype),
-        operands.device,
-        backend,
-        None if backend else current_backend(),
-        arithmetic,
-        None if arithmetic else current_arithmetic(),
-    )
-    array, view_out = result(out, plan.dtype, plan.shape, operands, names, in_place="c")
-    if view_out.size:
-        stream = view_out.stream
-        view_out.stream = order(operands, view_out)
-        addend = view_c if beta != 0 else None
-        plan.launch(view_out.strides, addend is not None)(view_out, addend, view_a, view_b, alpha, beta)
-        if stream != view_out.stream:
-            order_streams(view_out.stream, stream, operands.device)
-    return array
+def _settings(dtype: Any, backend: str | None, arithmetic: str | None) -> tuple[str | None, ...]:
+    """The arguments of `_result` behind the layouts."""
+    context_backend = None if backend else current_backend()
+    context_arithmetic = None if arithmetic else current_arithmetic()
+    return result_dtype(dtype), backend, context_backend, arithmetic, context_arithmetic
 
 
 def _real(value: Any, argument: str) -> float:
@@ -135,36 +104,21 @@ def _real(value: Any, argument: str) -> float:
         raise ValueError(f"{argument} is too large for float64; pass a smaller number or math.inf") from None
 
 
-def _rounded(value: float, dtype: str) -> float:
-    if ACCUMULATE[dtype] == "float64":
-        return value
-    with np.errstate(over="ignore"):
-        return float(np.float32(value))
+def _rounded(value: float, accumulate: str) -> float:
+    return value if accumulate == "float64" else ctypes.c_float(value).value  # to nearest; infinite if too large
 
 
-class _Plan(NamedTuple):
-    """The part of a call that depends on layouts and settings only."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    prepare: Any
-
-    def launch(self, out_strides: tuple[int, ...], addend: bool) -> MatmulLaunch:
-        return self.prepare(out_strides, addend)
-
-
-@functools.lru_cache(maxsize=4096)
-def _plan(
+def _result(
+    device: Device,
     a: Layout,
     b: Layout,
     c: Layout | None,
     dtype: str | None,
-    device: Device,
     backend_name: str | None,
-    context_backend: str | None,  # part of the key: a context or the environment may change between calls
+    context_backend: str | None,  # part of a plan's key: the context may change between calls
     arithmetic_name: str | None,
     context_arithmetic: str | None,
-) -> _Plan:
+) -> Result:
     floating(a.dtype, "a")
     floating(b.dtype, "b")
     if a.dtype != b.dtype:
@@ -207,23 +161,37 @@ def _plan(
     assert a_batch is not None
     assert b_batch is not None
 
-    @functools.lru_cache(maxsize=16)
-    def prepare(out_strides: tuple[int, ...], addend: bool) -> MatmulLaunch:
+    def prepare(out_strides: tuple[int, ...]) -> Launch:
         out2 = _restore_axes(out_strides, a, b)
-        batches = [a_batch, b_batch, out2[:-2]]
-        if addend and c2 is not None:
-            batches.append(c2[:-2])
-        merged, strides = merge_dimensions(batch, *batches)
-        spec = MatmulSpec(
-            arithmetic,
-            Layout(a.dtype, (*merged, m, k), strides[0] + a2.strides[-2:]),
-            Layout(b.dtype, (*merged, k, n), strides[1] + b2.strides[-2:]),
-            Layout(c.dtype, (*merged, m, n), strides[3] + c2[-2:]) if addend and c is not None and c2 else None,
-            Layout(dtype, (*merged, m, n), strides[2] + out2[-2:]),
-        )
-        return backend.prepare_matmul(spec, device)
 
-    return _Plan(dtype, shape, prepare)
+        @functools.cache
+        def product(addend: bool) -> MatmulLaunch:
+            batches = [a_batch, b_batch, out2[:-2]]
+            if addend and c2 is not None:
+                batches.append(c2[:-2])
+            merged, strides = merge_dimensions(batch, *batches)
+            spec = MatmulSpec(
+                arithmetic,
+                Layout(a.dtype, (*merged, m, k), strides[0] + a2.strides[-2:]),
+                Layout(b.dtype, (*merged, k, n), strides[1] + b2.strides[-2:]),
+                Layout(c.dtype, (*merged, m, n), strides[3] + c2[-2:]) if addend and c is not None and c2 else None,
+                Layout(dtype, (*merged, m, n), strides[2] + out2[-2:]),
+            )
+            return backend.prepare_matmul(spec, device)
+
+        if c is None:
+            launch = product(False)
+            return lambda out, a, b: launch(out, None, a, b, 1.0, 0.0)
+        accumulate = ACCUMULATE[a.dtype]
+
+        def sum_of_products(out: View, a: View, b: View, c: View, alpha: float, beta: float) -> None:
+            alpha, beta = _rounded(alpha, accumulate), _rounded(beta, accumulate)
+            addend = beta != 0
+            product(addend)(out, c if addend else None, a, b, alpha, beta)
+
+        return sum_of_products
+
+    return Result(dtype, shape, prepare)
 
 
 def _broadcast(layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -245,3 +213,11 @@ def _restore_axes(strides: tuple[int, ...], a: Layout, b: Layout) -> tuple[int, 
     rest = strides[: len(strides) - len(columns)]
     rows = () if len(a.shape) == 1 else rest[-1:]
     return rest[: len(rest) - len(rows)] + (rows or (0,)) + (columns or (0,))
+
+
+def _result_without_addend(device: Device, a: Layout, b: Layout, *settings: str | None) -> Result:
+    return _result(device, a, b, None, *settings)
+
+
+_MATMUL = Operation(("a", "b"), _result_without_addend)
+_ADDMM = Operation(("a", "b", "c"), _result, in_place="c")

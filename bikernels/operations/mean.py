@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ._reduction import reduce
+from ._reduction import reduce, reduction
+
+_MEAN = reduction("mean")
 
 
 def mean(
@@ -41,4 +43,4 @@ def mean(
 
     The sum tree is section 3 of docs/contract.md; the sum is divided by the number of elements, rounded once.
     """
-    return reduce("mean", x, axis, dtype=dtype, keepdims=bool(keepdims), out=out, backend=backend)
+    return reduce(_MEAN, x, axis, dtype=dtype, keepdims=bool(keepdims), out=out, backend=backend)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._reduction import as_index, reduce
+from ._reduction import as_index, reduce, reduction
+
+_LOG_SOFTMAX, _SOFTMAX = reduction("log_softmax"), reduction("softmax")
 
 
 def log_softmax(x: Any, /, axis: int = -1, *, dtype: Any = None, out: Any = None, backend: str | None = None) -> Any:
@@ -31,7 +33,7 @@ def log_softmax(x: Any, /, axis: int = -1, *, dtype: Any = None, out: Any = None
     result is (x - m) - log(c + r), the logarithm compensated for the rounding of c + r: section 4 of
     docs/contract.md.
     """
-    return reduce("log_softmax", x, as_index(axis, "one integer"), dtype=dtype, keepdims=True, out=out, backend=backend)
+    return reduce(_LOG_SOFTMAX, x, as_index(axis, "one integer"), dtype=dtype, keepdims=True, out=out, backend=backend)
 
 
 def softmax(x: Any, /, axis: int = -1, *, dtype: Any = None, out: Any = None, backend: str | None = None) -> Any:
@@ -39,4 +41,4 @@ def softmax(x: Any, /, axis: int = -1, *, dtype: Any = None, out: Any = None, ba
 
     Arguments, result and errors are those of `log_softmax`. The result is exp(x - m) / (c + r).
     """
-    return reduce("softmax", x, as_index(axis, "one integer"), dtype=dtype, keepdims=True, out=out, backend=backend)
+    return reduce(_SOFTMAX, x, as_index(axis, "one integer"), dtype=dtype, keepdims=True, out=out, backend=backend)

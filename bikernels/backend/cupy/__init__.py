@@ -1,19 +1,20 @@
-"""CUDA C++ kernels, compiled with NVRTC at first use and launched through CuPy.
+"""CUDA C++ kernels, compiled with NVRTC at first use and launched on CuPy's devices and streams.
 
 `kernels/` is the CUDA C++; `matmul/` and `reductions.py` turn a spec into launches; `schedules.py` is for the latter;
-`compile.py` compiles and caches. Nothing of CUDA is imported before a launch is prepared.
+`compile.py` compiles and caches; `launch.py` loads and launches, through the driver (`driver.py`). Nothing of CUDA is
+imported before a launch is prepared.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
-import sys
 
 from ... import contract
 from ...specs import MatmulSpec, ReductionSpec
 from ...views import Device
 from .. import MatmulLaunch, ReductionLaunch
+from . import driver
 
 _MODULES = ("cupy", "cuda.core", "cuda.bindings", "cuda.pathfinder")
 _INSTALL = 'pip install "bikernels[cuda13]"'
@@ -71,11 +72,11 @@ def _exists(module: str) -> bool:
 def _driver_missing() -> str | None:
     """Ask the driver itself, which is quicker than importing CuPy."""
     try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        library = driver.library()
     except OSError:
         return "there is no NVIDIA driver; install one (CUDA 13 needs 580 or newer)"
     count = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
+    if library.cuInit(0) != 0 or library.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
         return "the NVIDIA driver finds no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES"
     return None
 

@@ -1,25 +1,28 @@
-"""Loads kernels and launches them through CuPy.
+"""Loads kernels and launches them.
 
-A launch that has run before neither compiles nor synchronises, so it may be captured in a CUDA graph.
+A launch is prepared once: its shape, its attributes and the arguments that stay the same lie in memory as the driver
+reads them, and a call writes the rest. One that has run before neither compiles nor synchronises, so it may be captured
+in a CUDA graph.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
-from collections.abc import Callable, Iterator
+import struct
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import cupy
+import numpy as np
 
 from . import compile as compiler
+from . import driver
 from .compile import Kernel
 
 MAX_GRID = 2**31 - 1
 """CTAs of a launch; kernels walk on where there is more work."""
-
-_STATIC_SHARED_LIMIT = 48 * 1024
-"""Bytes of shared memory that a kernel gets without asking."""
 
 
 class GPU(NamedTuple):
@@ -37,42 +40,214 @@ def gpu(index: int) -> GPU:
     return GPU((int(digits[:-1]), int(digits[-1])), device.attributes["MultiProcessorCount"])
 
 
-@functools.cache
-def _module(kernel: Kernel, arch: str) -> Any:
-    return cupy.RawModule(path=str(compiler.cubin(kernel, arch)))
+# ------------------------------------------------------------------------------------------------------------- loading
+
+_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # of the driver's function attributes
+
+
+_INVALID_CONTEXT = 201  # of the driver's errors
+
+
+def _bind_context() -> None:
+    """Make the context of the current device the calling thread's, which the driver does not do by itself."""
+    cupy.cuda.runtime.free(0)
+
+
+class Function(NamedTuple):
+    """A function of a kernel, loaded on device `device`."""
+
+    handle: int
+    name: str
+    device: int
 
 
 @functools.cache
-def load(kernel: Kernel, name: str, index: int, shared_bytes: int = 0) -> Callable[..., None]:
-    """The function `name` of a kernel on device `index`, called as f(grid, block, arguments, shared_bytes, stream)."""
+def _module(kernel: Kernel, arch: str) -> ctypes.c_void_p:
+    path = str(compiler.cubin(kernel, arch)).encode()
+    return driver.POINTER(driver.handle("cuLibraryLoadFromFile", path, None, None, 0, None, None, 0))
+
+
+@functools.cache
+def load(kernel: Kernel, name: str, index: int, shared_bytes: int = 0) -> Function:
+    """The function `name` of a kernel on device `index`, allowed that much dynamic shared memory."""
     with cupy.cuda.Device(index):
-        function = _module(kernel, compiler.architecture(gpu(index).compute_capability)).get_function(name)
-        if shared_bytes > _STATIC_SHARED_LIMIT:
-            function.max_dynamic_shared_size_bytes = shared_bytes
-        return function.kernel
+        _bind_context()
+        module = _module(kernel, compiler.architecture(gpu(index).compute_capability))
+        entry = driver.handle("cuLibraryGetKernel", module, name.encode())
+        function = driver.POINTER(driver.handle("cuKernelGetFunction", driver.POINTER(entry)))
+        attribute, allowed = _MAX_DYNAMIC_SHARED_SIZE_BYTES, ctypes.c_int()
+        driver.call("cuFuncGetAttribute", ctypes.byref(allowed), attribute, function)
+        if shared_bytes > allowed.value:
+            driver.call("cuFuncSetAttribute", function, attribute, shared_bytes)
+    return Function(function.value or 0, name, index)
 
 
-class Stream:
-    """A stream's handle as CuPy's launch takes it; entering a stream's context would cost more than the launch."""
+def _parameter_sizes(function: Function) -> list[int]:
+    """Bytes of each parameter, as compiled."""
+    number, offset, size = ctypes.c_size_t(), ctypes.c_size_t(), ctypes.c_size_t()
+    read = driver.library().cuFuncGetParamInfo
+    sizes: list[int] = []
+    while read(driver.POINTER(function.handle), number, ctypes.byref(offset), ctypes.byref(size)) == 0:
+        sizes.append(size.value)
+        number.value += 1
+    return sizes
 
-    __slots__ = ("ptr",)
 
-    def __init__(self, ptr: int) -> None:
-        self.ptr = ptr
+# ----------------------------------------------------------------------------------------------------------- launching
 
+# The arguments that a call gives, as codes of the module struct.
+ADDRESS, FLOAT32, FLOAT64, TENSOR_MAP = "Q", "f", "d", "128s"
+
+SCALAR = {"float32": FLOAT32, "float64": FLOAT64}
+
+Argument = str | np.ndarray[Any, Any] | np.generic
+"""One of the codes above, or a NumPy value (a struct, too) that all calls share."""
 
 Launch = Callable[..., None]
-"""launch(stream, *arguments): queue a kernel of a fixed launch shape."""
+"""launch(stream, *arguments): queue a kernel of a fixed launch shape on the stream of that handle."""
 
 
-def shaped(function: Callable[..., None], grid: int, block: int, shared_bytes: int) -> Launch:
-    """A function of `load` with its CTAs, threads of a CTA and bytes of dynamic shared memory."""
-    grid_shape, block_shape = (min(grid, MAX_GRID), 1, 1), (block, 1, 1)
+class _Config(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
 
-    def launch(stream: Stream, *arguments: Any) -> None:
-        function(grid_shape, block_shape, arguments, shared_bytes, stream)
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("number_of_attributes", ctypes.c_uint64),  # 32 bits and padding
+    )
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute of cuda.h."""
+
+    _fields_ = (("id", ctypes.c_uint64), ("value", ctypes.c_uint * 16))  # 32 bits and padding
+
+
+_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
+_ALIGNMENT = 64
+"""Of arguments in memory: enough for a tensor map."""
+
+
+class _Block(NamedTuple):
+    """What the driver reads at one launch: the config, the arguments that the call gives, the addresses of all."""
+
+    memory: ctypes.Array[ctypes.c_char]
+    config: int
+    """Addresses within the memory."""
+    arguments: int
+
+
+class _Blocks:
+    """Makes the blocks of a launch. Two calls may be on their way at once, so each takes one of its own."""
+
+    WRITTEN = _Config.stream.offset
+    """Where a call begins to write: the stream and the attributes, and behind them what `layout` says."""
+
+    def __init__(self, config: _Config, attributes: list[_Attribute], arguments: Sequence[bytes | str]) -> None:
+        self._attributes = (_Attribute * len(attributes))(*attributes)
+        self.attributes = (ctypes.addressof(self._attributes) if attributes else 0, len(attributes))
+        self._config = config
+        self._places: list[int | ctypes.Array[ctypes.c_char]] = []  # a constant, or the offset of what a call gives
+        self.layout, end = "<QQQ", ctypes.sizeof(_Config)
+        for argument in arguments:
+            if isinstance(argument, bytes):
+                constant = driver.aligned(len(argument), _ALIGNMENT)
+                constant.raw = argument
+                self._places.append(constant)
+            else:
+                size = struct.calcsize(f"<{argument}")
+                padding = -end % min(size, _ALIGNMENT)
+                self.layout += f"{padding}x{argument}"
+                self._places.append(end + padding)
+                end += padding + size
+        self._addresses = -(-end // 8) * 8
+
+    def new(self) -> _Block:
+        memory = driver.aligned(self._addresses + 8 * len(self._places), _ALIGNMENT)
+        start = ctypes.addressof(memory)
+        ctypes.memmove(memory, ctypes.byref(self._config), ctypes.sizeof(self._config))
+        addresses = [start + place if isinstance(place, int) else ctypes.addressof(place) for place in self._places]
+        struct.pack_into(f"<{len(addresses)}Q", memory, self._addresses, *addresses)
+        return _Block(memory, start, start + self._addresses)
+
+
+@functools.cache
+def _launch_kernel() -> Callable[[int, int, int, None], int]:
+    function = driver.library().cuLaunchKernelEx
+    function.argtypes = (ctypes.c_void_p,) * 4
+    return function
+
+
+def shaped(
+    function: Function,
+    grid: int,
+    block: int,
+    shared_bytes: int,
+    arguments: Sequence[Argument],
+    *,
+    cluster: int = 1,
+    overlapping: bool = False,
+) -> Launch:
+    """A launch of a function of `load`, on its device.
+
+    Args:
+        function: what to launch.
+        grid: CTAs, a multiple of `cluster`; no more than MAX_GRID are launched.
+        block: threads of a CTA.
+        shared_bytes: of dynamic shared memory.
+        arguments: of the kernel, in its order. Those that are codes are given at each call: an int for ADDRESS, a float
+            for FLOAT32 and FLOAT64, bytes (of `TensorMaps`) for TENSOR_MAP.
+        cluster: neighbouring CTAs that form a cluster (from compute capability 9.0 on).
+        overlapping: the kernel may start before the stream's previous one has ended (programmatic dependent launch); it
+            waits itself (griddepcontrol.wait) before it touches memory that others write or still read.
+
+    Raises:
+        ValueError: the arguments do not have the sizes of the function's parameters.
+    """
+    values = [argument if isinstance(argument, str) else argument.tobytes() for argument in arguments]
+    sizes = [struct.calcsize(f"<{value}") if isinstance(value, str) else len(value) for value in values]
+    if sizes != _parameter_sizes(function):
+        raise ValueError(f"{function.name} takes parameters of {_parameter_sizes(function)} bytes and got {sizes}")
+
+    attributes = []
+    if cluster > 1:
+        attributes.append(_Attribute(_CLUSTER_DIMENSION, (cluster, 1, 1)))
+    if overlapping:
+        attributes.append(_Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, (1,)))
+    ctas = min(grid, MAX_GRID // cluster * cluster)
+    blocks = _Blocks(_Config((ctas, 1, 1), (block, 1, 1), shared_bytes), attributes, values)
+
+    pack_into, start, (address, count) = struct.Struct(blocks.layout).pack_into, blocks.WRITTEN, blocks.attributes
+    new_block, handle, launch_kernel = blocks.new, function.handle, _launch_kernel()
+    device, current_device = function.device, cupy.cuda.runtime.getDevice
+    free = [new_block()]
+
+    def launch(stream: int, *given: Any) -> None:
+        if current_device() != device:
+            with cupy.cuda.Device(device):
+                launch(stream, *given)
+            return
+        try:
+            taken = free.pop()
+        except IndexError:
+            taken = new_block()
+        memory, config, all_arguments = taken
+        pack_into(memory, start, stream, address, count, *given)
+        status = launch_kernel(config, handle, all_arguments, None)
+        if status == _INVALID_CONTEXT:  # a thread that has not used its device yet
+            _bind_context()
+            status = launch_kernel(config, handle, all_arguments, None)
+        free.append(taken)
+        if status:
+            raise driver.error(f"launching {function.name}", status)
 
     return launch
+
+
+# ----------------------------------------------------------------------------------------------------------- workspace
 
 
 @functools.cache
@@ -87,30 +262,15 @@ def _workspace_pool(index: int) -> int:
 
 
 @contextlib.contextmanager
-def workspace(size: int, index: int, stream: Stream) -> Iterator[int]:
+def workspace(size: int, index: int, stream: int) -> Iterator[int]:
     """The address of `size` bytes for the kernels that are launched on `stream` within the context.
 
     The memory is allocated and freed in the order of the stream: launches on other streams have their own, and in a
     captured graph the two become nodes, so that every graph has its own as well. Nothing synchronises.
     """
     runtime = cupy.cuda.runtime
-    address = runtime.mallocFromPoolAsync(size, _workspace_pool(index), stream.ptr)
+    address = runtime.mallocFromPoolAsync(size, _workspace_pool(index), stream)
     try:
         yield address
     finally:
-        runtime.freeAsync(address, stream.ptr)
-
-
-def on_device(index: int, launch: Callable[..., None]) -> Callable[..., None]:
-    """`launch`, made with device `index` as the current one."""
-    current = cupy.cuda.runtime.getDevice
-
-    @functools.wraps(launch)
-    def launch_there(*arguments: Any) -> None:
-        if current() == index:
-            launch(*arguments)
-        else:
-            with cupy.cuda.Device(index):
-                launch(*arguments)
-
-    return launch_there
+        runtime.freeAsync(address, stream)

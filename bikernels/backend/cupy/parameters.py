@@ -84,20 +84,3 @@ def fill_dims(dims: Any, shape: tuple[int, ...], *strides: tuple[int, ...]) -> N
     dims["length"][: len(shape)] = [divisor(max(1, length)) for length in shape]
     for operand, steps in enumerate(strides):
         dims["stride"][operand, : len(shape)] = steps
-
-
-class _Described(np.ndarray[Any, Any]):
-    """A struct that knows its address: CuPy asks at every launch, and NumPy would describe all fields each time."""
-
-    interface: dict[str, Any]
-
-    @property
-    def __array_interface__(self) -> dict[str, Any]:
-        return self.interface
-
-
-def by_value(parameters: Any) -> Any:
-    """The struct as CuPy should pass it to a kernel."""
-    described = parameters.view(_Described)
-    described.interface = parameters.__array_interface__
-    return described

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import cupy
 import numpy as np
 
 from ...contract import ACCUMULATE, ITEMSIZE, SUM_CHUNK
-from ...specs import ReductionSpec, merge_dimensions
+from ...specs import ReductionSpec, contiguous_strides, merge_dimensions
 from ...views import Device, View
 from .. import ReductionLaunch
 from . import schedules
-from .launch import Launch, Stream, gpu, load, on_device, shaped, workspace
-from .parameters import DTYPE_CODE, REDUCTION, by_value, divisor, fill_dims
+from .launch import ADDRESS, Argument, Launch, gpu, load, shaped, workspace
+from .parameters import DTYPE_CODE, REDUCTION, divisor, fill_dims
 
 
 class _Rows(NamedTuple):
@@ -70,7 +71,7 @@ class _Rows(NamedTuple):
         if len(self.row) == 1:
             parameters["x_step"], parameters["out_step"] = self.x[1][0], self.out[1][0]
         fill_dims(parameters["dims"], self.kept + self.row, self.x[0] + self.x[1], self.out[0] + self.out[1])
-        return by_value(parameters)
+        return parameters
 
 
 def _rows_of(spec: ReductionSpec) -> _Rows:
@@ -85,7 +86,7 @@ def _rows_of(spec: ReductionSpec) -> _Rows:
     return _Rows(kept, row, spec.x.dtype, spec.out.dtype, (x_kept, x_row), (out_kept, out_row), math.prod(row), rounds)
 
 
-Step = Callable[[Stream, int, int, int], None]
+Step = Callable[[int, int, int, int], None]
 """step(stream, out, x, workspace): queue one kernel; the last three are addresses."""
 
 
@@ -104,24 +105,33 @@ class _Plan:
         self.bytes += -(-elements * ITEMSIZE[dtype] // 256) * 256
         return offset
 
-    def load(self, rows: _Rows, source: str, name: str, grid: int, block: int, shared_elements: int = 0) -> Launch:
-        kernel = schedules.reduction_kernel(source, rows.x_dtype, rows.accumulate)
-        return shaped(load(kernel, name, self.index), grid, block, shared_elements * ITEMSIZE[rows.accumulate])
+    def load(
+        self,
+        rows: _Rows,
+        source: str,
+        name: str,
+        grid: int,
+        block: int,
+        arguments: Sequence[Argument],
+        shared_elements: int = 0,
+    ) -> Launch:
+        function = load(schedules.reduction_kernel(source, rows.x_dtype, rows.accumulate), name, self.index)
+        return shaped(function, grid, block, shared_elements * ITEMSIZE[rows.accumulate], arguments)
 
     def launch(self) -> ReductionLaunch:
         steps, size, index = tuple(self.steps), self.bytes, self.index
 
         def launch(out: View, x: View) -> None:
             (step,) = steps
-            step(Stream(out.stream), out.pointer, x.pointer, 0)
+            step(out.stream, out.pointer, x.pointer, 0)
 
         def launch_with_workspace(out: View, x: View) -> None:
-            stream = Stream(out.stream)
-            with workspace(size, index, stream) as address:
+            stream = out.stream
+            with cupy.cuda.Device(index), workspace(size, index, stream) as address:
                 for step in steps:
                     step(stream, out.pointer, x.pointer, address)
 
-        return on_device(index, launch_with_workspace if size else launch)
+        return launch_with_workspace if size else launch
 
 
 def prepare(spec: ReductionSpec, device: Device) -> ReductionLaunch:
@@ -141,76 +151,77 @@ def _plan_mean(plan: _Plan, rows: _Rows) -> None:
     if in_columns:
         while schedules.splits_columns(rows.number, rows.n, plan.multiprocessors, source is None):
             source, rows = _plan_column_sums(plan, rows, source)
-        warps = schedules.column_warps(rows.n)
-        run = plan.load(rows, "mean_columns.cu", "mean_columns", -(-rows.number // 32), warps * 32)
-        extra: tuple[Any, ...] = ()
+        run = _column_launch(plan, rows, "mean_columns.cu", "mean_columns", "mean")
     else:
         while schedules.splits_rows(rows.number, rows.n, plan.multiprocessors):
             source, rows = _plan_row_sums(plan, rows, source)
-        run, warps = _row_launch(plan, rows, "mean_rows.cu", "mean_rows")
-        extra = (np.int32(warps),)
-    parameters = rows.parameters("mean")
+        run = _row_launch(plan, rows, "mean_rows.cu", "mean_rows", "mean")
 
-    def mean(stream: Stream, out: int, x: int, workspace: int) -> None:
-        run(stream, parameters, *extra, out, x if source is None else workspace + source)
+    def mean(stream: int, out: int, x: int, workspace: int) -> None:
+        run(stream, out, x if source is None else workspace + source)
 
     plan.steps.append(mean)
 
 
-def _row_launch(plan: _Plan, rows: _Rows, source: str, name: str) -> tuple[Launch, int]:
-    """A kernel that gives a row to a warp or to a CTA; and the number of warps of a row."""
+def _row_launch(plan: _Plan, rows: _Rows, source: str, name: str, operation: str) -> Launch:
+    """A kernel that gives a row to a warp or to a CTA, called with the addresses of out and x."""
     warps = schedules.row_warps(rows.n)
     teams = schedules.ROWS_PER_CTA if warps == 1 else 1
     shared = rows.chunks if warps > 1 else 0
-    return plan.load(rows, source, name, -(-rows.number // teams), warps * teams * 32, shared), warps
+    arguments = (rows.parameters(operation), np.int32(warps), ADDRESS, ADDRESS)
+    return plan.load(rows, source, name, -(-rows.number // teams), warps * teams * 32, arguments, shared)
+
+
+def _column_launch(plan: _Plan, rows: _Rows, source: str, name: str, operation: str) -> Launch:
+    """A kernel that gives a row to each lane of a CTA's warps, called with the addresses of out and x."""
+    threads = schedules.column_warps(rows.n) * 32
+    return plan.load(rows, source, name, -(-rows.number // 32), threads, (rows.parameters(operation), ADDRESS, ADDRESS))
 
 
 def _plan_row_sums(plan: _Plan, rows: _Rows, source: int | None) -> tuple[int, _Rows]:
     """One level: the sums of all chunks, row by row. Returns where they are, and their layout."""
     target = plan.reserve(rows.number * rows.chunks, rows.accumulate)
-    run = plan.load(rows, "mean_rows.cu", "sum_chunks", -(-rows.number * rows.chunks // 4), 128)
-    parameters = rows.parameters("mean")
+    grid = -(-rows.number * rows.chunks // 4)
+    arguments = (rows.parameters("mean"), ADDRESS, ADDRESS)
+    run = plan.load(rows, "mean_rows.cu", "sum_chunks", grid, 128, arguments)
 
-    def sums(stream: Stream, out: int, x: int, workspace: int) -> None:
-        run(stream, parameters, workspace + target, x if source is None else workspace + source)
+    def sums(stream: int, out: int, x: int, workspace: int) -> None:
+        run(stream, workspace + target, x if source is None else workspace + source)
 
     plan.steps.append(sums)
-    kept = tuple(step * rows.chunks for step in _contiguous(rows.kept))
+    kept = tuple(step * rows.chunks for step in contiguous_strides(rows.kept))
     return target, rows.of_sums(kept, 1)
 
 
 def _plan_column_sums(plan: _Plan, rows: _Rows, source: int | None) -> tuple[int, _Rows]:
     """One level: the sums of all chunks, chunk by chunk, those of neighbouring rows side by side."""
     target = plan.reserve(rows.number * rows.chunks, rows.accumulate)
-    blocks = -(-rows.number // 32) * rows.chunks
-    run = plan.load(rows, "mean_columns.cu", "sum_column_chunks", blocks, schedules.column_warps(rows.n) * 32)
-    parameters = rows.parameters("mean")
+    blocks, threads = -(-rows.number // 32) * rows.chunks, schedules.column_warps(rows.n) * 32
+    arguments = (rows.parameters("mean"), ADDRESS, ADDRESS)
+    run = plan.load(rows, "mean_columns.cu", "sum_column_chunks", blocks, threads, arguments)
 
-    def sums(stream: Stream, out: int, x: int, workspace: int) -> None:
-        run(stream, parameters, workspace + target, x if source is None else workspace + source)
+    def sums(stream: int, out: int, x: int, workspace: int) -> None:
+        run(stream, workspace + target, x if source is None else workspace + source)
 
     plan.steps.append(sums)
-    return target, rows.of_sums(_contiguous(rows.kept), rows.number)
+    return target, rows.of_sums(contiguous_strides(rows.kept), rows.number)
 
 
 def _plan_softmax(plan: _Plan, rows: _Rows, operation: str) -> None:
-    extra: tuple[Any, ...] = ()
     if rows.in_columns and rows.chunks <= schedules.MAX_COLUMN_CHUNKS:
-        warps = schedules.column_warps(rows.n)
-        run = plan.load(rows, "softmax_columns.cu", "softmax_columns", -(-rows.number // 32), warps * 32)
+        run = _column_launch(plan, rows, "softmax_columns.cu", "softmax_columns", operation)
     elif schedules.splits_rows(rows.number, rows.n, plan.multiprocessors):
         _plan_split_softmax(plan, rows, operation)
         return
     elif rows.n <= schedules.SHORT_ROW:
         grid = -(-rows.number // schedules.ROWS_PER_CTA)
-        run = plan.load(rows, "softmax_rows.cu", "softmax_short_rows", grid, schedules.ROWS_PER_CTA * 32)
+        arguments = (rows.parameters(operation), ADDRESS, ADDRESS)
+        run = plan.load(rows, "softmax_rows.cu", "softmax_short_rows", grid, schedules.ROWS_PER_CTA * 32, arguments)
     else:
-        run, warps = _row_launch(plan, rows, "softmax_rows.cu", "softmax_rows")
-        extra = (np.int32(warps),)
-    parameters = rows.parameters(operation)
+        run = _row_launch(plan, rows, "softmax_rows.cu", "softmax_rows", operation)
 
-    def softmax(stream: Stream, out: int, x: int, workspace: int) -> None:
-        run(stream, parameters, *extra, out, x)
+    def softmax(stream: int, out: int, x: int, workspace: int) -> None:
+        run(stream, out, x)
 
     plan.steps.append(softmax)
 
@@ -223,37 +234,33 @@ def _plan_split_softmax(plan: _Plan, rows: _Rows, operation: str) -> None:
     maxima = sums = plan.reserve(all_chunks, accumulate)  # the maxima have been read when the sums are written
     counts = plan.reserve(all_chunks, "uint32")
     maximum, normaliser = plan.reserve(rows.number, accumulate), plan.reserve(rows.number, accumulate)
-    grid = -(-all_chunks // 4)
-    chunk_maxima = plan.load(rows, source, "chunk_maxima", grid, 128)
-    row_maxima = plan.load(rows, source, "row_maxima", rows.number, 512)
-    chunk_exponentials = plan.load(rows, source, "chunk_exponentials", grid, 128)
-    write_chunks = plan.load(rows, source, "write_chunks", grid, 128)
-    chunks = np.int64(rows.chunks)
+    grid, chunks = -(-all_chunks // 4), np.int64(rows.chunks)
 
-    def maxima_and_sums(stream: Stream, out: int, x: int, workspace: int) -> None:
-        chunk_maxima(stream, parameters, workspace + maxima, x)
-        row_maxima(stream, chunks, workspace + maximum, workspace + maxima)
-        chunk_exponentials(stream, parameters, workspace + sums, workspace + counts, workspace + maximum, x)
+    def load_for_chunks(name: str, addresses: int) -> Launch:
+        return plan.load(rows, source, name, grid, 128, (parameters, *(ADDRESS,) * addresses))
+
+    chunk_maxima = load_for_chunks("chunk_maxima", 2)
+    row_maxima = plan.load(rows, source, "row_maxima", rows.number, 512, (chunks, ADDRESS, ADDRESS))
+    chunk_exponentials = load_for_chunks("chunk_exponentials", 4)
+
+    def maxima_and_sums(stream: int, out: int, x: int, workspace: int) -> None:
+        chunk_maxima(stream, workspace + maxima, x)
+        row_maxima(stream, workspace + maximum, workspace + maxima)
+        chunk_exponentials(stream, workspace + sums, workspace + counts, workspace + maximum, x)
 
     plan.steps.append(maxima_and_sums)
 
-    level, level_sums = rows.of_sums(tuple(step * rows.chunks for step in _contiguous(rows.kept)), 1), sums
+    level, level_sums = rows.of_sums(tuple(step * rows.chunks for step in contiguous_strides(rows.kept)), 1), sums
     while level.chunks > schedules.MAX_ROW_CHUNKS:
         level_sums, level = _plan_row_sums(plan, level, level_sums)
-    row_normalisers = plan.load(rows, source, "row_normalisers", rows.number, 512, level.chunks)
-    n, is_log, last_sums = np.int64(level.n), np.int64(operation == "log_softmax"), level_sums
+    constants = np.int64(level.n), chunks, np.int64(operation == "log_softmax")
+    arguments = (*constants, ADDRESS, ADDRESS, ADDRESS)
+    row_normalisers = plan.load(rows, source, "row_normalisers", rows.number, 512, arguments, level.chunks)
+    write_chunks = load_for_chunks("write_chunks", 4)
+    last_sums = level_sums
 
-    def normalise(stream: Stream, out: int, x: int, workspace: int) -> None:
-        row_normalisers(stream, n, chunks, is_log, workspace + normaliser, workspace + last_sums, workspace + counts)
-        write_chunks(stream, parameters, out, workspace + maximum, workspace + normaliser, x)
+    def normalise(stream: int, out: int, x: int, workspace: int) -> None:
+        row_normalisers(stream, workspace + normaliser, workspace + last_sums, workspace + counts)
+        write_chunks(stream, out, workspace + maximum, workspace + normaliser, x)
 
     plan.steps.append(normalise)
-
-
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of a C-ordered array."""
-    strides, step = [], 1
-    for length in reversed(shape):
-        strides.append(step)
-        step *= length
-    return tuple(reversed(strides))
