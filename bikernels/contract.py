@@ -42,8 +42,6 @@ class Arithmetic(NamedTuple):
     """Bits kept below the largest exponent of a tensor core's step; None: every step is one correctly rounded fma."""
     floor: int
     """The least exponent to which a tensor core aligns."""
-    experimental: bool = False
-    """True until the class has been checked against the hardware it describes."""
 
     @property
     def is_tensor_core(self) -> bool:
@@ -54,7 +52,7 @@ ARITHMETIC = {
     arithmetic.name: arithmetic
     for arithmetic in (
         Arithmetic("tc16f25", ("bfloat16", "float16"), group=16, fraction_bits=25, floor=-133),
-        Arithmetic("tc8f24", ("bfloat16", "float16"), group=8, fraction_bits=24, floor=-133, experimental=True),
+        Arithmetic("tc8f24", ("bfloat16", "float16"), group=8, fraction_bits=24, floor=-132),
         Arithmetic("fma32", ("bfloat16", "float16", "float32"), group=1, fraction_bits=None, floor=0),
         Arithmetic("fma64", ("float64",), group=1, fraction_bits=None, floor=0),
     )

@@ -1,9 +1,9 @@
 """The CPU backend: Numba kernels for NumPy arrays and other memory of the host. It computes every arithmetic class.
 
-`matmul.py` drives matrix products, with the inner loops of `fma.py` and `tensor_core.py`; `mean.py` and `softmax.py`
-are the reductions, on the rows of `rows.py` and the sums of `sum_tree.py`. `convert.py` reads and writes operands of
-every dtype; `numerics.py`, `elementary.py` and `vectors.py` have the operations all of them are made of; `compile.py`
-says how they are compiled and `threads.py` in which threads they run.
+`matmul.py` drives matrix products, with the inner loops of `fma.py` and `tensor_core.py`, and of `stream.py` for few
+rows; `mean.py` and `softmax.py` are the reductions, on the rows of `rows.py` and the sums of `sum_tree.py`.
+`convert.py` reads and writes operands of every dtype; `numerics.py`, `elementary.py` and `vectors.py` have the
+operations all of them are made of; `compile.py` says how they are compiled and `threads.py` in which threads they run.
 """
 
 from __future__ import annotations

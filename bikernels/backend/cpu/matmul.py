@@ -7,6 +7,8 @@ lets the inner loop run over every pair of panels, the accumulators waiting in m
 the end of K come the epilogue and the one rounding to the result. K is never split, and no element sees more than its
 own row and column, so neither the cuts nor the threads decide any bit.
 
+Packing b pays only where enough rows of a use it; a product of few rows reads b where it lies (see `stream.py`).
+
 A product with few columns and more rows is computed transposed: the inner loop's vectors run along the columns. That
 changes no bit either, since a product of two numbers does not depend on their order.
 """
@@ -30,6 +32,7 @@ from .convert import reader, writer
 from .numerics import FLOAT, pointer, take
 from .numerics import fma as fused
 from .panels import Panels
+from .stream import Stream, stream
 
 DEPTH = 256
 """Elements of K in a stretch: a panel of b for it, and one of a, fit the first-level cache together."""
@@ -90,6 +93,9 @@ class Geometry(NamedTuple):
     multiply: int
     finish: int
     epilogue: int
+    stream: int
+    """Address of the loop that reads b where it lies (see `stream.py`); 0: b is packed."""
+    stream_depth: int
 
 
 # ----------------------------------------------------------------------------------------------------------- kernels
@@ -180,8 +186,43 @@ def _pack_rows(g, a, first, blocks, packed, counter):  # type: ignore[no-untyped
             target += panels * panel_bytes
 
 
+@inner
+def _multiply_packed(g, acc, a_panel, workspace, b, skip, depth, rows, columns, first):  # type: ignore[no-untyped-def]
+    """Pack a block of b, without its first `skip` rows, and multiply it by all panels of a."""
+    b_bytes = _panel_bytes(g, g.panel_columns)
+    first = np.int64(first != 0 and skip == 0)
+    rest = b + skip * g.b_k * g.itemsize
+    rounded = _pack(g, workspace, b_bytes, g.panel_columns, rest, g.b_k, g.b_n, depth - skip, columns)
+    for i in range(0, rows, g.panel_rows):
+        width = _width(rows - i, g.panel_rows)
+        a_place = a_panel + i // g.panel_rows * _panel_bytes(g, g.panel_rows) + skip * width * g.accumulate_itemsize
+        for j in range(0, columns, g.panel_columns):
+            tile = acc + (i * g.block_columns + j) * g.accumulate_itemsize
+            b_place = workspace + j // g.panel_columns * b_bytes
+            invoke(g.multiply, (tile, g.block_columns, a_place, b_place, rounded, width, first))
+
+
+@inner
+def _multiply_streamed(g, acc, a_panel, workspace, b, depth, rows, columns, first):  # type: ignore[no-untyped-def]
+    """Multiply a block of b, where it lies, by all panels of a; what the streaming loop does not take is packed."""
+    streamed_depth = depth - depth % g.stream_depth
+    streamed = columns - columns % g.panel_columns
+    for i in range(0, rows, g.panel_rows):
+        width = _width(rows - i, g.panel_rows)
+        a_place = a_panel + i // g.panel_rows * _panel_bytes(g, g.panel_rows)
+        tile = acc + i * g.block_columns * g.accumulate_itemsize
+        stride = g.b_k if g.b_n == 1 else g.b_n
+        invoke(g.stream, (tile, g.block_columns, a_place, b, stride, streamed_depth, streamed, width, first))
+    if streamed_depth < depth:
+        _multiply_packed(g, acc, a_panel, workspace, b, streamed_depth, depth, rows, streamed, first)
+    if streamed < columns:
+        acc += streamed * g.accumulate_itemsize
+        b += streamed * g.b_n * g.itemsize
+        _multiply_packed(g, acc, a_panel, workspace, b, 0, depth, rows, columns - streamed, first)
+
+
 @kernel
-def _compute(g, a, b, c, out, alpha, beta, first, blocks, packed, workspace, counter):  # type: ignore[no-untyped-def]
+def _compute(g, a, b, c, out, alpha, beta, start, blocks, packed, workspace, counter):  # type: ignore[no-untyped-def]
     """Compute pieces of the result, from rows of a that `_pack_rows` has packed.
 
     The workspace holds the panels of b, the accumulators and a strip of c.
@@ -198,22 +239,18 @@ def _compute(g, a, b, c, out, alpha, beta, first, blocks, packed, workspace, cou
         if piece >= blocks * column_blocks:
             return
         block, column = piece // column_blocks, piece % column_blocks * g.block_columns
-        matrix, row = (first + block) // row_blocks, (first + block) % row_blocks * g.block_rows
+        matrix, row = (start + block) // row_blocks, (start + block) % row_blocks * g.block_rows
         rows, columns = min(g.m - row, g.block_rows), min(g.n - column, g.block_columns)
         b_source = b + (_offset(g, matrix, 2) + column * g.b_n) * g.itemsize
         a_panel = packed + block * _packed_bytes(g)
 
         for k in range(0, max(1, g.k), DEPTH):
             depth, source = min(g.k - k, DEPTH), b_source + k * g.b_k * g.itemsize
-            rounded = _pack(g, workspace, b_bytes, g.panel_columns, source, g.b_k, g.b_n, depth, columns)
-            is_first = np.int64(k == 0)
-            for i in range(0, rows, g.panel_rows):
-                width = _width(rows - i, g.panel_rows)
-                a_place = a_panel + i // g.panel_rows * a_bytes
-                for j in range(0, columns, g.panel_columns):
-                    tile = acc + (i * leading + j) * size
-                    b_place = workspace + j // g.panel_columns * b_bytes
-                    invoke(g.multiply, (tile, leading, a_place, b_place, rounded, width, is_first))
+            first = np.int64(k == 0)
+            if g.stream != 0:
+                _multiply_streamed(g, acc, a_panel, workspace, source, depth, rows, columns, first)
+            else:
+                _multiply_packed(g, acc, a_panel, workspace, source, 0, depth, rows, columns, first)
             a_panel += a_panels * a_bytes
 
         out_at = _offset(g, matrix, 4) + row * g.out_m + column * g.out_n
@@ -274,6 +311,13 @@ def _panels(spec: MatmulSpec) -> Panels:
     return fma.panels(ACCUMULATE[spec.a.dtype])
 
 
+def _stream(spec: MatmulSpec) -> Stream | None:
+    m, _, k = spec.mnk
+    if ARITHMETIC[spec.arithmetic].is_tensor_core or k == 0:
+        return None
+    return stream(spec.a.dtype, ACCUMULATE[spec.a.dtype], m, *spec.b.strides[-2:])
+
+
 def _transposed(spec: MatmulSpec) -> MatmulSpec:
     def swap(layout: Layout) -> Layout:
         *batch, rows, columns = range(len(layout.shape))
@@ -294,7 +338,9 @@ def _launch(spec: MatmulSpec, panels: Panels) -> MatmulLaunch:
     table = np.array(
         [spec.batch, *(layout.strides[:-2] for layout in (spec.a, spec.b, c, spec.out))], np.int64
     ).T.copy()
-    block_rows, block_columns = _blocks(m, n, batch, panels)
+    streaming = _stream(spec)
+    most_columns, pieces = (streaming.columns, _STREAMED_PIECES) if streaming else (_COLUMNS, _PIECES)
+    block_rows, block_columns = _blocks(m, n, batch, panels, most_columns, pieces * threads.limit())
     g = Geometry(
         m=m,
         n=n,
@@ -326,6 +372,8 @@ def _launch(spec: MatmulSpec, panels: Panels) -> MatmulLaunch:
         multiply=panels.multiply,
         finish=panels.finish,
         epilogue=_epilogue_address(accumulate),
+        stream=streaming.multiply if streaming else 0,
+        stream_depth=streaming.depth if streaming else 0,
     )
     column_panels = block_columns // panels.columns
     row_panels = block_rows // panels.rows
@@ -384,16 +432,15 @@ def _aligned(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return memory[-memory.ctypes.data % _PAGE :]
 
 
-def _blocks(m: int, n: int, batch: int, panels: Panels) -> tuple[int, int]:
-    """Rows and columns of a piece: large enough to pay for the packing, small enough for several pieces a thread."""
+def _blocks(m: int, n: int, batch: int, panels: Panels, most_columns: int, wanted: int) -> tuple[int, int]:
+    """Rows and columns of a piece: large enough to pay for the packing, small enough for as many pieces as wanted."""
 
     def fit(length: int, most: int, step: int) -> int:
         """Cut into equal parts of at most `most`, each a multiple of `step`."""
         parts = max(1, -(-length // most))
         return -(-length // (parts * step)) * step
 
-    rows, columns = fit(m, _ROWS, panels.rows), fit(n, _COLUMNS, panels.columns)
-    wanted = _PIECES_PER_THREAD * threads.limit()
+    rows, columns = fit(m, _ROWS, panels.rows), fit(n, most_columns, panels.columns)
     while batch * -(-m // rows) * -(-n // columns) < wanted and max(rows, columns) > _LEAST_PIECE:
         if columns * 2 > rows and columns > panels.columns:
             columns = fit(n, columns // 2, panels.columns)
@@ -404,5 +451,8 @@ def _blocks(m: int, n: int, batch: int, panels: Panels) -> tuple[int, int]:
     return rows, columns
 
 
-_PIECES_PER_THREAD = 4
+_PIECES = 4
+"""Wanted for each thread, so that none waits long for the last one."""
+_STREAMED_PIECES = 2
+"""The same where b is streamed: long rows of b are read faster."""
 _LEAST_PIECE = 64

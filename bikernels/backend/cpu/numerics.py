@@ -36,7 +36,7 @@ TRANSPOSE = 8
 
 # ------------------------------------------------------------------------------------- LLVM, for scalars and vectors
 
-_LLVM_TYPE = {
+LLVM_TYPE = {
     "bfloat16": ir.IntType(16),
     "float16": ir.IntType(16),
     "float32": ir.FloatType(),
@@ -105,7 +105,7 @@ def from_accumulate(builder: Any, dtype: str, value: Any) -> Any:
         narrow = _to_bfloat16(builder, bits) if dtype == "bfloat16" else _to_float16(builder, bits)
         result = builder.trunc(narrow, _like(value, ir.IntType(16)))
     else:
-        target = _like(value, _LLVM_TYPE[dtype])
+        target = _like(value, LLVM_TYPE[dtype])
         if value.type != target:
             value = builder.fpext(value, target) if dtype == "float64" else builder.fptrunc(value, target)
         result = builder.bitcast(value, _like(value, ir.IntType(32 if dtype == "float32" else 64)))
@@ -166,7 +166,7 @@ def load(typing_context: Any, dtype: Any, kind: Any, address: Any, index: Any) -
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         name = dtype.literal_value
-        base = builder.inttoptr(values[2], _LLVM_TYPE[name].as_pointer())
+        base = builder.inttoptr(values[2], LLVM_TYPE[name].as_pointer())
         value = builder.load(builder.gep(base, [values[3]]))
         return to_accumulate(builder, name, value, context.get_value_type(kind.dtype))
 
@@ -211,14 +211,14 @@ def transpose(
         _, _, target, target_stride, source, source_stride = values
         accumulate = context.get_value_type(kind.dtype)
         size = TRANSPOSE
-        loaded = ir.VectorType(_LLVM_TYPE[name], size)
-        start = builder.inttoptr(source, _LLVM_TYPE[name].as_pointer())
+        loaded = ir.VectorType(LLVM_TYPE[name], size)
+        start = builder.inttoptr(source, LLVM_TYPE[name].as_pointer())
         vectors = []
         for i in range(size):
             place = builder.gep(start, [builder.mul(source_stride, ir.Constant(ir.IntType(64), i))])
             vector = builder.load(builder.bitcast(place, loaded.as_pointer()), align=ITEMSIZE[name])
             vectors.append(to_accumulate(builder, name, vector, accumulate))
-        for vector, i in zip(_transposed(builder, vectors), range(size), strict=True):
+        for vector, i in zip(transposed(builder, vectors), range(size), strict=True):
             place = builder.gep(
                 builder.inttoptr(target, accumulate.as_pointer()),
                 [builder.mul(target_stride, ir.Constant(ir.IntType(64), i))],
@@ -229,7 +229,7 @@ def transpose(
     return types.void(dtype, kind, types.int64, types.int64, types.int64, types.int64), codegen
 
 
-def _transposed(builder: Any, vectors: list[Any]) -> list[Any]:
+def transposed(builder: Any, vectors: list[Any]) -> list[Any]:
     """The columns of a square block whose rows are the vectors: exchange halves, then quarters, and so on."""
     size = len(vectors)
     step = size // 2

@@ -23,9 +23,9 @@ def place(builder: Any, address: Any, offset: int, kind: ir.Type) -> Any:
     return builder.inttoptr(builder.add(address, ir.Constant(I64, offset)), kind.as_pointer())
 
 
-def load(builder: Any, address: Any, offset: int, kind: ir.Type) -> Any:
-    """Load a vector, or a scalar, that is aligned to its elements."""
-    return builder.load(place(builder, address, offset, kind), align=4)
+def load(builder: Any, address: Any, offset: int, kind: ir.Type, align: int = 4) -> Any:
+    """Load a vector, or a scalar, that is aligned to its elements of `align` bytes or more."""
+    return builder.load(place(builder, address, offset, kind), align=align)
 
 
 def load_splat(builder: Any, address: Any, offset: int, kind: ir.VectorType) -> Any:
@@ -39,6 +39,15 @@ def load_splat(builder: Any, address: Any, offset: int, kind: ir.VectorType) -> 
 def store(builder: Any, value: Any, address: Any, offset: int = 0) -> None:
     """Store a vector at an address aligned to its elements."""
     builder.store(value, place(builder, address, offset, value.type), align=4)
+
+
+def prefetch(builder: Any, address: Any) -> None:
+    """Fetch what will be read at the address; one that is not mapped does no harm."""
+    place = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [place, I32, I32, I32])
+    function = builder.module.declare_intrinsic("llvm.prefetch", [place], kind)
+    to_read, often, data = I32(0), I32(3), I32(1)
+    builder.call(function, [builder.inttoptr(address, place), to_read, often, data])
 
 
 def loop(builder: Any, count: Any, carried: list[Any], body: Callable[[list[Any]], list[Any]]) -> list[Any]:
