@@ -18,6 +18,8 @@ from bikernels.contract import ARITHMETIC
 BYTES_PER_SECOND = 4.3e12
 FLOPS_PER_SECOND = {"bf16": 790e12, "fp16": 790e12, "fp32": 66.9e12, "fp64": 66.9e12}
 CHAIN_CYCLES, CLOCK = 24, 1.98e9
+CHAIN_RATIO = 16
+"""K / N from which on the chain may take longer than the weights."""
 CHAIN_GROUP = {"bf16": ARITHMETIC["tc16f25"].group, "fp16": ARITHMETIC["tc16f25"].group}
 
 

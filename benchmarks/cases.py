@@ -88,8 +88,9 @@ class Record(NamedTuple):
 
     case: Case
     floor_us: float | None
-    """None on devices whose limits are not known."""
+    """The least time; None on devices whose limits are not known."""
     chain_us: float | None
+    """The chain of additions alone, where it may be what limits."""
     us: dict[str, list[float]]
     """Per implementation, samples in microseconds a call; those that failed are absent."""
     check: str

@@ -12,8 +12,8 @@ it, the functions that --peer names, batch_invariant_ops if it is installed, and
 needs its own process (cublaslt.py), which runs first and ends before anything else is timed. On a CPU: beside PyTorch
 on the same threads, which OMP_NUM_THREADS or --threads sets.
 
-A column "row alone" says whether row 0 has the same bytes alone as in the batch. The exit status is 1 if one has not,
-or if a product of ours failed. `report.py` makes tables and a plot of the record.
+A column "row alone" says whether the first, middle and last row have the same bytes alone as in the batch. The exit
+status is 1 if one has not, or if a product of ours failed. `report.py` makes tables and a plot of the record.
 """
 
 from __future__ import annotations
@@ -192,8 +192,14 @@ def record(case: Case, timed: Timed, row: str, gpu: str) -> Record:
     """A case with its bounds, where those of the device are known."""
     if not bounds.known(gpu):
         return Record(case, None, None, timed.us, row, timed.failed)
-    floor = bounds.floor_us(case.dtype, 2.0 * case.products, case.moved)
-    return Record(case, floor, bounds.chain_us(case.dtype, case.k), timed.us, row, timed.failed)
+    steps = bounds.chain_us(case.dtype, case.k)
+    floor = max(steps, bounds.floor_us(case.dtype, 2.0 * case.products, case.moved))
+    measured = None
+    if steps and case.k >= bounds.CHAIN_RATIO * case.n:
+        from chain import measured_us
+
+        measured = measured_us(case.k)
+    return Record(case, floor, measured, timed.us, row, timed.failed)
 
 
 HEADS = f"{'N x K':15}{'dtype':6}{'layout':7}{'M':>6}"
@@ -210,7 +216,7 @@ def print_row(record: Record, names: Sequence[str]) -> None:
     """One case."""
     low, median, high = spread(record.us[OURS]) if OURS in record.us else (float("nan"),) * 3
     times = "".join(f"{spread(record.us[name]).median:13.1f}" if name in record.us else f"{'-':>13}" for name in names)
-    bound, relative = report.bound_us(record), report.relative(record)
+    bound, relative = record.floor_us, report.relative(record)
     case = record.case
     print(
         f"{case.shape:15}{case.dtype:6}{LAYOUTS[case.layout]:7}{case.m:6}{times}{median:11.1f}"

@@ -4,8 +4,8 @@
 
 Times are medians of the samples with their quartiles in brackets. "Best cuBLAS" is, per case, the faster of cuBLAS as
 PyTorch ships it and cuBLASLt without split-K. A case is "reached" if it meets its group's goal, "at chain" if M < 128,
-K / N ≥ 16 and it is within 1.5 µs of its chain of additions (`bounds.py`), "in noise" if it would meet the goal at the
-favourable quartiles of both times; otherwise it is "missed".
+K / N ≥ 16 and it is within 1.5 µs of its chain of additions alone (`chain.py`), "in noise" if it would meet the goal at
+the favourable quartiles of both times; otherwise it is "missed".
 """
 
 from __future__ import annotations
@@ -87,11 +87,6 @@ def relative(record: Record, name: str = OURS) -> float | None:
     return baseline.median / spread(record.us[name]).median
 
 
-def bound_us(record: Record) -> float | None:
-    """What the hardware allows, the chain of additions included."""
-    return None if record.floor_us is None else max(record.floor_us, record.chain_us or 0.0)
-
-
 def goal(record: Record, backend: str) -> Goal | None:
     """The goal of this case, if it has one."""
     if record.case.group == "cpu" and record.case.dtype not in ("fp32", "fp64"):
@@ -111,7 +106,7 @@ def verdict(record: Record, machine: Mapping[str, Any]) -> Verdict | None:
     ours = spread(record.us[OURS])
     if speed >= target.each:
         return Verdict.REACHED
-    by_chain = record.case.group == "small" and record.case.k >= 16 * record.case.n and record.chain_us is not None
+    by_chain = record.case.group == "small" and record.chain_us is not None
     if by_chain and ours.median <= (record.chain_us or 0.0) + CHAIN_MARGIN_US:
         return Verdict.CHAIN
     return Verdict.NOISE if baseline.high / ours.low >= target.each else Verdict.MISSED
@@ -262,7 +257,7 @@ def misses(results: Results) -> str:
             baseline = best(record)
             lines.append(
                 f"{text}{_number(relative(record))} ({_time(record.us.get(OURS))} µs beside "
-                f"{_number(baseline and baseline.median, 1)}; bound {_number(bound_us(record), 1)})"
+                f"{_number(baseline and baseline.median, 1)}; bound {_number(record.floor_us, 1)})"
             )
     for each in results.host:
         medians = {name: spread(samples).median for name, samples in each.us.items()}
@@ -293,7 +288,7 @@ def cases(results: Results) -> str:
                 LAYOUTS[record.case.layout],
                 str(record.case.m),
                 *(_time(record.us.get(name)) for name in [*names, OURS]),
-                _number(bound_us(record), 1),
+                _number(record.floor_us, 1),
                 _number(relative(record)),
                 _checked(record),
             ]
@@ -445,7 +440,7 @@ def _draw(panel: Any, results: Results, records: Sequence[Record]) -> None:
             panel.plot(*zip(*sorted(points), strict=True), label=label, **how)
 
     def ceiling(record: Record) -> float | None:
-        baseline, bound = best(record), bound_us(record)
+        baseline, bound = best(record), record.floor_us
         return baseline.median / bound if baseline and bound else None
 
     drawn = records[0].case.layout  # the peers and the bound differ little between layouts

@@ -51,7 +51,8 @@ def record(module: Any) -> Any:
         case = cases.Case(group, "bf16", "nk", m, n, k)
         floor = bounds.floor_us(case.dtype, 2.0 * case.products, case.moved)
         timed = {name: samples(value) for name, value in us.items()}
-        return cases.Record(case, floor, bounds.chain_us(case.dtype, k), timed, check, {})
+        chain = bounds.chain_us(case.dtype, k) if k >= bounds.CHAIN_RATIO * n else None
+        return cases.Record(case, floor, chain, timed, check, {})
 
     return make
 

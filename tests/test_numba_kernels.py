@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import multiprocessing
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from itertools import groupby
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
+
+import bikernels
+from bikernels.contract import ARITHMETIC, PORTABLE_ARITHMETIC
+from bikernels.specs import MatmulSpec
+from bikernels.views import Device, View
+
+from .cases import FLOATS, assert_same_bits, draw
 
 for package in ("numba_cuda", "cuda.core", "cuda.bindings.nvjitlink"):
     pytest.importorskip(package, reason=f'{package} is not installed; pip install "bikernels[cuda13]"')
@@ -21,11 +31,14 @@ except RuntimeError as error:  # the Python package is there, the library is not
 
 from numba import cuda, types  # noqa: E402
 
-from bikernels.backend.numba import inspection, launch, matmul, reduction  # noqa: E402
-from bikernels.contract import ARITHMETIC  # noqa: E402
+from bikernels.backend.numba import inspection, launch, matmul, reduction, schedules  # noqa: E402
 
 GPUS = ((8, 0), (9, 0))
 """Compute capabilities, the oldest first."""
+TENSOR_CORE_STEP = max(arithmetic.group for arithmetic in ARITHMETIC.values() if arithmetic.is_tensor_core)
+"""K of a tensor-core instruction: one group of tc16f25, two of tc8f24."""
+SHARED_BYTES = 99 << 10
+"""Shared memory that every GPU from sm_80 on has for a thread block."""
 
 
 def family(variant: Any) -> str:
@@ -35,7 +48,9 @@ def family(variant: Any) -> str:
     return variant.stage
 
 
-FAMILIES = {name: list(members) for name, members in groupby(sorted(inspection.variants(), key=family), key=family)}
+FAMILIES = {
+    name: list(members) for name, members in itertools.groupby(sorted(inspection.variants(), key=family), key=family)
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +69,14 @@ def faults(kernel: inspection.Compiled) -> list[str]:
         if needs.stack_bytes or needs.spill_bytes:
             found.append(f"compute capability {gpu}: {needs}")
     if isinstance(kernel.variant, matmul.Variant):
-        on_tensor_cores = "mma.sync.aligned.m16n8k16" in kernel.ptx
-        if on_tensor_cores != ARITHMETIC[kernel.variant.arithmetic].is_tensor_core:
-            found.append("no tensor-core product" if not on_tensor_cores else "an unexpected tensor-core product")
+        groups = re.findall(r"mma(?:\.mma_async|)\.sync\.aligned\.m\d+n\d+(k\d+)\.", kernel.ptx)
+        arithmetic = ARITHMETIC[kernel.variant.arithmetic]
+        if set(groups) != ({f"k{TENSOR_CORE_STEP}"} if arithmetic.is_tensor_core else set()):
+            found.append(f"tensor-core products of {sorted(set(groups))}")
+        if kernel.variant.tile.instruction != "wgmma" and kernel.variant.shared_bytes > SHARED_BYTES:
+            found.append(f"{kernel.variant.shared_bytes} bytes of shared memory")
+        if "div.s64" in kernel.ptx or "div.u64" in kernel.ptx:
+            found.append("a division of 64 bits")
     return found
 
 
@@ -82,10 +102,10 @@ def test_the_check_sees_what_the_compiler_fuses() -> None:
         out[0] = cuda.libdevice.fadd_rn(cuda.libdevice.fmul_rn(a[0], b[0]), -out[0])
 
     signature = types.void(*[types.CPointer(types.float32)] * 3)
-    ptx, found = inspection.translate(launch.Kernel(written_with_operators, signature, 32), GPUS[0])
+    ptx, found = inspection.translate(launch.Kernel("", lambda: (written_with_operators, signature), 32), GPUS[0])
     assert "fma.rn.f32" in ptx
     assert len(found) == 2
-    ptx, found = inspection.translate(launch.Kernel(written_with_functions, signature, 32), GPUS[0])
+    ptx, found = inspection.translate(launch.Kernel("", lambda: (written_with_functions, signature), 32), GPUS[0])
     assert "fma" not in ptx
     assert not found
 
@@ -101,4 +121,32 @@ def test_the_check_sees_spills() -> None:
     crowded = kernel._replace(blocks=4)  # 32 registers a thread
     ptx, found = inspection.translate(crowded, GPUS[0])
     assert not found
-    assert inspection.needs(ptx, GPUS[0]).spill_bytes > 0
+    assert inspection.needs(ptx, kernel.architecture(GPUS[0])).spill_bytes > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_tile_gives_the_same_bits(backend: Any, dtype: str, rng: np.random.Generator) -> None:
+    if backend.name != "numba":
+        pytest.skip("the tiles are those of the backend 'numba'")
+    gpu = Device("cuda", backend.xp.cuda.runtime.getDevice())
+
+    def view(x: Any) -> View:
+        return View(x.data.ptr, dtype, x.shape, tuple(step // x.itemsize for step in x.strides), gpu)
+
+    for arithmetic in sorted({backend.arithmetic[dtype], PORTABLE_ARITHMETIC[dtype]}):
+        for m, n, k in ((70, 136, 304), (33, 75, 131)):  # rows that can be read in vectors, and rows that cannot
+            a, b = draw(rng, (m, k), dtype), draw(rng, (k, n), dtype)
+            expected = bikernels.matmul(a, b, arithmetic=arithmetic, backend="cpu")
+            along_k = backend.put(a), backend.put(b.T).T
+            across_k = backend.put(a.T).T, backend.put(b)
+            for left, right in (along_k, across_k):
+                for tile in schedules.tiles(arithmetic, dtype, launch.compute_capability(gpu)):
+                    for swapped in (False, True):
+                        out = backend.put(np.zeros_like(expected))
+                        x, y, z = view(left), view(right), view(out)
+                        of_a, of_b, of_out = (one.description.layout for one in (x, y, z))
+                        spec = MatmulSpec(arithmetic, of_a, of_b, None, of_out)
+                        with mock.patch.object(matmul, "choose", return_value=(tile, swapped)):
+                            matmul.prepare(spec, gpu)(z, None, x, y, 1.0, 0.0)
+                        assert_same_bits(backend.get(out), expected, f"{arithmetic} {tile}, swapped {swapped}")

@@ -6,22 +6,18 @@ come in as macros too (`contract_macros`), so that they are written once, in `co
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-import os
 import re
-import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from ... import contract
+from .._disk_cache import stored
 from .parameters import MAX_DIMS
 
-ENVIRONMENT_CACHE = "BIKERNELS_CACHE_DIR"
 SOURCES = Path(__file__).parent / "kernels"
 
 _COMPILING = threading.Lock()
@@ -90,7 +86,7 @@ def architecture(compute_capability: tuple[int, int]) -> str:
 
 
 def _options(arch: str) -> dict[str, object]:
-    """Options that decide bits: nothing is fused, flushed or approximated."""
+    """Nothing is fused, flushed or approximated."""
     return {
         "arch": arch,
         "std": "c++17",
@@ -99,6 +95,7 @@ def _options(arch: str) -> dict[str, object]:
         "prec_div": True,
         "prec_sqrt": True,
         "use_fast_math": False,
+        "device_as_default_execution_space": True,  # NVRTC 13.0 would take a generic lambda for the host's
         "ptxas_options": "-v",
     }
 
@@ -140,63 +137,15 @@ def _compile(kernel: Kernel, arch: str) -> tuple[bytes, str]:
 # --------------------------------------------------------------------------------------------------------------- cache
 
 
-def _cache_folders() -> Iterator[Path]:
-    """Where binaries may be kept, best first."""
-    named = os.environ.get(ENVIRONMENT_CACHE)
-    if named:
-        yield Path(named)
-    elif sys.platform == "win32" and os.environ.get("LOCALAPPDATA"):
-        yield Path(os.environ["LOCALAPPDATA"]) / "bikernels" / "cache"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME")
-        with contextlib.suppress(RuntimeError):  # no home directory
-            yield (Path(base) if base else Path.home() / ".cache") / "bikernels"
-    yield _temporary_folder()
-
-
-@functools.cache
-def _temporary_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="bikernels-"))
-
-
 def cubin(kernel: Kernel, arch: str) -> Path:
-    """The path of the kernel's binary for `arch`, compiled unless it is in the cache.
-
-    The folder is BIKERNELS_CACHE_DIR, by default the user's cache directory, and a temporary one if that cannot be
-    written. A file is complete once it has its name, so that processes and threads may share the folder.
-    """
-    with _COMPILING:
-        return _cubin(kernel, arch)
-
-
-def _cubin(kernel: Kernel, arch: str) -> Path:
+    """The path of the kernel's binary for `arch`, compiled unless it is in the cache (`_disk_cache.py`)."""
     key = hashlib.sha256()
     for part in (str(kernel), _program(kernel), repr(_options(arch)), _compiler_version()):
         key.update(part.encode() + b"\0")
     key.update(_sources_text())
     name = f"{Path(kernel.source).stem}-{arch}-{key.hexdigest()[:32]}.cubin"
-
-    binary: bytes | None = None
-    for folder in _cache_folders():
-        path = folder / name
-        if path.is_file():
-            return path
-        if binary is None:
-            binary, _ = _compile(kernel, arch)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
-            try:
-                with os.fdopen(descriptor, "wb") as file:
-                    file.write(binary)
-                os.replace(temporary, path)
-            except BaseException:
-                os.unlink(temporary)
-                raise
-        except OSError:
-            continue
-        return path
-    raise OSError(f"no folder can be written for compiled kernels; set {ENVIRONMENT_CACHE} to one that can")
+    with _COMPILING:
+        return stored(name, lambda: _compile(kernel, arch)[0])
 
 
 # -------------------------------------------------------------------------------------------------------------- report

@@ -1,7 +1,8 @@
 """Numba CUDA: every kernel is Python, to be read and changed.
 
 matmul.py and reduction.py hold the kernels and how they are launched; device.py is the vocabulary that they are written
-in, functions.py its exp and log, launch.py the host's side. inspection.py shows what the compiler makes of them.
+in, functions.py its exp and log, products.py the instructions that multiply tiles, schedules.py the tiles, launch.py
+the host's side. inspection.py shows what the compiler makes of them.
 """
 
 from __future__ import annotations
@@ -10,11 +11,19 @@ import importlib
 import importlib.util
 
 from ...contract import PORTABLE_ARITHMETIC, native_arithmetic, tensor_core_arithmetic
+from ...errors import BackendUnavailableError
 from ...specs import MatmulSpec, ReductionSpec
 from ...views import Device
 from .. import MatmulLaunch, ReductionLaunch
 
+_MATMUL_CAPABILITY = (8, 0)
+"""Has the asynchronous copies that the products' kernels are made of."""
+
 _REMEDY = 'pip install "bikernels[cuda13]"'
+
+
+def _text(compute_capability: tuple[int, int]) -> str:
+    return ".".join(map(str, compute_capability))
 
 
 class NumbaBackend:
@@ -51,8 +60,14 @@ class NumbaBackend:
         return arithmetic in PORTABLE_ARITHMETIC.values() or arithmetic == of_tensor_cores
 
     def prepare_matmul(self, spec: MatmulSpec, device: Device) -> MatmulLaunch:
+        from .launch import compute_capability
         from .matmul import prepare
 
+        if compute_capability(device) < _MATMUL_CAPABILITY:
+            raise BackendUnavailableError(
+                f"backend 'numba' multiplies on GPUs of compute capability {_text(_MATMUL_CAPABILITY)} or newer and "
+                f"{device} has {_text(compute_capability(device))}; use backend='cupy'"
+            )
         return prepare(spec, device)
 
     def prepare_reduction(self, spec: ReductionSpec, device: Device) -> ReductionLaunch:

@@ -8,6 +8,7 @@ inlined into the kernels (`device` below), so that a kernel compiles on a machin
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from llvmlite import ir
 from numba import cuda as _cuda
 from numba import types as _types
 
-from ...contract import ACCUMULATE, CANONICAL_NAN, INTEGER_DTYPES
+from ...contract import ACCUMULATE, CANONICAL_NAN, INTEGER_DTYPES, ITEMSIZE
 
 cuda: Any = _cuda
 types: Any = _types
@@ -120,23 +121,54 @@ def offset(index: Any, shape: Any, strides: Any) -> Any:
     return place + index * strides[0]
 
 
+# ------------------------------------------------------------------------------------------------------- inline PTX
+
+
+def _values(builder: Any, kind: Any, value: Any) -> list[Any]:
+    """The members of a tuple, or the one value."""
+    if isinstance(kind, types.UniTuple):
+        return [builder.extract_value(value, i) for i in range(kind.count)]
+    return [value]
+
+
+def instruction(text: str, constraints: list[str], result: Any, *arguments: Any, pure: bool = False) -> Any:
+    """A device function that is PTX: $0, $1, … are the results, then the arguments. A tuple is so many operands.
+
+    Unless it is `pure`, it is not moved, nor a branch put around what a whole warp does together.
+    """
+
+    def execute(typing_context: Any, *given: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            operands = [
+                one for kind, value in zip(arguments, values, strict=True) for one in _values(builder, kind, value)
+            ]
+            if isinstance(result, types.UniTuple):
+                returned = ir.LiteralStructType([context.get_value_type(result.dtype)] * result.count)
+            else:
+                returned = ir.VoidType() if result is types.none else context.get_value_type(result)
+            kind = ir.FunctionType(returned, [one.type for one in operands])
+            call = builder.call(ir.InlineAsm(kind, text, ",".join(constraints), side_effect=not pure), operands)
+            if result is types.none:
+                return context.get_dummy_value()
+            if isinstance(result, types.UniTuple):
+                members = [builder.extract_value(call, i) for i in range(result.count)]
+                return context.make_tuple(builder, result, members)
+            return call
+
+        return result(*arguments), generate
+
+    # Numba asks for the signature and does not lower calls of functions that take *arguments.
+    names = ["typing_context", *(f"operand_{i}" for i in range(len(arguments)))]
+    positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    execute.__signature__ = inspect.Signature([inspect.Parameter(name, positional) for name in names])  # type: ignore[attr-defined]
+    return intrinsic(execute)
+
+
 # ------------------------------------------------------------------------------------------------------- conversions
 
 
-def _conversion(instruction: str, constraint: str, result: Any, argument: Any) -> Any:
-    @intrinsic
-    def convert(typing_context: Any, value: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            kind = ir.FunctionType(context.get_value_type(result), [context.get_value_type(argument)])
-            return builder.call(ir.InlineAsm(kind, f"{instruction} $0, $1;", constraint, side_effect=False), arguments)
-
-        return result(argument), generate
-
-    return convert
-
-
-_float_of_half = _conversion("cvt.f32.f16", "=f,h", types.float32, types.uint16)
-_half_of_float = _conversion("cvt.rn.f16.f32", "=h,f", types.uint16, types.float32)
+_float_of_half = instruction("cvt.f32.f16 $0, $1;", ["=f", "h"], types.float32, types.uint16, pure=True)
+_half_of_float = instruction("cvt.rn.f16.f32 $0, $1;", ["=h", "f"], types.uint16, types.float32, pure=True)
 
 
 @device
@@ -217,66 +249,74 @@ def writer(dtype: str, accumulate: str) -> Function:
     return write
 
 
-# ------------------------------------------------------------------------------------------------------ tensor cores
+# ---------------------------------------------------------------------------------------------------- shared memory
 
 
-def _tensor_core_product(operand: str) -> Any:
-    @intrinsic
-    def product(
-        typing_context: Any, a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1: Any, c2: Any, c3: Any
-    ) -> Any:
-        word, real = types.uint32, types.float32
+@intrinsic
+def shared_address(typing_context: Any, array: Any) -> Any:
+    """Where an array of shared memory lies, as shared memory is addressed: 32 bits."""
 
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            w, f = ir.IntType(32), ir.FloatType()
-            kind = ir.FunctionType(ir.LiteralStructType([f] * 4), [w] * 6 + [f] * 4)
-            text = (
-                f"mma.sync.aligned.m16n8k16.row.col.f32.{operand}.{operand}.f32 "
-                "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
-            )
-            # With a side effect, so that no branch is ever put around it: all threads of the warp take part.
-            call = builder.call(
-                ir.InlineAsm(kind, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", side_effect=True), arguments
-            )
-            return context.make_tuple(
-                builder, signature.return_type, [builder.extract_value(call, i) for i in range(4)]
-            )
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = cgutils.create_struct_proxy(signature.args[0])(context, builder, value=arguments[0]).data
+        in_shared = builder.addrspacecast(data, ir.PointerType(data.type.pointee, addrspace=3))
+        return builder.ptrtoint(in_shared, ir.IntType(32))
 
-        return types.UniTuple(real, 4)(word, word, word, word, word, word, real, real, real, real), generate
-
-    return product
+    return types.uint32(array), generate
 
 
-TENSOR_CORE_PRODUCT = {"bfloat16": _tensor_core_product("bf16"), "float16": _tensor_core_product("f16")}
-"""product(a0..a3, b0, b1, c0..c3) -> 4 accumulators: a warp's 16x16 times 16x8, two 16-bit elements a word."""
+copy_async = instruction(
+    "cp.async.cg.shared.global [$0], [$1], 16;", ["r", "l", "~{memory}"], types.none, types.uint32, types.int64
+)
+"""copy_async(shared, address): queue 16 bytes to shared memory."""
+copy_part_async = instruction(
+    "cp.async.cg.shared.global [$0], [$1], 16, $2;",
+    ["r", "l", "r", "~{memory}"],
+    types.none,
+    *(types.uint32, types.int64, types.uint32),
+)
+"""copy_part_async(shared, address, bytes): the same of the first `bytes` only; the others become +0."""
+commit_copies = instruction("cp.async.commit_group;", ["~{memory}"], types.none)
+"""commit_copies(): a thread's copies since the last one are a group."""
 
 
-def _matrix_load(option: str) -> Any:
-    @intrinsic
-    def load(typing_context: Any, shared: Any, index: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            data = cgutils.create_struct_proxy(signature.args[0])(context, builder, value=arguments[0]).data
-            place = builder.gep(data, [arguments[1]])
-            address = builder.ptrtoint(
-                builder.addrspacecast(place, ir.PointerType(ir.IntType(32), addrspace=3)), ir.IntType(64)
-            )
-            kind = ir.FunctionType(ir.LiteralStructType([ir.IntType(32)] * 4), [ir.IntType(64)])
-            text = f"ldmatrix.sync.aligned.m8n8.x4{option}.shared.b16 {{$0,$1,$2,$3}}, [$4];"
-            call = builder.call(ir.InlineAsm(kind, text, "=r,=r,=r,=r,l,~{memory}", side_effect=True), [address])
-            return context.make_tuple(
-                builder, signature.return_type, [builder.extract_value(call, i) for i in range(4)]
-            )
-
-        return types.UniTuple(types.uint32, 4)(shared, types.int64), generate
-
-    return load
+@functools.cache
+def wait_for_copies(pending: int) -> Function:
+    """A device function: wait until at most `pending` of this thread's groups of copies are under way."""
+    return instruction(f"cp.async.wait_group {pending};", ["~{memory}"], types.none)
 
 
-load_matrices = _matrix_load("")
-"""load_matrices(shared, i): four 8x8 matrices of 16-bit elements. Thread 8q + r names the word where row r of matrix q
-begins; thread t gets of every matrix one word, the elements 2 (t mod 4) and the next of row t // 4."""
-load_matrices_transposed = _matrix_load(".trans")
-"""The same of the matrices' transposes."""
+load_vector = instruction(
+    "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];",
+    ["=f", "=f", "=f", "=f", "r", "~{memory}"],
+    types.UniTuple(types.float32, 4),
+    types.uint32,
+)
+"""load_vector(address): 16 bytes of shared memory."""
+store_vector = instruction(
+    "st.global.v4.b32 [$0], {$1, $2, $3, $4};",
+    ["l", "r", "r", "r", "r", "~{memory}"],
+    types.none,
+    *(types.int64, types.uint32, types.uint32, types.uint32, types.uint32),
+)
+"""store_vector(address, w0, w1, w2, w3): 16 bytes to global memory."""
+
+
+@functools.cache
+def pack(dtype: str) -> Function:
+    """A device function of two float32: both as 16-bit floats in a word, the first low; NaN is canonical."""
+    kind = {"bfloat16": "bf16x2", "float16": "f16x2"}[dtype]
+    text = f"cvt.rn.{kind}.f32 $0, $2, $1;"
+    return instruction(text, ["=r", "f", "f"], types.uint32, types.float32, types.float32, pure=True)
+
+
+@functools.cache
+def shared_access(dtype: str) -> tuple[Function, Function]:
+    """Device functions load(address) and store(address, element) of an element in shared memory."""
+    storage = STORAGE[dtype]
+    bits, register = {2: ("b16", "h"), 4: ("f32", "f"), 8: ("f64", "d")}[ITEMSIZE[dtype]]
+    load = instruction(f"ld.shared.{bits} $0, [$1];", [f"={register}", "r", "~{memory}"], storage, types.uint32)
+    store = instruction(f"st.shared.{bits} [$0], $1;", ["r", register, "~{memory}"], types.none, types.uint32, storage)
+    return load, store
 
 
 # ------------------------------------------------------------------------------------------------------------ host

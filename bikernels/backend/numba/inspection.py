@@ -12,6 +12,7 @@ from numba.cuda.cudadrv import nvvm
 
 from . import matmul, reduction
 from .launch import Kernel, assemble
+from .schedules import WGMMA_GPU
 
 
 class Needs(NamedTuple):
@@ -46,8 +47,9 @@ def compile_one(
     made once, for the first: name the oldest first.
     """
     kernel = matmul.kernel(variant) if isinstance(variant, matmul.Variant) else reduction.kernel(variant)
-    ptx, fused = translate(kernel, compute_capabilities[0])
-    return Compiled(variant, ptx, fused, {one: needs(ptx, one) for one in compute_capabilities})
+    gpus = [one for one in compute_capabilities if not kernel.specific or one == WGMMA_GPU]
+    ptx, fused = translate(kernel, gpus[0])
+    return Compiled(variant, ptx, fused, {one: needs(ptx, kernel.architecture(one)) for one in gpus})
 
 
 def compile_all(compute_capabilities: tuple[tuple[int, int], ...]) -> Iterator[Compiled]:
@@ -64,9 +66,9 @@ def translate(kernel: Kernel, compute_capability: tuple[int, int]) -> tuple[str,
     return ptx, contractible(modules if isinstance(modules, str) else "".join(modules), ptx)
 
 
-def needs(ptx: str, compute_capability: tuple[int, int]) -> Needs:
+def needs(ptx: str, architecture: str) -> Needs:
     """What the assembler reports; ValueError if it does not."""
-    log = assemble(ptx, compute_capability).log
+    log = assemble(ptx, architecture).log
 
     def number(pattern: str) -> int:
         found = re.search(pattern, log)

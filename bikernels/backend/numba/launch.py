@@ -8,62 +8,116 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import re
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from cuda.bindings import driver
+from cuda.bindings import driver, nvjitlink
 from cuda.core import LaunchConfig, Linker, LinkerOptions, ObjectCode, Stream
 from cuda.core import launch as core_launch
+from numba.cuda.cudadrv import nvvm
 
 from ...views import Device
+from .._disk_cache import stored
 from .device import Function, cuda
+
+ENTRY = "kernel"
+"""Name of every kernel in its PTX."""
 
 
 class Kernel(NamedTuple):
-    """A kernel before it is compiled: a Python function, the types of its arguments, its threads per block."""
+    """A kernel before it is compiled."""
 
-    function: Function
-    signature: Any
+    name: str
+    """Says all by which it differs from other kernels of this package's source."""
+    build: Callable[[], tuple[Function, Any]]
+    """The Python function and its signature."""
     threads: int
+    """Per thread block."""
     blocks: int = 1
     """Thread blocks that should fit on a multiprocessor together; bounds the registers of a thread."""
+    shared_bytes: int = 0
+    """Dynamic shared memory of a thread block."""
+    specific: bool = False
+    """Whether it has instructions that only GPUs of one compute capability have."""
+
+    def architecture(self, compute_capability: tuple[int, int]) -> str:
+        """The assembler's name of the GPU."""
+        return "sm_{}{}".format(*compute_capability) + ("a" if self.specific else "")
 
     def ptx(self, compute_capability: tuple[int, int]) -> str:
         """Its PTX; needs no GPU."""
+        function, signature = self.build()
         text, _ = cuda.compile(
-            self.function,
-            self.signature,
+            function,
+            signature,
             device=False,
             abi="numba",
             cc=compute_capability,
             output="ptx",
             launch_bounds=(self.threads, self.blocks),
         )
-        return text
+        entry = re.search(r"\.entry\s+(\w+)\(", text)
+        assert entry is not None
+        text = text.replace(entry[1], ENTRY)
+        return re.sub(r"\.target sm_\d+", f".target {self.architecture(compute_capability)}", text)
 
 
 class Binary(NamedTuple):
     """Machine code of a kernel."""
 
-    code: ObjectCode
-    name: str
+    code: bytes
     log: str
     """What the assembler says of registers and local memory."""
 
 
-def assemble(ptx: str, compute_capability: tuple[int, int]) -> Binary:
+def assemble(ptx: str, architecture: str) -> Binary:
     """PTX to machine code; needs no GPU where NVIDIA's nvJitLink is installed."""
-    options = LinkerOptions(arch="sm_{}{}".format(*compute_capability), ptxas_options=["-v"], verbose=True)
+    options = LinkerOptions(arch=architecture, ptxas_options=["-v"], verbose=True)
     linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=options)
-    entry = re.search(r"\.entry\s+(\w+)\(", ptx)
-    assert entry is not None
-    return Binary(linker.link("cubin"), entry[1], linker.get_info_log())
+    return Binary(bytes(linker.link("cubin").code), linker.get_info_log())
 
 
 @functools.cache
-def _loaded(kernel: Kernel, compute_capability: tuple[int, int]) -> Any:
-    binary = assemble(kernel.ptx(compute_capability), compute_capability)
-    return binary.code.get_kernel(binary.name)
+def _sources() -> bytes:
+    """All on which the machine code depends besides the kernel's name and the GPU."""
+    folder = Path(__file__).parent
+    files = (*sorted(folder.glob("*.py")), folder.parents[1] / "contract.py")
+    versions = [
+        *(f"{name} {metadata.version(name)}" for name in ("numba", "numba-cuda", "llvmlite")),
+        f"nvvm {nvvm.NVVM().get_version()}",
+        f"nvjitlink {nvjitlink.version()}",
+    ]
+    return b"\0".join([*(path.read_bytes() for path in files), *(version.encode() for version in versions)])
+
+
+def cubin(kernel: Kernel, compute_capability: tuple[int, int]) -> Path:
+    """The file of a kernel's machine code, compiled unless it is in the cache."""
+    architecture = kernel.architecture(compute_capability)
+    key = hashlib.sha256(_sources())
+    for part in (kernel.name, architecture, f"{kernel.threads} {kernel.blocks}"):
+        key.update(b"\0" + part.encode())
+    return stored(
+        f"numba-{architecture}-{key.hexdigest()[:32]}.cubin",
+        lambda: assemble(kernel.ptx(compute_capability), architecture).code,
+    )
+
+
+@functools.cache
+def _loaded(kernel: Kernel, gpu: Device) -> Any:
+    """The kernel on a GPU, which is the current one."""
+    loaded = ObjectCode.from_cubin(str(cubin(kernel, compute_capability(gpu)))).get_kernel(ENTRY)
+    if kernel.shared_bytes > DEFAULT_SHARED_BYTES:
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(driver.cuKernelSetAttribute(attribute, kernel.shared_bytes, int(loaded.handle), gpu.index))
+    return loaded
+
+
+DEFAULT_SHARED_BYTES = 48 << 10
+"""Shared memory that a thread block gets unasked."""
 
 
 @functools.cache
@@ -74,8 +128,8 @@ def compute_capability(gpu: Device) -> tuple[int, int]:
 
 
 @functools.cache
-def blocks_to_fill(gpu: Device) -> int:
-    """Thread blocks that keep every multiprocessor of the GPU busy."""
+def multiprocessors(gpu: Device) -> int:
+    """How many a GPU has."""
     return int(cuda.gpus[gpu.index].MULTIPROCESSOR_COUNT)
 
 
@@ -101,9 +155,9 @@ def _stream(handle: int) -> Stream:
 class Launch:
     """A loaded kernel and its grid. To be made and called inside `on(gpu)`."""
 
-    def __init__(self, kernel: Kernel, gpu: Device, grid: tuple[int, int]) -> None:
-        self._kernel = _loaded(kernel, compute_capability(gpu))
-        self._config = LaunchConfig(grid=grid, block=kernel.threads)
+    def __init__(self, kernel: Kernel, gpu: Device, grid: tuple[int, ...]) -> None:
+        self._kernel = _loaded(kernel, gpu)
+        self._config = LaunchConfig(grid=grid, block=kernel.threads, shmem_size=kernel.shared_bytes)
 
     def __call__(self, stream: int, *arguments: int | float) -> None:
         """Queue it; an int is passed as int64 (an address, too), a float as float64, a tuple's elements one by one."""

@@ -1,52 +1,52 @@
-"""Matrix products: one kernel for the tensor-core classes, one for the fma classes, and the launch of either.
+"""Matrix products: the kernel, for every arithmetic class, and its launch.
 
-Both walk K in order, one tile of shared memory after the other, and never split it. What lies outside the operands is
-read as +0 in both, which adds nothing. The tile decides speed only.
+A thread block computes one tile of the result. It walks K in order, never splits it, and keeps several tiles of both
+operands on their way to shared memory; `products.py` multiplies those that have arrived. What lies outside the operands
+is read as +0 in both, which adds nothing. The tile decides speed only.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ...contract import ACCUMULATE, ARITHMETIC
+from ...contract import ACCUMULATE, ARITHMETIC, ITEMSIZE
 from ...specs import Layout, MatmulSpec
 from ...views import Device, View
 from .. import MatmulLaunch
 from .device import (
     OPERATIONS,
     STORAGE,
-    TENSOR_CORE_PRODUCT,
     WARP,
     Function,
     as_dimensions,
+    commit_copies,
+    copy_async,
+    copy_part_async,
     cuda,
     device,
     int64s,
-    load_matrices,
-    load_matrices_transposed,
-    offset,
+    load_vector,
+    pack,
     pointer,
     reader,
+    shared_access,
+    shared_address,
+    store_vector,
     types,
+    wait_for_copies,
     writer,
 )
-from .launch import Kernel, Launch, blocks_to_fill, flat, grid_of, on
+from .launch import Kernel, Launch, compute_capability, flat, multiprocessors, on
+from .products import SLAB_ALIGNMENT, VECTOR_BYTES, Staged, pitch_of, product
+from .schedules import BAND, Tile, choose, tiles, tiles_of
 
+_uint32 = types.uint32
+"""Tiles and matrices are counted in 32 bits: a division of 64 is a call, and in a kernel with calls wgmma waits."""
 
-class Tile(NamedTuple):
-    """The block of the result that a thread block computes, `k` products at a time, and the part that one thread (fma
-    classes) or one warp (tensor-core classes) has of it.
-    """
-
-    m: int
-    n: int
-    k: int
-    part_m: int
-    part_n: int
-    blocks: int
-    """Thread blocks that should fit on a multiprocessor."""
+MAX_GRID_Y = 65535
 
 
 class Variant(NamedTuple):
@@ -57,38 +57,45 @@ class Variant(NamedTuple):
     out: str
     c: str | None
     batch_dimensions: int
+    a_k_contiguous: bool
+    b_k_contiguous: bool
+    """How an operand's tiles lie in shared memory. In global memory it may lie in any way, but only one that lies
+    likewise is copied in vectors."""
     tile: Tile
 
+    @property
+    def staged(self) -> tuple[Staged, Staged]:
+        """The operands' tiles."""
+        tile = self.tile
+        return (
+            Staged(self.operand, tile.m, tile.k, self.a_k_contiguous),
+            Staged(self.operand, tile.n, tile.k, self.b_k_contiguous),
+        )
 
-TENSOR_CORE_TILES = (Tile(128, 128, 32, 64, 32, 1), Tile(32, 64, 64, 16, 32, 2))
-FMA_TILES = {
-    "float32": (Tile(64, 128, 8, 8, 8, 3), Tile(32, 32, 32, 2, 2, 2)),
-    "float64": (Tile(64, 64, 16, 4, 4, 2), Tile(32, 32, 16, 2, 2, 2)),
-}
-
-
-def tiles(arithmetic: str, operand: str) -> tuple[Tile, ...]:
-    """The tiles to choose from, the largest first."""
-    return TENSOR_CORE_TILES if ARITHMETIC[arithmetic].is_tensor_core else FMA_TILES[ACCUMULATE[operand]]
-
-
-def threads(variant: Variant) -> int:
-    """Threads per block."""
-    tile = variant.tile
-    parts = (tile.m // tile.part_m) * (tile.n // tile.part_n)
-    return parts * WARP if ARITHMETIC[variant.arithmetic].is_tensor_core else parts
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a thread block: the stages, and after them the accumulators in their place."""
+        return max(
+            self.tile.stages * sum(staged.bytes for staged in self.staged),
+            self.tile.m * pitch_of(self.tile, self.operand),
+        )
 
 
 def variants() -> Iterator[Variant]:
     """One variant of every kernel, and of every way to end it."""
     for arithmetic in ARITHMETIC.values():
         for operand in arithmetic.covers if arithmetic.name != "tc8f24" else ():  # the kernels of tc16f25
-            for tile in tiles(arithmetic.name, operand):
-                yield Variant(arithmetic.name, operand, operand, None, 1, tile)
-                yield Variant(arithmetic.name, operand, operand, operand, 2, tile)
-            for out in ("float32", "float64"):
-                if (ACCUMULATE[operand], out) not in (("float64", "float32"), (operand, out)) and operand != out:
-                    yield Variant(arithmetic.name, operand, out, out, 1, tile)
+            seen: set[str] = set()
+            for tile in tiles(arithmetic.name, operand, None):
+                for k_contiguous in (True, False):
+                    yield Variant(arithmetic.name, operand, operand, None, 1, k_contiguous, k_contiguous, tile)
+                if tile.instruction in seen:
+                    continue
+                seen.add(tile.instruction)
+                yield Variant(arithmetic.name, operand, operand, operand, 2, True, False, tile)
+                for out in ("float32", "float64"):
+                    if (ACCUMULATE[operand], out) not in (("float64", "float32"), (operand, out)) and operand != out:
+                        yield Variant(arithmetic.name, operand, out, out, 1, False, True, tile)
 
 
 @functools.cache
@@ -117,25 +124,28 @@ def _finisher(operand: str, out: str, c: str | None) -> Function:
 
 
 @device
-def _walk(rows: Any, columns: Any, block: Any, along_rows: Any) -> Any:
-    """The first element of a tile that a thread fetches (row, column) and its step from one to the next: neighbouring
-    threads lie along the dimension in which memory runs.
-    """
-    t = types.int64(cuda.threadIdx.x)
-    if along_rows:
-        return t % rows, t // rows, 0, block // rows
-    return t // columns, t % columns, block // columns, 0
+def _position(m: Any, n: Any, tile_m: Any, tile_n: Any) -> Any:
+    """First row and column of this thread block's tile: along n, in bands of m."""
+    tiles_m, tiles_n = _uint32((m + tile_m - 1) // tile_m), _uint32((n + tile_n - 1) // tile_n)
+    tile = _uint32(cuda.blockIdx.x)
+    band = _uint32(tile // _uint32(BAND * tiles_n))
+    tile = _uint32(tile - band * _uint32(BAND * tiles_n))
+    height = _uint32(min(_uint32(tiles_m - band * BAND), _uint32(BAND)))
+    column = _uint32(tile // height)
+    row = _uint32(band * BAND + tile - column * height)
+    return types.int64(row) * tile_m, types.int64(column) * tile_n
 
 
 @device
-def _position(m: Any, n: Any, tile_m: Any, tile_n: Any) -> Any:
-    """The index in the batch, first row and first column of this thread block's tile; neighbours share columns."""
-    blocks_m, blocks_n = (m + tile_m - 1) // tile_m, (n + tile_n - 1) // tile_n
-    block = types.int64(cuda.blockIdx.y) * cuda.gridDim.x + cuda.blockIdx.x
-    batch = block // (blocks_m * blocks_n)
-    block -= batch * (blocks_m * blocks_n)
-    column = block // blocks_m
-    return batch, (block - column * blocks_m) * tile_m, column * tile_n
+def _offset(index: Any, shape: Any, strides: Any) -> Any:
+    """Where matrix `index` of a batch begins, in elements from the first."""
+    place = types.int64(0)
+    for i in range(len(shape) - 1):
+        d = len(shape) - 1 - i
+        outer = _uint32(index // _uint32(shape[d]))
+        place += types.int64(_uint32(index - outer * _uint32(shape[d]))) * strides[d]
+        index = outer
+    return place + types.int64(index) * strides[0]
 
 
 @device
@@ -146,334 +156,367 @@ def _product(shape: Any) -> Any:
     return size
 
 
+class Filler(NamedTuple):
+    """How the loading threads bring an operand's tiles to shared memory. Strides are those along mn and k, in bytes."""
+
+    begin: Function
+    """begin(strides): how far a thread's first vector is from its tile's first element, in memory and when staged."""
+    copy: Function
+    """copy(shared, address, strides, mn_left, k_left): queue the copy of the vectors that `begin` says, of a tile of
+    which mn_left x k_left exists; the rest becomes +0."""
+    copy_elements: Function
+    """The same for any strides and alignment, from the tile's first element on, and not queued."""
+
+
+@functools.cache
+def _filler(staged: Staged, tile: Tile) -> Filler:
+    itemsize, k_contiguous, inner_length, outer_length = (
+        staged.itemsize,
+        staged.k_contiguous,
+        staged.inner,
+        staged.outer,
+    )
+    line_bytes, vectors, storage = staged.line, staged.vectors, STORAGE[staged.dtype]
+    first_thread, threads = tile.warps * WARP, tile.loaders * WARP
+    repeat = 8 // vectors
+    in_vector, in_line = VECTOR_BYTES // itemsize, line_bytes // itemsize
+    lines = staged.bytes // line_bytes
+    together = threads // vectors  # lines that all threads copy in one pass
+    down, right = max(outer_length // together, 1), max(together // outer_length, 1)  # passes per slab, slabs per pass
+    slabs = max(lines // (down * together), 1)  # passes along a line
+    assert lines in (down * slabs * together, lines if lines < together else 0), "every thread copies as many vectors"
+    assert together % 8 == 0, "a thread's vectors are permuted alike"
+    place, (_, store) = staged.place(), shared_access(staged.dtype)
+    elements, unroll = staged.mn * staged.k, 8
+
+    @device
+    def position() -> Any:
+        """Line and vector of the thread's first vector."""
+        thread = _uint32(cuda.threadIdx.x - first_thread)
+        return _uint32(thread // vectors), _uint32(thread % vectors)
+
+    @device
+    def begin(strides: Any) -> Any:
+        line, vector = position()
+        outer_stride = strides[0] if k_contiguous else strides[1]
+        inner = line // outer_length * line_bytes + vector * VECTOR_BYTES
+        permuted = (vector ^ (line // repeat % vectors)) * VECTOR_BYTES
+        return line % outer_length * outer_stride + inner, _uint32(line * line_bytes + permuted)
+
+    @device
+    def copy(shared: Any, address: Any, strides: Any, mn_left: Any, k_left: Any) -> None:
+        line, vector = position()
+        if k_contiguous:
+            inner_left, outer_left, outer_stride = k_left, mn_left, strides[0]
+        else:
+            inner_left, outer_left, outer_stride = mn_left, k_left, strides[1]
+        if lines < together and line >= lines:
+            return
+        if inner_left >= inner_length and outer_left >= outer_length:
+            for i in range(slabs):
+                source = address + i * right * line_bytes
+                for j in range(down):
+                    copy_async(shared + (i * down + j) * together * line_bytes, source)
+                    source += together * outer_stride
+        else:
+            outer_left -= line % outer_length
+            inner_left -= line // outer_length * in_line + vector * in_vector
+            for i in range(slabs):
+                source = address + i * right * line_bytes
+                existing = min(max(inner_left - i * right * in_line, 0), in_vector) * itemsize
+                for j in range(down):
+                    existing = existing if j * together < outer_left else 0
+                    copy_part_async(shared + (i * down + j) * together * line_bytes, source, existing)
+                    source += together * outer_stride
+
+    @device
+    def copy_elements(shared: Any, address: Any, strides: Any, mn_left: Any, k_left: Any) -> None:
+        if k_contiguous:
+            inner_left, outer_left, inner_stride, outer_stride = k_left, mn_left, strides[1], strides[0]
+        else:
+            inner_left, outer_left, inner_stride, outer_stride = mn_left, k_left, strides[0], strides[1]
+        values = cuda.local.array(unroll, storage)
+        first = _uint32(cuda.threadIdx.x - first_thread)
+        while first < elements:
+            for i in range(unroll):
+                index = _uint32(first + i * threads)
+                inner, outer = _uint32(index % inner_length), _uint32(index // inner_length)
+                values[i] = storage(0)
+                if inner < inner_left and outer < outer_left:
+                    values[i] = pointer(address + inner * inner_stride + outer * outer_stride, storage)[0]
+            for i in range(unroll):
+                index = _uint32(first + i * threads)
+                if index < elements:
+                    inner, outer = _uint32(index % inner_length), _uint32(index // inner_length)
+                    mn, k = (outer, inner) if k_contiguous else (inner, outer)
+                    store(shared + place(mn, k), values[i])
+            first = _uint32(first + unroll * threads)
+
+    return Filler(begin, copy, copy_elements)
+
+
+@functools.cache
+def _writer_of_tiles(variant: Variant) -> Function:
+    """write(staged, out, out_strides, c, c_strides, m_left, n_left, alpha, beta, along_n, in_vectors): the epilogue of
+    the tile whose accumulators lie in shared memory. `out` and `c` are the addresses of its first element.
+    """
+    tile = variant.tile
+    accumulate = ACCUMULATE[variant.operand]
+    pitch, size, real = pitch_of(tile, variant.operand), ITEMSIZE[accumulate], OPERATIONS[accumulate].type
+    multiply, add = OPERATIONS[accumulate].multiply, OPERATIONS[accumulate].add
+    storage_out, storage_c = STORAGE[variant.out], STORAGE[variant.c or variant.operand]
+    tile_m, tile_n, threads = tile.m, tile.n, tile.threads
+    finish = _finisher(variant.operand, variant.out, variant.c)
+    load, _ = shared_access(accumulate)
+    unroll = 4
+
+    @device
+    def write_elements(
+        staged: Any, out: Any, out_strides: Any, c: Any, c_strides: Any, m_left: Any, n_left: Any,
+        alpha: Any, beta: Any, along_n: Any, in_vectors: Any,
+    ) -> None:  # fmt: skip
+        out, c = pointer(out, storage_out), pointer(c, storage_c)
+        first = _uint32(cuda.threadIdx.x)
+        while first < tile_m * tile_n:
+            for i in range(unroll):
+                index = _uint32(first + i * threads)
+                row, column = index // tile_n, index % tile_n
+                if not along_n:
+                    row, column = index % tile_m, index // tile_m
+                if index < tile_m * tile_n and row < m_left and column < n_left:
+                    finish(
+                        out, row * out_strides[0] + column * out_strides[1],
+                        c, row * c_strides[0] + column * c_strides[1],
+                        load(staged + row * pitch + column * size), real(alpha), real(beta),
+                    )  # fmt: skip
+            first = _uint32(first + unroll * threads)
+
+    if variant.c is not None or ITEMSIZE[variant.out] != 2:
+        return write_elements
+
+    in_vector = VECTOR_BYTES // 2
+    in_row = tile_n // in_vector
+    passes = -(-tile_m * in_row // threads)
+    packed = pack(variant.out)
+
+    @device
+    def scaled(t: Any, factor: Any) -> Any:
+        return multiply(factor, add(t, real(0)))
+
+    @device
+    def write(
+        staged: Any, out: Any, out_strides: Any, c: Any, c_strides: Any, m_left: Any, n_left: Any,
+        alpha: Any, beta: Any, along_n: Any, in_vectors: Any,
+    ) -> None:  # fmt: skip
+        if not in_vectors:
+            write_elements(staged, out, out_strides, c, c_strides, m_left, n_left, alpha, beta, along_n, False)
+            return
+        factor = real(alpha)
+        for i in range(passes):
+            index = _uint32(cuda.threadIdx.x + i * threads)
+            row, column = _uint32(index // in_row), _uint32(index % in_row * in_vector)
+            if row < tile_m and row < m_left and column < n_left:
+                x = load_vector(staged + row * pitch + column * size)
+                y = load_vector(staged + row * pitch + (column + 4) * size)
+                store_vector(
+                    out + (row * out_strides[0] + column) * 2,
+                    packed(scaled(x[0], factor), scaled(x[1], factor)),
+                    packed(scaled(x[2], factor), scaled(x[3], factor)),
+                    packed(scaled(y[0], factor), scaled(y[1], factor)),
+                    packed(scaled(y[2], factor), scaled(y[3], factor)),
+                )
+
+    return write
+
+
 @functools.cache
 def kernel(variant: Variant) -> Kernel:
     """The kernel of a variant, not compiled yet."""
-    body = _tensor_core_kernel if ARITHMETIC[variant.arithmetic].is_tensor_core else _fma_kernel
+    tile = variant.tile
     batch = int64s(variant.batch_dimensions)
     signature = types.void(
         *[types.int64] * 4,  # addresses: out, c, a, b
         *[types.float64] * 2,  # alpha, beta
         int64s(3),  # m, n, k
-        *[int64s(2)] * 4,  # strides of a matrix: out, c, a, b
+        *[int64s(2)] * 4,  # strides of a matrix, along its rows and columns: out, c, a, b
         *[batch] * 5,  # the batch's shape and strides: out, c, a, b
-        *[types.int64] * 3,  # along_rows of a, of b (whose rows are its columns), and whether words can be read
+        types.int64,  # whether neighbours in memory are neighbours along n in out
+        *[types.int64] * 3,  # whether these can be accessed in vectors: out, a, b
     )
-    return Kernel(body(variant), signature, threads(variant), variant.tile.blocks)
+    return Kernel(
+        str(variant),
+        lambda: (_kernel(variant), signature),
+        tile.threads,
+        tile.blocks,
+        variant.shared_bytes,
+        tile.instruction == "wgmma",
+    )
 
 
-def _tensor_core_kernel(variant: Variant) -> Function:
-    """Classes tc16f25 and tc8f24. Both operands are rows of K elements (b: its columns), and their tiles lie in shared
-    memory as the operands lie in global memory: in lines of words of two neighbours, along K or along the rows.
-    """
-    tile, product = variant.tile, TENSOR_CORE_PRODUCT[variant.operand]
-    tile_m, tile_n, tile_k, warp_m, warp_n, _ = tile
-    block = threads(variant)
-    a_words, b_words = tile_m * tile_k // 2 // block, tile_n * tile_k // 2 // block
-    fragments_m, fragments_n, warps_m = warp_m // 16, warp_n // 8, tile_m // warp_m
-    storage_out = STORAGE[variant.out]
-    storage_c = STORAGE[variant.c or variant.operand]
-    finish = _finisher(variant.operand, variant.out, variant.c)
-    word, half, real = types.uint32, types.uint16, types.float32
-    bits = types.uint32(16)
-    # Four words between lines, so that eight rows of four words lie in different banks.
-    along_k = tile_k // 2 + 4
-    a_size = max(tile_m * along_k, tile_k * (tile_m // 2 + 4))
-    b_size = max(tile_n * along_k, tile_k * (tile_n // 2 + 4))
+def _kernel(variant: Variant) -> Function:
+    tile, itemsize = variant.tile, ITEMSIZE[variant.operand]
+    out_size, c_size = ITEMSIZE[variant.out], ITEMSIZE[variant.c or variant.operand]
+    tile_m, tile_n, tile_k, stages = tile.m, tile.n, tile.k, tile.stages
+    a_staged, b_staged = variant.staged
+    a_bytes, stage_bytes = a_staged.bytes, a_staged.bytes + b_staged.bytes
+    multiplying_threads = tile.warps * WARP
+    (begin_a, copy_a, copy_elements_a), (begin_b, copy_b, copy_elements_b) = (
+        _filler(staged, tile) for staged in variant.staged
+    )
+    zeros, addresses, multiply, wait, finish, store, asynchronous, scale = product(tile, a_staged, b_staged)
+    stage_step = stage_bytes // scale
+    write = _writer_of_tiles(variant)
+    # An asynchronous product still reads the stage before the one that it was given, which so cannot be filled yet.
+    ahead = stages - 2 if asynchronous else stages - 1
+    wait_for_tile = wait_for_copies(ahead - 1)
 
-    @device
-    def walk(in_tile: Any, along_rows: Any) -> Any:
-        """A thread's first word of a tile (line, word) and the lines that it steps from one to the next."""
-        t = types.int64(cuda.threadIdx.x)
-        if along_rows:
-            return t // (in_tile // 2), t % (in_tile // 2), block // (in_tile // 2)
-        return t // (tile_k // 2), t % (tile_k // 2), block // (tile_k // 2)
-
-    @device
-    def fetch(
-        staged: Any, address: Any, place: Any, first: Any, rows: Any, k0: Any, k: Any, strides: Any, in_tile: Any,
-        along_rows: Any, paired: Any,
+    def matmul(
+        out: Any, c: Any, a: Any, b: Any, alpha: Any, beta: Any, size: Any,
+        out_strides: Any, c_strides: Any, a_strides: Any, b_strides: Any,
+        batch_shape: Any, out_batch: Any, c_batch: Any, a_batch: Any, b_batch: Any,
+        out_along_n: Any, out_in_vectors: Any, a_in_vectors: Any, b_in_vectors: Any,
     ) -> None:  # fmt: skip
-        """A thread's words of the next tile, from global memory to registers."""
-        elements, pairs = pointer(address, half), pointer(address, word)
-        line, w, lines = walk(in_tile, along_rows)
-        if along_rows:
-            line_stride, stride, lines_left, left = strides[1], strides[0], k - k0 - line, rows - first - 2 * w
+        m, n, k = size
+        m0, n0 = _position(m, n, tile_m, tile_n)
+        batch = _uint32(_uint32(cuda.blockIdx.z) * cuda.gridDim.y + cuda.blockIdx.y)
+        if batch >= _product(batch_shape):
+            return
+        m_left, n_left = m - m0, n - n0
+        a += (_offset(batch, batch_shape, a_batch) + m0 * a_strides[0]) * itemsize
+        b += (_offset(batch, batch_shape, b_batch) + n0 * b_strides[1]) * itemsize
+        a_strides = (a_strides[0] * itemsize, a_strides[1] * itemsize)
+        b_strides = (b_strides[1] * itemsize, b_strides[0] * itemsize)
+        shared = shared_address(cuda.shared.array(0, types.uint8, alignment=SLAB_ALIGNMENT))
+
+        steps = (k + tile_k - 1) // tile_k
+        if cuda.threadIdx.x >= multiplying_threads:
+            a_shared, b_shared = shared, _uint32(shared + a_bytes)
+            if a_in_vectors:
+                a_first, a_staged_first = begin_a(a_strides)
+                a += a_first
+                a_shared = _uint32(a_shared + a_staged_first)
+            if b_in_vectors:
+                b_first, b_staged_first = begin_b(b_strides)
+                b += b_first
+                b_shared = _uint32(b_shared + b_staged_first)
+            # Every round commits one group of copies, past the end an empty one, so that waiting counts throughout.
+            k_left, writing = k, 0
+            for step in range(-ahead, steps):
+                if step >= 0:
+                    wait_for_tile()
+                    cuda.syncthreads()  # tile `step` has arrived; all are done with the stage that is filled next
+                if k_left > 0:
+                    if a_in_vectors:
+                        copy_a(a_shared + writing, a, a_strides, m_left, k_left)
+                    else:
+                        copy_elements_a(a_shared + writing, a, a_strides, m_left, k_left)
+                    if b_in_vectors:
+                        copy_b(b_shared + writing, b, b_strides, n_left, k_left)
+                    else:
+                        copy_elements_b(b_shared + writing, b, b_strides, n_left, k_left)
+                commit_copies()
+                a += tile_k * a_strides[1]
+                b += tile_k * b_strides[1]
+                k_left -= tile_k
+                writing = writing + stage_bytes if writing < (stages - 1) * stage_bytes else 0
+            cuda.syncthreads()
         else:
-            line_stride, stride, lines_left, left = strides[0], strides[1], rows - first - line, k - k0 - 2 * w
-        at = place + k0 * strides[1] + line * line_stride + 2 * w * stride
-        step = lines * line_stride
-        for s in range(len(staged)):
-            value = word(0)
-            if lines_left > 0 and left > 0:
-                if paired:
-                    value = pairs[at // 2]
-                else:
-                    value = word(elements[at])
-                    if left > 1:
-                        value |= word(elements[at + stride]) << bits
-            staged[s] = value
-            at += step
-            lines_left -= lines
+            accumulators = zeros()
+            a_tiles, b_tiles = addresses(shared, shared + a_bytes)
+            reading = 0
+            for _ in range(steps):
+                cuda.syncthreads()
+                accumulators = wait(multiply(accumulators, a_tiles + reading, b_tiles + reading))
+                reading = reading + stage_step if reading < (stages - 1) * stage_step else 0
+            accumulators = finish(accumulators)
+            cuda.syncthreads()  # all are done with the stages
+            store(accumulators, shared)
+        cuda.syncthreads()
+        out += (_offset(batch, batch_shape, out_batch) + m0 * out_strides[0] + n0 * out_strides[1]) * out_size
+        c += (_offset(batch, batch_shape, c_batch) + m0 * c_strides[0] + n0 * c_strides[1]) * c_size
+        write(shared, out, out_strides, c, c_strides, m_left, n_left, alpha, beta, out_along_n, out_in_vectors)
 
-    @device
-    def store(shared: Any, staged: Any, in_tile: Any, along_rows: Any) -> None:
-        """The fetched words, from registers to shared memory."""
-        line, w, lines = walk(in_tile, along_rows)
-        pitch = in_tile // 2 + 4 if along_rows else along_k
-        at = line * pitch + w
-        for s in range(len(staged)):
-            shared[at] = staged[s]
-            at += lines * pitch
-
-    @device
-    def locate(row: Any, k: Any, in_tile: Any, along_rows: Any) -> Any:
-        """Where the eight elements lie that this thread names to `load_matrices`, for the block of 8 rows and 8 of K at
-        (row, k) that is its own; the steps to the next 8 rows and the next 8 of K.
-        """
-        r = types.int64(cuda.threadIdx.x) % 8
-        if along_rows:
-            pitch = in_tile // 2 + 4
-            return (k + r) * pitch + row // 2, 4, 8 * pitch
-        return (row + r) * along_k + k // 2, 8 * along_k, 4
-
-    def tensor_core_matmul(
-        out_address: Any, c_address: Any, a_address: Any, b_address: Any, alpha: Any, beta: Any, size: Any,
-        out_strides: Any, c_strides: Any, a_strides: Any, b_strides: Any,
-        batch_shape: Any, out_batch: Any, c_batch: Any, a_batch: Any, b_batch: Any,
-        a_along_rows: Any, b_along_rows: Any, paired: Any,
-    ) -> None:  # fmt: skip
-        m, n, k = size
-        out, c = pointer(out_address, storage_out), pointer(c_address, storage_c)
-        a_shared = cuda.shared.array(a_size, word, alignment=16)
-        b_shared = cuda.shared.array(b_size, word, alignment=16)
-        a_staged = cuda.local.array(a_words, word)
-        b_staged = cuda.local.array(b_words, word)
-        a_fragment = cuda.local.array((fragments_m, 4), word)
-        accumulator = cuda.local.array((fragments_m, fragments_n, 4), real)
-
-        batch, m0, n0 = _position(m, n, tile_m, tile_n)
-        if batch >= _product(batch_shape):
-            return
-        a_place = offset(batch, batch_shape, a_batch) + m0 * a_strides[0]
-        b_place = offset(batch, batch_shape, b_batch) + n0 * b_strides[1]
-        b_steps = (b_strides[1], b_strides[0])
-
-        # The part of this thread: its warp's block of the tile, and in every fragment row `group` and column `pair`.
-        warp, lane = types.int64(cuda.threadIdx.x) // WARP, types.int64(cuda.threadIdx.x) % WARP
-        group, pair = lane // 4, lane % 4
-        warp_row, warp_column = (warp % warps_m) * warp_m, (warp // warps_m) * warp_n
-        # Of four 8x8 matrices that are loaded together, a's first two follow one another along the rows, b's along K.
-        one, two = lane // 8 % 2 * 8, lane // 16 * 8
-        a_at, a_rows, a_ks = locate(warp_row + one, two, tile_m, a_along_rows)
-        b_at, b_rows, b_ks = locate(warp_column + two, one, tile_n, b_along_rows)
-
-        for i in range(fragments_m):
-            for j in range(fragments_n):
-                for q in range(4):
-                    accumulator[i, j, q] = real(0)
-
-        fetch(a_staged, a_address, a_place, m0, m, 0, k, a_strides, tile_m, a_along_rows, paired & 1)
-        fetch(b_staged, b_address, b_place, n0, n, 0, k, b_steps, tile_n, b_along_rows, paired & 2)
-        for k0 in range(0, k, tile_k):
-            store(a_shared, a_staged, tile_m, a_along_rows)
-            store(b_shared, b_staged, tile_n, b_along_rows)
-            cuda.syncthreads()
-            after = k0 + tile_k
-            fetch(a_staged, a_address, a_place, m0, m, after, k, a_strides, tile_m, a_along_rows, paired & 1)
-            fetch(b_staged, b_address, b_place, n0, n, after, k, b_steps, tile_n, b_along_rows, paired & 2)
-            for group_of_k in range(tile_k // 16):
-                for i in range(fragments_m):
-                    at = a_at + 2 * i * a_rows + 2 * group_of_k * a_ks
-                    words = load_matrices_transposed(a_shared, at) if a_along_rows else load_matrices(a_shared, at)
-                    for q in range(4):
-                        a_fragment[i, q] = words[q]
-                for j in range(0, fragments_n, 2):
-                    at = b_at + j * b_rows + 2 * group_of_k * b_ks
-                    words = load_matrices_transposed(b_shared, at) if b_along_rows else load_matrices(b_shared, at)
-                    for i in range(fragments_m):
-                        for h in range(2):
-                            d = product(
-                                a_fragment[i, 0], a_fragment[i, 1], a_fragment[i, 2], a_fragment[i, 3],
-                                words[2 * h], words[2 * h + 1],
-                                accumulator[i, j + h, 0], accumulator[i, j + h, 1],
-                                accumulator[i, j + h, 2], accumulator[i, j + h, 3],
-                            )  # fmt: skip
-                            for q in range(4):
-                                accumulator[i, j + h, q] = d[q]
-            cuda.syncthreads()
-
-        out_place = offset(batch, batch_shape, out_batch)
-        c_place = offset(batch, batch_shape, c_batch)
-        for i in range(fragments_m):
-            for h in range(2):
-                row = m0 + warp_row + i * 16 + group + h * 8
-                if row >= m:
-                    continue
-                out_row, c_row = out_place + row * out_strides[0], c_place + row * c_strides[0]
-                for j in range(fragments_n):
-                    for q in range(2):
-                        column = n0 + warp_column + j * 8 + pair * 2 + q
-                        if column < n:
-                            finish(
-                                out, out_row + column * out_strides[1], c, c_row + column * c_strides[1],
-                                accumulator[i, j, 2 * h + q], real(alpha), real(beta),
-                            )  # fmt: skip
-
-    return tensor_core_matmul
+    return matmul
 
 
-def _fma_kernel(variant: Variant) -> Function:
-    """Classes fma32 and fma64: every product is one fma. The tiles are [k][row of a or column of b]."""
-    tile = variant.tile
-    tile_m, tile_n, tile_k, thread_m, thread_n, _ = tile
-    block = threads(variant)
-    accumulate = ACCUMULATE[variant.operand]
-    real, fma = OPERATIONS[accumulate].type, OPERATIONS[accumulate].fma
-    read, storage = reader(variant.operand, accumulate), STORAGE[variant.operand]
-    storage_out = STORAGE[variant.out]
-    storage_c = STORAGE[variant.c or variant.operand]
-    finish = _finisher(variant.operand, variant.out, variant.c)
-    a_row, b_row = tile_m + 4, tile_n + 4  # fewer bank conflicts where K runs along memory; still whole 16 bytes
-    a_count, b_count = tile_m * tile_k // block, tile_n * tile_k // block
-    threads_n = tile_n // thread_n
-    # A thread has groups of neighbouring rows and columns, so that it reads shared memory 16 bytes at a time and its
-    # warp reads without bank conflicts.
-    run = min(thread_m, 16 // (4 if accumulate == "float32" else 8))
-    stride_m, stride_n = tile_m // thread_m * run, tile_n // thread_n * run
-
-    @device
-    def fetch(
-        staged: Any, elements: Any, place: Any, first: Any, rows: Any, k0: Any, k: Any, strides: Any, in_tile: Any,
-        along_rows: Any,
-    ) -> None:  # fmt: skip
-        """A thread's elements of the next tile, from global memory to registers."""
-        row, w, row_step, w_step = _walk(in_tile, tile_k, block, along_rows)
-        at = place + row * strides[0] + (k0 + w) * strides[1]
-        step = row_step * strides[0] + w_step * strides[1]
-        rows_left, k_left = rows - first - row, k - k0 - w
-        for s in range(len(staged)):
-            value = real(0)
-            if rows_left > 0 and k_left > 0:
-                value = read(elements, at)
-            staged[s] = value
-            at += step
-            rows_left -= row_step
-            k_left -= w_step
-
-    @device
-    def store(shared: Any, staged: Any, in_tile: Any, along_rows: Any) -> None:
-        """The fetched elements, from registers to shared memory."""
-        row, w, row_step, w_step = _walk(in_tile, tile_k, block, along_rows)
-        for s in range(len(staged)):
-            shared[w, row] = staged[s]
-            row += row_step
-            w += w_step
-
-    def fma_matmul(
-        out_address: Any, c_address: Any, a_address: Any, b_address: Any, alpha: Any, beta: Any, size: Any,
-        out_strides: Any, c_strides: Any, a_strides: Any, b_strides: Any,
-        batch_shape: Any, out_batch: Any, c_batch: Any, a_batch: Any, b_batch: Any,
-        a_along_rows: Any, b_along_rows: Any, paired: Any,
-    ) -> None:  # fmt: skip
-        m, n, k = size
-        out, c = pointer(out_address, storage_out), pointer(c_address, storage_c)
-        a, b = pointer(a_address, storage), pointer(b_address, storage)
-        a_shared = cuda.shared.array((tile_k, a_row), real, alignment=16)
-        b_shared = cuda.shared.array((tile_k, b_row), real, alignment=16)
-        a_staged = cuda.local.array(a_count, real)
-        b_staged = cuda.local.array(b_count, real)
-        a_fragment = cuda.local.array(thread_m, real)
-        b_fragment = cuda.local.array(thread_n, real)
-        accumulator = cuda.local.array((thread_m, thread_n), real)
-
-        thread_row, thread_column = cuda.threadIdx.x // threads_n * run, cuda.threadIdx.x % threads_n * run
-        batch, m0, n0 = _position(m, n, tile_m, tile_n)
-        if batch >= _product(batch_shape):
-            return
-        a_place = offset(batch, batch_shape, a_batch) + m0 * a_strides[0]
-        b_place = offset(batch, batch_shape, b_batch) + n0 * b_strides[1]
-        b_steps = (b_strides[1], b_strides[0])
-        for i in range(thread_m):
-            for j in range(thread_n):
-                accumulator[i, j] = real(0)
-
-        fetch(a_staged, a, a_place, m0, m, 0, k, a_strides, tile_m, a_along_rows)
-        fetch(b_staged, b, b_place, n0, n, 0, k, b_steps, tile_n, b_along_rows)
-        for k0 in range(0, k, tile_k):
-            store(a_shared, a_staged, tile_m, a_along_rows)
-            store(b_shared, b_staged, tile_n, b_along_rows)
-            cuda.syncthreads()
-            fetch(a_staged, a, a_place, m0, m, k0 + tile_k, k, a_strides, tile_m, a_along_rows)
-            fetch(b_staged, b, b_place, n0, n, k0 + tile_k, k, b_steps, tile_n, b_along_rows)
-            for w in range(tile_k):
-                for i in range(thread_m):
-                    a_fragment[i] = a_shared[w, thread_row + i // run * stride_m + i % run]
-                for j in range(thread_n):
-                    b_fragment[j] = b_shared[w, thread_column + j // run * stride_n + j % run]
-                for i in range(thread_m):
-                    for j in range(thread_n):
-                        accumulator[i, j] = fma(a_fragment[i], b_fragment[j], accumulator[i, j])
-            cuda.syncthreads()
-
-        out_place = offset(batch, batch_shape, out_batch)
-        c_place = offset(batch, batch_shape, c_batch)
-        for i in range(thread_m):
-            for j in range(thread_n):
-                row = m0 + thread_row + i // run * stride_m + i % run
-                column = n0 + thread_column + j // run * stride_n + j % run
-                if row < m and column < n:
-                    finish(
-                        out, out_place + row * out_strides[0] + column * out_strides[1],
-                        c, c_place + row * c_strides[0] + column * c_strides[1],
-                        accumulator[i, j], real(alpha), real(beta),
-                    )  # fmt: skip
-
-    return fma_matmul
+def _transposed(layout: Layout) -> Layout:
+    *batch, rows, columns = range(len(layout.shape))
+    order = (*batch, columns, rows)
+    return Layout(layout.dtype, tuple(layout.shape[d] for d in order), tuple(layout.strides[d] for d in order))
 
 
-def _in_words(operand: Layout) -> bool:
-    """Whether neighbours in memory are two by two one aligned word, if the address is."""
-    near = -1 if abs(operand.strides[-1]) <= abs(operand.strides[-2]) else -2
-    far = [step for i, step in enumerate(operand.strides) if i != len(operand.strides) + near]
-    return operand.strides[near] == 1 and operand.shape[near] % 2 == 0 and all(step % 2 == 0 for step in far)
+def _last_runs(layout: Layout) -> bool:
+    """Whether memory runs along the last dimension rather than the one before it."""
+    (rows, columns), (before, last) = layout.shape[-2:], layout.strides[-2:]
+    return rows == 1 or (columns > 1 and abs(last) <= abs(before))
+
+
+def _in_vectors(layout: Layout) -> bool:
+    """Whether memory can be accessed 16 bytes at a time, if the address is a multiple of that."""
+    in_vector = VECTOR_BYTES // ITEMSIZE[layout.dtype]
+    near = len(layout.shape) - (1 if _last_runs(layout) else 2)
+    return all(
+        length == 1 or (step == 1 if d == near else step % in_vector == 0)
+        for d, (length, step) in enumerate(zip(layout.shape, layout.strides, strict=True))
+    )
+
+
+def _transpose(spec: MatmulSpec) -> MatmulSpec:
+    """The product of the transposes, which is the transpose of the product."""
+    return MatmulSpec(
+        spec.arithmetic,
+        _transposed(spec.b),
+        _transposed(spec.a),
+        _transposed(spec.c) if spec.c else None,
+        _transposed(spec.out),
+    )
 
 
 def prepare(spec: MatmulSpec, gpu: Device) -> MatmulLaunch:
     """Choose a tile and build the launch."""
+    batches = math.prod(spec.batch)
+    m, n, _ = spec.mnk
+    tile, swapped = choose(
+        tiles(spec.arithmetic, spec.a.dtype, compute_capability(gpu)), m, n, batches, multiprocessors(gpu)
+    )
+    launch = with_tile(_transpose(spec) if swapped else spec, gpu, tile)
+    if not swapped:
+        return launch
+    return lambda out, c, a, b, alpha, beta: launch(out, c, b, a, alpha, beta)
+
+
+def with_tile(spec: MatmulSpec, gpu: Device, tile: Tile) -> MatmulLaunch:
+    """Build the launch with a given tile."""
     m, n, k = spec.mnk
     c = spec.c or spec.out
     batch = as_dimensions(spec.batch, *(layout.strides[:-2] for layout in (spec.out, c, spec.a, spec.b)))
-    batches = 1
-    for length in batch[0]:
-        batches *= length
-
-    def blocks(tile: Tile) -> int:
-        return -(-m // tile.m) * -(-n // tile.n)
-
-    choices = tiles(spec.arithmetic, spec.a.dtype)
-    tile = next((one for one in choices if blocks(one) * batches >= blocks_to_fill(gpu)), choices[-1])
     variant = Variant(
-        spec.arithmetic, spec.a.dtype, spec.out.dtype, spec.c.dtype if spec.c else None, len(batch[0]), tile
+        spec.arithmetic,
+        spec.a.dtype,
+        spec.out.dtype,
+        spec.c.dtype if spec.c else None,
+        len(batch[0]),
+        _last_runs(spec.a),
+        not _last_runs(spec.b),
+        tile,
     )
     with on(gpu):
-        run = Launch(kernel(variant), gpu, grid_of(blocks(tile) * batches))
+        batches = math.prod(spec.batch)
+        grid = (tiles_of(m, n, tile), min(batches, MAX_GRID_Y), -(-batches // MAX_GRID_Y))
+        run = Launch(kernel(variant), gpu, grid)
 
-    a, b = spec.a.strides, spec.b.strides
-    layout = flat(
-        (
-            (m, n, k),
-            *(one.strides[-2:] for one in (spec.out, c, spec.a, spec.b)),
-            *batch,
-            int(abs(a[-2]) < abs(a[-1])),
-            int(abs(b[-1]) <= abs(b[-2])),
-        )
-    )
-    a_even, b_even = _in_words(spec.a), _in_words(spec.b)
+    out_along_n = _last_runs(spec.out)
+    layout = flat(((m, n, k), *(one.strides[-2:] for one in (spec.out, c, spec.a, spec.b)), *batch, int(out_along_n)))
+    out_vectors = out_along_n and _in_vectors(spec.out) and n % (VECTOR_BYTES // ITEMSIZE[spec.out.dtype]) == 0
+    a_vectors, b_vectors = _in_vectors(spec.a), _in_vectors(spec.b)
 
     def launch(out: View, c: View | None, a: View, b: View, alpha: float, beta: float) -> None:
-        paired = (a_even and a.pointer % 4 == 0) + 2 * (b_even and b.pointer % 4 == 0)
+        in_vectors = (
+            int(out_vectors and out.pointer % VECTOR_BYTES == 0),
+            int(a_vectors and a.pointer % VECTOR_BYTES == 0),
+            int(b_vectors and b.pointer % VECTOR_BYTES == 0),
+        )
         with on(gpu):
-            run(out.stream, out.pointer, c.pointer if c else 0, a.pointer, b.pointer, alpha, beta, *layout, paired)
+            run(out.stream, out.pointer, c.pointer if c else 0, a.pointer, b.pointer, alpha, beta, *layout, *in_vectors)
 
     return launch

@@ -45,7 +45,7 @@ from .device import (
 )
 from .functions import exp as exp_of
 from .functions import log as log_of
-from .launch import Kernel, Launch, Workspace, blocks_to_fill, flat, grid_of, on
+from .launch import Kernel, Launch, Workspace, flat, grid_of, multiprocessors, on
 
 ROWS, BLOCK, COLUMNS = MODES = ("rows", "block", "columns")
 
@@ -406,7 +406,7 @@ def kernel(variant: Variant) -> Kernel:
     )
     # So that no register spills: float64 and general layouts need more than a half of the multiprocessor's.
     small = ACCUMULATE[variant.cast] == "float32" and variant.kept_dimensions == variant.row_dimensions == 1
-    return Kernel(body(variant), signature, THREADS, BLOCKS if small else 1)
+    return Kernel(str(variant), lambda: (body(variant), signature), THREADS, BLOCKS if small else 1)
 
 
 def _mean(variant: Variant) -> Function:
@@ -657,7 +657,7 @@ def prepare(spec: ReductionSpec, gpu: Device) -> ReductionLaunch:
     rows, n = math.prod(layout.kept_shape), math.prod(layout.row_shape)
     near, far = abs(layout.x_kept[-1]), abs(layout.x_row[-1])
     by_columns = layout.kept_shape[-1] > 1 and layout.row_shape[-1] > 1 and 0 < near < far
-    fill = BLOCKS * blocks_to_fill(gpu)
+    fill = BLOCKS * multiprocessors(gpu)
     plan = schedule(rows, n, by_columns, fill)
 
     def step(
