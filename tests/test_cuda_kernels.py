@@ -15,7 +15,13 @@ NEWER = ("sm_100a", "sm_120")
 
 
 def kernels(arch: str) -> dict[str, compiler.Kernel]:
-    return {str(kernel): kernel for kernel in all_kernels(arch)}
+    """All of them, but in float16, which differs from bfloat16 by the name of an instruction, one layout."""
+
+    def is_another_layout(kernel: compiler.Kernel) -> bool:
+        macros = dict(kernel.macros)
+        return macros.get("ELEMENT") == "float16" and 0 in (macros.get("A_K_CONTIGUOUS"), macros.get("B_K_CONTIGUOUS"))
+
+    return {str(kernel): kernel for kernel in all_kernels(arch) if not is_another_layout(kernel)}
 
 
 @pytest.mark.parametrize(
@@ -25,6 +31,7 @@ def test_no_spills(arch: str, name: str) -> None:
     for function in compiler.resources(kernels(arch)[name], arch):
         assert function.spill_bytes == 0, function
         assert function.local_bytes == 0, function
+        assert not function.serialized, function
 
 
 @pytest.mark.parametrize("arch", NEWER)

@@ -129,7 +129,7 @@ def _compile(kernel: Kernel, arch: str) -> tuple[bytes, str]:
     except Exception as error:
         raise RuntimeError(
             f"{kernel} did not compile for {arch} with {_compiler_version()}; if this GPU is newer than the compiler, "
-            f"upgrade nvidia-cuda-nvrtc\n{log.text}"
+            f"upgrade nvidia-cuda-nvrtc\n{error}\n{log.text}"
         ) from error
     return bytes(binary), log.text
 
@@ -158,6 +158,8 @@ class Resources(NamedTuple):
     registers: int
     spill_bytes: int
     local_bytes: int
+    serialized: bool
+    """Whether asynchronous products (wgmma) wait for one another, because the compiler had to move an accumulator."""
 
 
 _FUNCTION = re.compile(
@@ -176,6 +178,7 @@ def resources(kernel: Kernel, arch: str) -> list[Resources]:
             int(match["registers"]),
             int(match["stores"]) + int(match["loads"]),
             int(match["stack"]),
+            "wgmma.mma_async instructions are serialized" in log,
         )
         for match in _FUNCTION.finditer(log)
     ]

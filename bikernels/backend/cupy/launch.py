@@ -28,6 +28,7 @@ MAX_GRID = 2**31 - 1
 class GPU(NamedTuple):
     """What schedules need to know of a device."""
 
+    name: str
     compute_capability: tuple[int, int]
     multiprocessors: int
 
@@ -37,7 +38,8 @@ def gpu(index: int) -> GPU:
     """The properties of device `index`."""
     device = cupy.cuda.Device(index)
     digits = device.compute_capability  # "90", "120"
-    return GPU((int(digits[:-1]), int(digits[-1])), device.attributes["MultiProcessorCount"])
+    name = cupy.cuda.runtime.getDeviceProperties(index)["name"].decode()
+    return GPU(name, (int(digits[:-1]), int(digits[-1])), device.attributes["MultiProcessorCount"])
 
 
 # ------------------------------------------------------------------------------------------------------------- loading

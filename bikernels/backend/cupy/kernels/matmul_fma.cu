@@ -1,199 +1,261 @@
 // Matrix products by fused multiply-adds: one chain per output element, k = 0, 1, …, K-1, every step correctly rounded.
 //
 // ELEMENT: the operands' dtype; ACCUMULATE: float or double. TILE_M, TILE_N, TILE_K: of a CTA. THREAD_M, THREAD_N:
-// output elements of a thread. CTAS: that a multiprocessor should hold. Two tiles of K are kept: while one is
-// multiplied, the next travels through registers.
+// output elements of a thread. CTAS: that a multiprocessor should hold. A_ALONG_K, B_ALONG_K: the direction in which an
+// operand is read; it may lie in any way. Two tiles of K are kept in shared memory, widened and with lines along m (or
+// n), so that the factors of one step lie in registers of both banks; the next one travels through registers, where
+// operands that lie along k are transposed.
 #include "matmul.cuh"
 
 using A = ACCUMULATE;
-constexpr int THREADS_M = TILE_M / THREAD_M, THREADS_N = TILE_N / THREAD_N;
-constexpr int THREADS = THREADS_M * THREADS_N;
-constexpr int VECTOR = 16 / sizeof(ELEMENT);   // elements in 16 bytes
-constexpr int SHARED_VECTOR = 16 / sizeof(A);  // accumulate-dtype elements in 16 bytes
+constexpr int LANES_M = 8, LANES_N = 4;  // a warp's threads
+constexpr int WARP_M = LANES_M * THREAD_M, WARP_N = LANES_N * THREAD_N;
+constexpr int WARPS_N = TILE_N / WARP_N;
+constexpr int THREADS = TILE_M / WARP_M * WARPS_N * 32;
+constexpr int RUN = 16 / sizeof(A);           // accumulate-dtype elements in 16 bytes
+constexpr int VECTOR = 16 / sizeof(ELEMENT);  // elements in 16 bytes
 
-static_assert(TILE_M % THREAD_M == 0 && TILE_N % THREAD_N == 0 && TILE_K % VECTOR == 0);
+static_assert(TILE_M % WARP_M == 0 && TILE_N % WARP_N == 0 && TILE_K % 2 == 0);
 
-// Where a thread's i-th row (or column) lies: runs of up to 16 bytes, spread over the tile so that a warp reads whole
-// lines.
-template <int TILE, int COUNT>
-struct Share {
-    static constexpr int RUN = COUNT < SHARED_VECTOR ? COUNT : SHARED_VECTOR;
-    static_assert(COUNT % RUN == 0);
-    static __device__ __forceinline__ int position(int thread, int i) {
-        return i / RUN * (TILE / (COUNT / RUN)) + thread * RUN + i % RUN;
-    }
+struct alignas(16) Run {
+    A element[RUN];
 };
 
-// A TILE_K x MN tile in shared memory, widened, its lines padded by 16 bytes; and its part in a thread's registers.
+// Where an element of an MN x TILE_K tile lies in shared memory. Neighbours along m (or n) stay together in blocks of
+// BLOCK, which are exchanged from one run of steps to the next: then threads that hold vectors along k, of several rows
+// and several runs, write to different banks.
 template <int MN>
+struct Swizzled {
+    static constexpr int RUNS = TILE_K / RUN, BLOCK = RUNS >= 32 / RUN ? RUN : 32 / RUNS;
+    static_assert(MN % (BLOCK * RUNS) == 0);
+    static __device__ __forceinline__ constexpr int exchange(int k) { return k / RUN * BLOCK; }
+    static __device__ __forceinline__ constexpr int offset(int mn, int k) { return k * MN + (mn ^ exchange(k)); }
+};
+
+// The tiles of one operand, and a thread's part of the next one in registers: vectors along k, or along m (or n).
+template <int MN, bool ALONG_K>
 struct Operand {
-    static constexpr int PITCH = MN + SHARED_VECTOR;
-    static constexpr int ELEMENTS = MN * TILE_K;
-    static constexpr int THREAD_VECTORS = (ELEMENTS / VECTOR + THREADS - 1) / THREADS;
-    static_assert(MN % VECTOR == 0 && ELEMENTS % THREADS == 0);
+    static constexpr int LINE = (ALONG_K ? TILE_K : MN) / VECTOR;  // vectors
+    static constexpr int STEP = THREADS / LINE;                    // lines from one pass to the next
+    static constexpr int PASSES = MN * TILE_K / VECTOR / THREADS;
+    static_assert((ALONG_K ? TILE_K : MN) % VECTOR == 0 && THREADS % LINE == 0);
+    static_assert(PASSES * VECTOR * THREADS == MN * TILE_K);
 
-    const ELEMENT* source;  // of the next tile
+    const ELEMENT* source;  // of the thread's first vector of the next tile
     const long long (&stride)[2];
-    int mn_left;
-    bool along_k;         // the threads walk along k, else along m or n
-    bool vectors;         // where whole tiles are left
-    bool loaded_vectors;  // how `value` was filled
-    A value[THREAD_VECTORS * VECTOR];
+    int mn_left;  // of the tile
+    bool whole;   // only k may end within the tile, and vectors are aligned
+    uint4 raw[PASSES];
 
-    __device__ __forceinline__ Operand(const ELEMENT* matrix, const long long (&stride)[2], bool along_k, long long mn,
+    __device__ __forceinline__ Operand(const ELEMENT* matrix, const long long (&stride)[2], long long tile,
                                        long long mn_end)
-        : source(matrix + mn * stride[0]),
+        : source(matrix + (tile + first_mn()) * stride[0] + first_k() * stride[1]),
           stride(stride),
-          mn_left(left_of(mn, mn_end, MN)),
-          along_k(along_k),
-          loaded_vectors(false) {
-        vectors = mn_left == MN && is_vector_aligned(matrix) && stride[along_k ? 1 : 0] == 1 &&
-                  stride[along_k ? 0 : 1] % VECTOR == 0;
+          mn_left(left_of(tile, mn_end, MN)) {
+        whole = mn_left == MN && stride[ALONG_K ? 1 : 0] == 1 && stride[ALONG_K ? 0 : 1] % VECTOR == 0 &&
+                is_vector_aligned(matrix);
     }
 
-    // The threads walk the tile, WIDTH elements each, in passes that lie a fixed step apart.
-    template <int WIDTH>
-    struct Walk {
-        int mn, k, mn_step, k_step;
-
-        __device__ __forceinline__ explicit Walk(bool along_k) {
-            static_assert(THREADS * WIDTH % TILE_K == 0 && THREADS * WIDTH % MN == 0);
-            const int first = threadIdx.x * WIDTH;
-            mn = along_k ? first / TILE_K : first % MN;
-            k = along_k ? first % TILE_K : first / MN;
-            mn_step = along_k ? THREADS * WIDTH / TILE_K : 0;
-            k_step = along_k ? 0 : THREADS * WIDTH / MN;
-        }
-    };
-
-    // Global memory to registers, zeros outside the operand: whole tiles of aligned operands in vectors.
+    // Global memory to registers, zeros outside the operand.
     __device__ __forceinline__ void load(int k_left) {
-        loaded_vectors = vectors && k_left == TILE_K;
-        if (loaded_vectors) {
-            const Walk<VECTOR> walk(along_k);
-            const ELEMENT* address = source + walk.mn * stride[0] + walk.k * stride[1];
-            const long long step = walk.mn_step * stride[0] + walk.k_step * stride[1];
+        const long long step = STEP * stride[ALONG_K ? 0 : 1];
+        const ELEMENT* address = source;
+        if (__builtin_expect(whole && k_left == TILE_K, 1)) {
 #pragma unroll
-            for (int v = 0; v < THREAD_VECTORS; v++, address += step) {
-                if (is_busy(v))
-                    unpack(*reinterpret_cast<const uint4*>(address), static_cast<ELEMENT*>(nullptr),
-                           value + v * VECTOR);
-            }
+            for (int pass = 0; pass < PASSES; pass++, address += step)
+                raw[pass] = *reinterpret_cast<const uint4*>(address);
         } else {
-            const Walk<1> walk(along_k);
-            const ELEMENT* address = source + walk.mn * stride[0] + walk.k * stride[1];
-            const long long step = walk.mn_step * stride[0] + walk.k_step * stride[1];
+            const int mn = mn_left - first_mn(), k = k_left - first_k();
 #pragma unroll
-            for (int e = 0; e < ELEMENTS / THREADS; e++, address += step) {
-                const bool exists = walk.mn + e * walk.mn_step < mn_left && walk.k + e * walk.k_step < k_left;
-                value[e] = exists ? accumulate<A>(*address) : A(0);
+            for (int pass = 0; pass < PASSES; pass++, address += step) {
+                const int vector_left = ALONG_K ? k : mn, lines_left = (ALONG_K ? mn : k) - pass * STEP;
+                unsigned word[4] = {0, 0, 0, 0};
+#pragma unroll
+                for (int i = 0; i < VECTOR; i++) {
+                    if (i < vector_left && lines_left > 0) put(word, i, address[i * stride[ALONG_K ? 1 : 0]]);
+                }
+                raw[pass] = make_uint4(word[0], word[1], word[2], word[3]);
             }
         }
         source += TILE_K * stride[1];
     }
 
     // Registers to shared memory.
-    __device__ __forceinline__ void store(A* shared) const {
-        if (loaded_vectors) {
-            const Walk<VECTOR> walk(along_k);
-            A* address = shared + walk.k * PITCH + walk.mn;
-            const int step = along_k ? PITCH : 1;
+    __device__ __forceinline__ void store(A* tile) const {
+        using Place = Swizzled<MN>;
+        const int mn = first_mn(), k = first_k();
 #pragma unroll
-            for (int v = 0; v < THREAD_VECTORS; v++, address += walk.k_step * PITCH + walk.mn_step) {
-                if (is_busy(v)) {
+        for (int pass = 0; pass < PASSES; pass++) {
+            A value[VECTOR];
+            unpack(raw[pass], static_cast<ELEMENT*>(nullptr), value);
 #pragma unroll
-                    for (int j = 0; j < VECTOR; j++) address[j * step] = value[v * VECTOR + j];
+            for (int run = 0; run < VECTOR; run += RUN) {
+                if constexpr (ALONG_K) {
+                    static_assert(PASSES == 1 || STEP % (Place::BLOCK * Place::RUNS) == 0);
+                    A* to = tile + Place::offset(mn, k + run) + pass * STEP;
+#pragma unroll
+                    for (int i = 0; i < RUN; i++) to[i * MN] = value[run + i];
+                } else {
+                    Run neighbours;
+#pragma unroll
+                    for (int i = 0; i < RUN; i++) neighbours.element[i] = value[run + i];
+                    *reinterpret_cast<Run*>(tile + Place::offset(mn + run, k + pass * STEP)) = neighbours;
                 }
             }
-        } else {
-            const Walk<1> walk(along_k);
-            A* address = shared + walk.k * PITCH + walk.mn;
-#pragma unroll
-            for (int e = 0; e < ELEMENTS / THREADS; e++, address += walk.k_step * PITCH + walk.mn_step)
-                *address = value[e];
         }
     }
 
   private:
-    // Whether this thread has a vector in pass v: a small tile has fewer vectors than there are threads.
-    static __device__ __forceinline__ bool is_busy(int v) {
-        return ELEMENTS / VECTOR % THREADS == 0 || threadIdx.x + v * THREADS < ELEMENTS / VECTOR;
+    static __device__ __forceinline__ int first_mn() {
+        return ALONG_K ? threadIdx.x / LINE : threadIdx.x % LINE * VECTOR;
+    }
+    static __device__ __forceinline__ int first_k() {
+        return ALONG_K ? threadIdx.x % LINE * VECTOR : threadIdx.x / LINE;
+    }
+
+    // Element i of a vector of zeros.
+    template <class X>
+    static __device__ __forceinline__ void put(unsigned (&word)[4], int i, X x) {
+        if constexpr (sizeof(X) == 2) {
+            word[i / 2] |= static_cast<unsigned>(x.bits) << i % 2 * 16;
+        } else {
+            memcpy(&word[i * sizeof(X) / 4], &x, sizeof(X));
+        }
     }
 };
 
-using OperandA = Operand<TILE_M>;
-using OperandB = Operand<TILE_N>;
+using OperandA = Operand<TILE_M, A_ALONG_K>;
+using OperandB = Operand<TILE_N, B_ALONG_K>;
 
-// Accumulators pass through shared memory on their way out, THREADS_M rows at a time.
-constexpr int OUT_PITCH = TILE_N + 1;
+// A thread's COUNT rows (or columns): runs of 16 bytes, spread over the warp's share so that a warp reads whole lines.
+template <int COUNT, int LANES>
+struct Share {
+    static_assert(COUNT % RUN == 0);
+    static __device__ __forceinline__ constexpr int position(int lane, int i) {
+        return i / RUN * (LANES * RUN) + lane * RUN + i % RUN;
+    }
+};
+using ShareM = Share<THREAD_M, LANES_M>;
+using ShareN = Share<THREAD_N, LANES_N>;
 
+// The factors of one step, from the tile's line of that step. `first` is the thread's first row, of which the bits that
+// tell its runs apart are zero; `exchange` is known to the compiler.
+template <int COUNT, int LANES>
+__device__ __forceinline__ void load_factors(A (&factor)[COUNT], const A* line, int first, int exchange) {
+    constexpr int STEP = LANES * RUN, RUNS = COUNT / RUN, RUN_BITS = (RUNS - 1) * STEP;
+    static_assert((RUNS & (RUNS - 1)) == 0);
+    const A* base = line + (first ^ (exchange & ~RUN_BITS));
+#pragma unroll
+    for (int run = 0; run < RUNS; run++) {
+        const Run neighbours = *reinterpret_cast<const Run*>(base + (run * STEP ^ (exchange & RUN_BITS)));
+#pragma unroll
+        for (int i = 0; i < RUN; i++) factor[run * RUN + i] = neighbours.element[i];
+    }
+}
+
+constexpr int STAGE_ELEMENTS = (TILE_M + TILE_N) * TILE_K;
+
+// Accumulators pass through shared memory on their way out, OUT_COUNT rows of every thread at a time.
+constexpr int OUT_PITCH = TILE_N + RUN;
+__device__ constexpr int rows_that_fit(int count) {
+    return TILE_M / THREAD_M * count * OUT_PITCH <= 2 * STAGE_ELEMENTS ? count : rows_that_fit(count / 2);
+}
+constexpr int OUT_COUNT = rows_that_fit(THREAD_M);
+constexpr int OUT_ROWS = TILE_M / THREAD_M * OUT_COUNT;
+static_assert(OUT_COUNT >= 1);
+
+// Dynamic shared memory: twice (a tile of a, a tile of b).
 extern "C" __global__ void __launch_bounds__(THREADS, CTAS)
     matmul_fma(const __grid_constant__ Matmul p, void* out, const void* c, const ELEMENT* a_all, const ELEMENT* b_all,
                A alpha, A beta) {
-    __shared__ __align__(16) A tile_a[2][TILE_K * OperandA::PITCH];
-    __shared__ __align__(16) A tile_b[2][TILE_K * OperandB::PITCH];
-    A* staged = tile_a[0];
-    static_assert(sizeof(tile_a) >= THREADS_M * OUT_PITCH * sizeof(A));
-    const int thread_m = threadIdx.x / THREADS_N, thread_n = threadIdx.x % THREADS_N;
-    using ShareM = Share<TILE_M, THREAD_M>;
-    using ShareN = Share<TILE_N, THREAD_N>;
+    extern __shared__ __align__(128) unsigned char shared[];
+    A* const tiles = reinterpret_cast<A*>(shared);
+    // Half a warp's loads of 16 bytes are one access if neighbours, or next neighbours, read the same: threads side by
+    // side along n differ in bits 0 and 4 of their numbers, those along m in the others.
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int lane_n = lane % 2 + lane / 16 * 2, lane_m = lane / 2 % 8;
+    const int warp_m = warp / WARPS_N * WARP_M, warp_n = warp % WARPS_N * WARP_N;
+    const int first_m = warp_m + ShareM::position(lane_m, 0), first_n = warp_n + ShareN::position(lane_n, 0);
 
     for (long long index = blockIdx.x; index < p.tiles; index += gridDim.x) {
         const TilePosition tile = tile_position<TILE_M, TILE_N>(p, index);
-        OperandA a(a_all + tile.a, p.a_stride, p.a_along_k, tile.m, p.m);
-        OperandB b(b_all + tile.b, p.b_stride, p.b_along_k, tile.n, p.n);
-
-        A acc[THREAD_M][THREAD_N] = {};
-        // Each round multiplies the tiles of the one before, except the first, while its own are on their way.
-        int stage = 0;
-#pragma unroll 1
-        for (long long k_first = 0; k_first < p.k + TILE_K; k_first += TILE_K, stage ^= 1) {
-            const int k_left = left_of(k_first, p.k, TILE_K);
+        OperandA a(a_all + tile.a, p.a_stride, tile.m, p.m);
+        OperandB b(b_all + tile.b, p.b_stride, tile.n, p.n);
+        auto load = [&](long long k) {
+            const int k_left = left_of(k, p.k, TILE_K);
             if (k_left > 0) {
                 a.load(k_left);
                 b.load(k_left);
             }
-            if (k_first > 0) {
-                // Past the end both operands are zero: fma(0, 0, acc) is acc, or +0 for an acc of -0, which ends as +0
-                // anyway.
-#pragma unroll 8
-                for (int k = 0; k < TILE_K; k++) {
-                    A fragment_a[THREAD_M], fragment_b[THREAD_N];
+        };
+        auto store = [&](int stage) {
+            a.store(tiles + stage * STAGE_ELEMENTS);
+            b.store(tiles + stage * STAGE_ELEMENTS + TILE_M * TILE_K);
+        };
+
+        A acc[THREAD_M][THREAD_N] = {};
+        A factor_a[2][THREAD_M], factor_b[2][THREAD_N];
+        auto load_step = [&](int stage, int k) {
+            const A* line = tiles + stage * STAGE_ELEMENTS;
+            load_factors<THREAD_M, LANES_M>(factor_a[k % 2], line + k * TILE_M, first_m,
+                                            Swizzled<TILE_M>::exchange(k));
+            load_factors<THREAD_N, LANES_N>(factor_b[k % 2], line + TILE_M * TILE_K + k * TILE_N, first_n,
+                                            Swizzled<TILE_N>::exchange(k));
+        };
+
+        if (p.k > 0) {
+            load(0);
+            store(0);
+            load(TILE_K);
+            __syncthreads();
+            load_step(0, 0);
+        }
+        // Past the end both operands are zero: fma(0, 0, acc) is acc, or +0 for an acc of -0, which ends as +0 anyway.
+        int stage = 0;
+#pragma unroll 1
+        for (long long first = 0; first < p.k; first += TILE_K) {
 #pragma unroll
-                    for (int i = 0; i < THREAD_M; i++)
-                        fragment_a[i] = tile_a[stage][k * OperandA::PITCH + ShareM::position(thread_m, i)];
+            for (int k = 0; k < TILE_K; k++) {
+                if (k == TILE_K - 2) store(stage ^ 1);  // last read before the last barrier
+                if (k == TILE_K - 1) {
+                    __syncthreads();
+                    stage ^= 1;
+                    load(first + 2 * TILE_K);
+                }
+                load_step(stage, (k + 1) % TILE_K);
+                // To and fro, so that one of two factors stays.
 #pragma unroll
-                    for (int j = 0; j < THREAD_N; j++)
-                        fragment_b[j] = tile_b[stage][k * OperandB::PITCH + ShareN::position(thread_n, j)];
+                for (int i = 0; i < THREAD_M; i++) {
 #pragma unroll
-                    for (int i = 0; i < THREAD_M; i++) {
-#pragma unroll
-                        for (int j = 0; j < THREAD_N; j++) acc[i][j] = fused(fragment_a[i], fragment_b[j], acc[i][j]);
+                    for (int there = 0; there < THREAD_N; there++) {
+                        const int j = i % 2 == 0 ? there : THREAD_N - 1 - there;
+                        acc[i][j] = fused(factor_a[k % 2][i], factor_b[k % 2][j], acc[i][j]);
                     }
                 }
             }
-            if (k_left > 0) {
-                // The other stage was last read before the previous barrier.
-                a.store(tile_a[stage ^ 1]);
-                b.store(tile_b[stage ^ 1]);
-            }
-            __syncthreads();
         }
+        __syncthreads();  // all threads are done with the tiles
 
         const Epilogue<A> epilogue{p, out, c, alpha, beta};
         const bool along_n = llabs(p.out_stride[1]) <= llabs(p.out_stride[0]);
         const int n_left = left_of(tile.n, p.n, TILE_N);
 #pragma unroll
-        for (int row = 0; row < THREAD_M; row++) {
+        for (int row = 0; row < THREAD_M; row += OUT_COUNT) {
+            const int thread_row = (warp / WARPS_N * LANES_M + lane_m) * OUT_COUNT;
 #pragma unroll
-            for (int j = 0; j < THREAD_N; j++)
-                staged[thread_m * OUT_PITCH + ShareN::position(thread_n, j)] = acc[row][j] + A(0);
+            for (int i = 0; i < OUT_COUNT; i++) {
+#pragma unroll
+                for (int j = 0; j < THREAD_N; j++)
+                    tiles[(thread_row + i) * OUT_PITCH + warp_n + ShareN::position(lane_n, j)] = acc[row + i][j] + A(0);
+            }
             __syncthreads();
 #pragma unroll 1
-            for (int i = threadIdx.x; i < THREADS_M * TILE_N; i += THREADS) {
-                const int line = along_n ? i / TILE_N : i % THREADS_M, n = along_n ? i % TILE_N : i / THREADS_M;
-                const long long m = tile.m + ShareM::position(line, row);
-                if (m < p.m && n < n_left) epilogue.write(tile, m, tile.n + n, staged[line * OUT_PITCH + n]);
+            for (int i = threadIdx.x; i < OUT_ROWS * TILE_N; i += THREADS) {
+                const int line = along_n ? i / TILE_N : i % OUT_ROWS, n = along_n ? i % TILE_N : i / OUT_ROWS;
+                const int thread = line / OUT_COUNT;
+                const long long m =
+                    tile.m + thread / LANES_M * WARP_M + ShareM::position(thread % LANES_M, row + line % OUT_COUNT);
+                if (m < p.m && n < n_left) epilogue.write(tile, m, tile.n + n, tiles[line * OUT_PITCH + n]);
             }
             __syncthreads();
         }

@@ -1,4 +1,7 @@
-"""Matrix products: one module for each kernel, which says what it takes and picks its schedule."""
+"""Matrix products: one module for each kernel, which says what it takes and has its schedules.
+
+`choice.py` picks among those of wgmma.py, from tables of measurements and a model.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,31 @@ from ....views import Device
 from ... import MatmulLaunch
 from ..compile import Kernel
 from ..launch import gpu
-from . import fma, mma
+from . import choice, dmma, fma, mma, wgmma
 from .problem import Problem
 
 
 def prepare(spec: MatmulSpec, device: Device) -> MatmulLaunch:
     """See `bikernels.backend.Backend.prepare_matmul`."""
-    problem = Problem.of(spec)
-    family = mma if ARITHMETIC[spec.arithmetic].is_tensor_core else fma
-    return family.prepare(problem, family.choose(problem, gpu(device.index).multiprocessors), device.index)
+    problem, index = Problem.of(spec), device.index
+    properties = gpu(index)
+
+    def portable() -> MatmulLaunch:
+        if ARITHMETIC[spec.arithmetic].is_tensor_core:
+            return mma.prepare(problem, mma.choose(problem, properties.multiprocessors), index)
+        if problem.dtype == "float64" and properties.compute_capability in dmma.COMPUTE_CAPABILITIES:
+            return dmma.prepare(problem, dmma.choose(problem, properties.multiprocessors), index)
+        chosen = fma.choose(problem, properties.multiprocessors, properties.compute_capability)
+        return fma.prepare(problem, chosen, index)
+
+    hopper = properties.compute_capability == wgmma.COMPUTE_CAPABILITY
+    if hopper and ARITHMETIC[spec.arithmetic].is_tensor_core and wgmma.takes(problem):
+        schedule, swap = choice.choose(problem, properties.name, properties.multiprocessors)
+        return wgmma.prepare(problem, schedule, swap, index, portable)
+    return portable()
 
 
 def kernels(compute_capability: int) -> Iterator[Kernel]:
     """Every kernel that may be launched on a GPU of this compute capability (90 for 9.0)."""
-    for family in (mma, fma):
+    for family in (wgmma, mma, dmma, fma):
         yield from family.kernels(compute_capability)

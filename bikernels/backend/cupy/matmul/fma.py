@@ -1,19 +1,42 @@
-"""Products as chains of fma in the accumulate dtype (matmul_fma.cu): any dtype, any layout, any GPU."""
+"""Products as chains of fma in the accumulate dtype: any dtype, any layout, any GPU.
+
+Two kernels: matmul_fma.cu is made for arithmetic, matmul_fma_narrow.cu for few columns, where reading the other operand
+takes the time.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ....contract import ACCUMULATE
+from ....contract import ACCUMULATE, ITEMSIZE
 from ... import MatmulLaunch
 from ..compile import Kernel
 from ..parameters import C_TYPE
 from .launch import prepare_tiles
-from .problem import BAND, Problem, tiles_of
+from .problem import BAND, Problem, along_k, tiles_of
+
+NARROW_COMPUTE_CAPABILITY = (8, 0)
+"""The least one that has cp.async and the shared memory for `Narrow`."""
 
 
-class Schedule(NamedTuple):
+class CTA(NamedTuple):
+    """What a launch needs of a schedule."""
+
+    m: int
+    n: int
+    threads: int
+    shared_bytes: int
+
+
+class Cycles(NamedTuple):
+    """Measured on an H200, per step of k: of a tile that has a multiprocessor to itself, and of one of many."""
+
+    alone: float
+    shared: float
+
+
+class Wide(NamedTuple):
     """A tile and how a CTA goes over it; see matmul_fma.cu."""
 
     m: int
@@ -23,16 +46,17 @@ class Schedule(NamedTuple):
     thread_n: int
     ctas: int
     """That a multiprocessor should hold, which bounds a thread's registers."""
+    cycles: Cycles
 
     @property
-    def threads(self) -> int:
-        return self.m // self.thread_m * (self.n // self.thread_n)
+    def function(self) -> str:
+        return "matmul_fma"
 
-    @property
-    def shared_bytes(self) -> int:
-        return 0  # static
+    def cta(self, dtype: str) -> CTA:
+        shared = 2 * (self.m + self.n) * self.k * ITEMSIZE[ACCUMULATE[dtype]]
+        return CTA(self.m, self.n, self.m // self.thread_m * (self.n // self.thread_n), shared)
 
-    def kernel(self, dtype: str) -> Kernel:
+    def kernel(self, dtype: str, a_along_k: bool, b_along_k: bool) -> Kernel:
         return Kernel(
             "matmul_fma.cu",
             (
@@ -44,40 +68,127 @@ class Schedule(NamedTuple):
                 ("THREAD_M", self.thread_m),
                 ("THREAD_N", self.thread_n),
                 ("CTAS", self.ctas),
+                ("A_ALONG_K", int(a_along_k)),
+                ("B_ALONG_K", int(b_along_k)),
                 ("MATMUL_BAND", BAND),
             ),
         )
 
 
-SCHEDULES = {
-    "float32": (Schedule(32, 8, 64, 2, 1, 3), Schedule(64, 64, 16, 4, 4, 3), Schedule(128, 128, 16, 8, 8, 1)),
-    "float64": (Schedule(32, 8, 32, 2, 1, 4), Schedule(64, 64, 16, 4, 4, 2)),
+class Narrow(NamedTuple):
+    """A tile and how a CTA goes over it; see matmul_fma_narrow.cu."""
+
+    m: int
+    n: int
+    k: int
+    thread_m: int
+    thread_n: int
+    lanes_n: int
+    stages: int
+    batch: int
+    cycles: Cycles
+
+    @property
+    def function(self) -> str:
+        return "matmul_fma_narrow"
+
+    def cta(self, dtype: str) -> CTA:
+        padding = 16 // ITEMSIZE[dtype]  # of a line along k
+        shared = self.stages * (self.m + self.n) * (self.k + padding) * ITEMSIZE[dtype]
+        return CTA(self.m, self.n, self.m // self.thread_m * (self.n // self.thread_n), shared)
+
+    def kernel(self, dtype: str, a_along_k: bool, b_along_k: bool) -> Kernel:
+        """The same one however b is read."""
+        return Kernel(
+            "matmul_fma_narrow.cu",
+            (
+                ("ELEMENT", C_TYPE[dtype]),
+                ("ACCUMULATE", C_TYPE[ACCUMULATE[dtype]]),
+                ("TILE_M", self.m),
+                ("TILE_N", self.n),
+                ("TILE_K", self.k),
+                ("THREAD_M", self.thread_m),
+                ("THREAD_N", self.thread_n),
+                ("LANES_N", self.lanes_n),
+                ("STAGES", self.stages),
+                ("BATCH", self.batch),
+                ("A_K_CONTIGUOUS", int(a_along_k)),
+                ("MATMUL_BAND", BAND),
+            ),
+        )
+
+
+Schedule = Wide | Narrow
+
+_HALF: tuple[Schedule, ...] = (
+    Narrow(32, 2, 128, 1, 1, 1, 8, 2, Cycles(11, 10)),
+    Narrow(32, 8, 64, 2, 2, 2, 9, 2, Cycles(20, 16)),
+    Narrow(32, 32, 64, 2, 4, 2, 5, 1, Cycles(31, 30)),
+    Wide(64, 64, 32, 4, 4, 1, Cycles(69, 62)),
+    Wide(128, 128, 16, 8, 8, 1, Cycles(184, 188)),
+    Wide(256, 128, 16, 16, 8, 1, Cycles(360, 360)),
+)
+
+SCHEDULES: dict[str, tuple[Schedule, ...]] = {
+    "bfloat16": _HALF,
+    "float16": _HALF,
+    "float32": (
+        Narrow(32, 2, 128, 1, 1, 1, 5, 4, Cycles(10.3, 9)),
+        Narrow(32, 8, 128, 2, 2, 2, 4, 4, Cycles(13.7, 13)),
+        Narrow(32, 16, 128, 2, 2, 2, 3, 4, Cycles(16, 16)),
+        Narrow(32, 32, 64, 2, 4, 2, 5, 2, Cycles(23.6, 22)),
+        Narrow(32, 64, 32, 4, 4, 4, 6, 1, Cycles(40, 33)),
+        Wide(64, 64, 16, 4, 4, 1, Cycles(69, 62)),
+        Wide(128, 64, 32, 8, 4, 1, Cycles(111, 113)),
+        Wide(128, 128, 16, 8, 8, 1, Cycles(184, 188)),
+        Wide(256, 128, 16, 16, 8, 1, Cycles(354, 354)),
+    ),
+    "float64": (
+        Narrow(32, 2, 64, 1, 1, 1, 5, 4, Cycles(18, 18)),
+        Narrow(32, 8, 32, 2, 2, 2, 6, 4, Cycles(35, 35)),
+        Wide(64, 64, 8, 4, 4, 1, Cycles(180, 173)),
+    ),
 }
-"""Per accumulate dtype: one for narrow products, then for wide ones in ascending size."""
+"""Per dtype of the operands."""
 
 
-def choose(problem: Problem, multiprocessors: int) -> Schedule:
-    """The schedule for a product; see `prepare`."""
+def choose(problem: Problem, multiprocessors: int, compute_capability: tuple[int, int] = (9, 0)) -> Schedule:
+    """The schedule that should take the least time; see `prepare`."""
     m, n = max(problem.m, problem.n), min(problem.m, problem.n)
-    narrow, *wide = SCHEDULES[problem.accumulate]
-    if n <= 2 * narrow.n:
-        return narrow
-    for schedule in reversed(wide):
-        if tiles_of(m, n, schedule.m, schedule.n) * problem.matrices >= multiprocessors:
-            return schedule
-    return wide[0]
+
+    def cycles(schedule: Schedule) -> float:
+        tiles = -(-tiles_of(m, n, schedule.m, schedule.n) * problem.matrices // multiprocessors)
+        return schedule.cycles.alone if tiles == 1 else tiles * schedule.cycles.shared
+
+    narrow = compute_capability >= NARROW_COMPUTE_CAPABILITY and _is_copied(problem)
+    return min((s for s in SCHEDULES[problem.dtype] if narrow or isinstance(s, Wide)), key=cycles)
+
+
+def _is_copied(problem: Problem) -> bool:
+    """Whether `Narrow` can copy the operands while it multiplies: single elements of 2 bytes it would wait for."""
+    vector = 16 // ITEMSIZE[problem.dtype]
+    return ITEMSIZE[problem.dtype] > 2 or all(
+        sorted((mn == 1, k == 1)) == [False, True] and (mn if k == 1 else k) % vector == 0
+        for mn, k in (problem.a, problem.b)
+    )
 
 
 def prepare(problem: Problem, schedule: Schedule, index: int) -> MatmulLaunch:
     """A launch with that schedule on device `index`. Tiles are made for a long m."""
     if problem.n > problem.m:
         problem = problem.swap()
-    return prepare_tiles(problem, schedule.kernel(problem.dtype), "matmul_fma", schedule, index)
+    kernel = schedule.kernel(problem.dtype, along_k(problem.a), along_k(problem.b))
+    return prepare_tiles(problem, kernel, schedule.function, schedule.cta(problem.dtype), index)
 
 
 def kernels(compute_capability: int) -> Iterator[Kernel]:
     """Every kernel that may be launched on a GPU of this compute capability (90 for 9.0)."""
-    for dtype, accumulate in ACCUMULATE.items():
-        if dtype in C_TYPE:
-            for schedule in SCHEDULES[accumulate]:
-                yield schedule.kernel(dtype)
+    for dtype, schedules in SCHEDULES.items():
+        for schedule in schedules:
+            if isinstance(schedule, Wide):
+                for a_along_k in (True, False):
+                    for b_along_k in (True, False):
+                        yield schedule.kernel(dtype, a_along_k, b_along_k)
+            elif compute_capability >= 80:
+                for a_along_k in (True, False):
+                    yield schedule.kernel(dtype, a_along_k, True)

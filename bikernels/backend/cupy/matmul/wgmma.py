@@ -1,0 +1,300 @@
+"""Products of bfloat16 and float16 with wgmma (matmul_wgmma.cu): Hopper, operands that the TMA can bring."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from ....contract import ARITHMETIC
+from ....views import View
+from ... import MatmulLaunch
+from ..compile import Kernel
+from ..launch import ADDRESS, FLOAT32, TENSOR_MAP, gpu, load, shaped
+from ..parameters import C_TYPE, DTYPE_CODE
+from ..tensor_map import TensorMaps
+from .problem import Problem, along_k
+
+COMPUTE_CAPABILITY = (9, 0)
+ALIGNMENT = 16
+"""Bytes, of what the TMA reads: of addresses and of every stride but the one between neighbours."""
+
+ELEMENTS = 8
+"""That `ALIGNMENT` bytes hold."""
+
+SLAB = 64
+"""Elements of K (or of m or n) that lie behind one another in shared memory: 128 bytes."""
+
+PARAMETERS = np.dtype(
+    [
+        ("c_stride", "i8", (2,)),
+        ("out_stride", "i8", (2,)),
+        ("c_batch", "i8", (2,)),
+        ("out_batch", "i8", (2,)),
+        ("m", "u4"),
+        ("n", "u4"),
+        ("steps", "u4"),
+        ("tiles_m", "u4"),
+        ("tiles_n", "u4"),
+        ("tiles", "u4"),
+        ("band", "u4"),
+        ("batch", "u4"),
+        ("a_batch", "u4", (2,)),
+        ("b_batch", "u4", (2,)),
+        ("a_bytes", "u4"),
+        ("b_bytes", "u4"),
+        ("addend", "u4"),
+        ("c_dtype", "u4"),
+        ("out_dtype", "u4"),
+        ("vectors", "u4"),
+    ],
+    align=True,
+)
+"""The struct `Wgmma` of matmul_wgmma.cu."""
+
+LONGEST_BOX = 256
+"""Elements along a dimension that the TMA takes at once."""
+
+BAND_ROWS = 2048
+"""Rows of a that are walked before the next tiles of b: CTAs that run together share operands in the L2."""
+
+SHARED_BYTES = 227 * 1024
+"""Of a multiprocessor."""
+
+
+class Schedule(NamedTuple):
+    """A tile and how CTAs go over it; see matmul_wgmma.cu."""
+
+    m: int
+    n: int
+    k: int
+    stages: int
+    consumers: int = 1
+    cluster_m: int = 1
+    cluster_n: int = 1
+
+    @property
+    def cluster(self) -> int:
+        return self.cluster_m * self.cluster_n
+
+    @property
+    def threads(self) -> int:
+        producers = 128 if self.consumers > 1 else 64
+        return 128 * self.consumers + producers
+
+    @property
+    def shared_bytes(self) -> int:
+        barriers = 16
+        return self.stages * ((self.m + self.n) * self.k * 2 + barriers)
+
+    @property
+    def resident(self) -> int:
+        """CTAs that a multiprocessor holds. One with several consumers takes all its registers."""
+        reserved = 1024
+        return 1 if self.consumers > 1 else SHARED_BYTES // (self.shared_bytes + reserved)
+
+    def grid(self, tiles: int, multiprocessors: int) -> int:
+        """CTAs to launch: as many as run at once. Clusters of more than two may not fill every part of the GPU; there,
+        one for each tile, and the GPU places them as others end.
+        """
+        if self.cluster <= 2:
+            tiles = min(tiles, multiprocessors * self.resident // self.cluster)
+        return tiles * self.cluster
+
+    def kernel(self, dtype: str, a_k_contiguous: bool, b_k_contiguous: bool) -> Kernel:
+        return Kernel(
+            "matmul_wgmma.cu",
+            (
+                ("ELEMENT", C_TYPE[dtype]),
+                ("TILE_M", self.m),
+                ("TILE_N", self.n),
+                ("TILE_K", self.k),
+                ("STAGES", self.stages),
+                ("CONSUMERS", self.consumers),
+                ("CLUSTER_M", self.cluster_m),
+                ("CLUSTER_N", self.cluster_n),
+                ("A_K_CONTIGUOUS", int(a_k_contiguous)),
+                ("B_K_CONTIGUOUS", int(b_k_contiguous)),
+            ),
+        )
+
+    def tiles(self, m: int, n: int) -> tuple[int, int]:
+        """How many clusters an m x n matrix takes along each of its dimensions."""
+        return -(-m // (self.m * self.cluster_m)), -(-n // (self.n * self.cluster_n))
+
+
+SCHEDULES = (
+    # One warpgroup, few rows: for products that read much more than they compute.
+    Schedule(8, 8, 512, 6),
+    Schedule(16, 8, 512, 6),
+    Schedule(16, 16, 512, 6),
+    Schedule(32, 8, 256, 9),
+    Schedule(32, 16, 256, 8),
+    Schedule(32, 32, 256, 6),
+    Schedule(32, 64, 256, 4),
+    Schedule(48, 8, 256, 7),
+    Schedule(48, 16, 256, 6),
+    Schedule(48, 32, 128, 5, 1, 1, 2),
+    Schedule(48, 64, 256, 3),
+    Schedule(64, 8, 256, 5),
+    Schedule(64, 16, 256, 4),
+    Schedule(64, 32, 256, 4, 1, 1, 2),
+    Schedule(64, 32, 128, 9),
+    Schedule(64, 64, 256, 3),
+    Schedule(128, 8, 128, 6),
+    Schedule(128, 16, 128, 6),
+    Schedule(128, 32, 128, 5),
+    Schedule(128, 64, 128, 4),
+    # One warpgroup, 64 rows.
+    Schedule(64, 64, 128, 7),
+    Schedule(64, 64, 128, 7, 1, 2, 1),
+    Schedule(64, 96, 128, 5),
+    Schedule(64, 96, 128, 5, 1, 2, 1),
+    Schedule(64, 128, 64, 9),
+    Schedule(64, 128, 64, 9, 1, 2, 1),
+    Schedule(64, 128, 64, 9, 1, 1, 2),
+    Schedule(64, 160, 64, 8, 1, 4, 1),
+    Schedule(64, 256, 64, 5),
+    Schedule(64, 256, 64, 5, 1, 2, 1),
+    # Two warpgroups: for products that compute.
+    Schedule(128, 64, 64, 9, 2),
+    Schedule(128, 96, 64, 8, 2),
+    Schedule(128, 128, 64, 7, 2),
+    Schedule(128, 128, 64, 7, 2, 1, 2),
+    Schedule(128, 160, 64, 6, 2),
+    Schedule(128, 192, 64, 5, 2),
+    Schedule(128, 256, 64, 4, 2),
+    Schedule(128, 256, 64, 4, 2, 2, 1),
+)
+
+
+def takes(problem: Problem) -> bool:
+    """Whether the TMA can bring the operands, wherever they lie aligned."""
+    if len(problem.batch) > 2 or not problem.k or not problem.matrices or problem.matrices >= 2**31:
+        return False
+    if max(problem.m, problem.n, problem.k) > 2**31 - 2**16:  # coordinates have a sign, and tiles may go past the end
+        return False
+    return all(
+        _brought(strides, length, problem.k) and all(stride >= 0 and stride % ELEMENTS == 0 for stride in batch)
+        for strides, length, batch in (
+            (problem.a, problem.m, problem.batch_a),
+            (problem.b, problem.n, problem.batch_b),
+        )
+    )
+
+
+def _brought(strides: tuple[int, int], length: int, k: int) -> bool:
+    """Whether the TMA can bring a matrix of length x k: one of its strides is 1, and lines do not overlap."""
+    line, inner = max(strides), k if along_k(strides) else length
+    return min(strides) == 1 and inner <= line < 2**38 and line % ELEMENTS == 0
+
+
+def prepare(
+    problem: Problem, schedule: Schedule, swap: bool, index: int, otherwise: Callable[[], MatmulLaunch]
+) -> MatmulLaunch:
+    """A launch with that schedule on device `index`, of the transposed product if `swap`.
+
+    `otherwise` prepares the launch for operands whose addresses are not aligned.
+    """
+    if swap:
+        problem = problem.swap()
+    a_along_k, b_along_k = along_k(problem.a), along_k(problem.b)
+    kernel = schedule.kernel(problem.dtype, a_along_k, b_along_k)
+    a_maps, a_bytes = _maps(problem, schedule, a_along_k, "a")
+    b_maps, b_bytes = _maps(problem, schedule, b_along_k, "b")
+
+    tiles_m, tiles_n = schedule.tiles(problem.m, problem.n)
+    tiles = tiles_m * tiles_n * problem.matrices
+    batch = (1, 1, *problem.batch)[-2:]
+    p = np.zeros((), PARAMETERS)
+    p["c_stride"], p["out_stride"] = problem.c, problem.out
+    p["c_batch"], p["out_batch"] = _last_two(problem.batch_c), _last_two(problem.batch_out)
+    p["m"], p["n"], p["steps"] = problem.m, problem.n, -(-problem.k // schedule.k)
+    p["tiles_m"], p["tiles_n"], p["tiles"] = tiles_m, tiles_n, tiles
+    p["band"] = max(1, BAND_ROWS // (schedule.m * schedule.cluster_m))
+    p["batch"] = batch[-1]
+    p["a_batch"], p["b_batch"] = (
+        [stride != 0 for stride in _last_two(strides)] for strides in (problem.batch_a, problem.batch_b)
+    )
+    p["a_bytes"], p["b_bytes"] = a_bytes, b_bytes
+    p["addend"] = problem.c_dtype is not None
+    p["c_dtype"] = DTYPE_CODE[problem.c_dtype or problem.out_dtype]
+    p["out_dtype"] = DTYPE_CODE[problem.out_dtype]
+    row, column = problem.out
+    p["vectors"] = (
+        problem.out_dtype == problem.dtype
+        and column == 1
+        and all(stride % 8 == 0 for stride in (row, problem.n, *problem.batch_out))
+    )
+
+    grid = schedule.grid(tiles, gpu(index).multiprocessors)
+    function = load(kernel, "matmul_wgmma", index, schedule.shared_bytes)
+    arguments = (TENSOR_MAP, TENSOR_MAP, p, ADDRESS, ADDRESS, FLOAT32, FLOAT32)
+    run = shaped(
+        function, grid, schedule.threads, schedule.shared_bytes, arguments, cluster=schedule.cluster, overlapping=True
+    )
+    swapped, unaligned = problem.swapped, functools.cache(otherwise)
+
+    def launch(out: View, c: View | None, a: View, b: View, alpha: float, beta: float) -> None:
+        a_pointer, b_pointer = a.pointer, b.pointer
+        if (a_pointer | b_pointer) % ALIGNMENT:
+            unaligned()(out, c, a, b, alpha, beta)
+            return
+        if swapped:
+            a_pointer, b_pointer = b_pointer, a_pointer
+        c_pointer = 0 if c is None else c.pointer
+        run(out.stream, a_maps[a_pointer], b_maps[b_pointer], out.pointer, c_pointer, alpha, beta)
+
+    return launch
+
+
+def _maps(problem: Problem, schedule: Schedule, k_contiguous: bool, operand: str) -> tuple[TensorMaps, int]:
+    """How the TMA reads an operand, and the bytes of a stage.
+
+    The dimensions are the contiguous one, the other one, and the batch's two.
+    """
+    if operand == "a":
+        length, strides, batch, tile, sharers = problem.m, problem.a, problem.batch_a, schedule.m, schedule.cluster_n
+    else:
+        length, strides, batch, tile, sharers = problem.n, problem.b, problem.batch_b, schedule.n, schedule.cluster_m
+    if k_contiguous:
+        inner, outer, width = problem.k, length, SLAB
+        lines = min(tile, length) if sharers == 1 else tile
+        pieces = schedule.k // width
+    else:
+        inner, outer, width, lines = length, problem.k, math.gcd(tile, SLAB), schedule.k
+        pieces = tile // width
+    itemsize, narrowest_swizzle = 2, 32
+    steps, lengths = _last_two(batch), (1, 1, *problem.batch)[-2:]
+    shape = (inner, outer, *(length if step else 1 for length, step in zip(lengths, steps, strict=True)))
+    strides_bytes = tuple(max(step * itemsize, ALIGNMENT) for step in (max(strides), *steps))
+    swizzle = width * itemsize
+    maps = TensorMaps(
+        problem.dtype,
+        shape,
+        strides_bytes,
+        (width, min(lines // sharers, LONGEST_BOX), 1, 1),
+        swizzle if swizzle >= narrowest_swizzle else 0,
+    )
+    return maps, pieces * lines * width * itemsize
+
+
+def _last_two(batch: tuple[int, ...]) -> tuple[int, int]:
+    """Values along the two dimensions of the batch that the kernel knows."""
+    outer, inner = (0, 0, *batch)[-2:]
+    return outer, inner
+
+
+def kernels(compute_capability: int) -> Iterator[Kernel]:
+    """Every kernel that may be launched on a GPU of this compute capability (90 for 9.0)."""
+    major, minor = COMPUTE_CAPABILITY
+    if compute_capability != 10 * major + minor:
+        return
+    for dtype in sorted({dtype for kind in ARITHMETIC.values() if kind.is_tensor_core for dtype in kind.covers}):
+        for schedule in SCHEDULES:
+            for a_k_contiguous in (True, False):
+                for b_k_contiguous in (True, False):
+                    yield schedule.kernel(dtype, a_k_contiguous, b_k_contiguous)

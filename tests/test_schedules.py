@@ -1,0 +1,193 @@
+"""Every schedule of every CUDA C++ product kernel gives the bytes of the CPU backend. Needs a GPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+import bikernels
+from bikernels.backend import MatmulLaunch
+from bikernels.contract import PORTABLE_ARITHMETIC
+from bikernels.specs import MatmulSpec
+from bikernels.views import Device, View
+
+from .cases import assert_same_bits, draw
+
+pytest.importorskip("cupy", reason='CuPy is not installed; pip install "bikernels[cuda13]"')
+
+from bikernels.backend.cupy.matmul import dmma, fma, mma, wgmma
+from bikernels.backend.cupy.matmul.problem import Problem
+
+HALF = ("bfloat16", "float16")
+
+
+class Forced(NamedTuple):
+    """A schedule to be used whatever the product."""
+
+    family: Any
+    schedule: Any
+    dtype: str
+    swap: bool = False
+
+    @property
+    def arithmetic(self) -> str:
+        return "tc16f25" if self.family in (mma, wgmma) else PORTABLE_ARITHMETIC[self.dtype]
+
+    def __str__(self) -> str:
+        name = self.family.__name__.rpartition(".")[-1]
+        values = [str(value) for value in self.schedule if isinstance(value, int)]
+        return "-".join([name, self.dtype, *values] + ["swapped"] * self.swap)
+
+    def takes(self, problem: Problem) -> bool:
+        return self.family is not wgmma or wgmma.takes(problem)
+
+    def prepare(self, problem: Problem, index: int) -> MatmulLaunch:
+        if self.family is wgmma:
+            return wgmma.prepare(problem, self.schedule, self.swap, index, refuse)
+        return self.family.prepare(problem, self.schedule, index)
+
+
+def refuse() -> MatmulLaunch:
+    raise AssertionError("the operands are aligned")
+
+
+def forced() -> Iterator[Forced]:
+    for dtype in HALF:
+        for schedule in wgmma.SCHEDULES:
+            yield Forced(wgmma, schedule, dtype)
+            yield Forced(wgmma, schedule, dtype, swap=True)
+        for portable in mma.SCHEDULES:
+            yield Forced(mma, portable, dtype)
+    for dtype, schedules in fma.SCHEDULES.items():
+        for simt in schedules:
+            yield Forced(fma, simt, dtype)
+    for tensor in dmma.SCHEDULES:
+        yield Forced(dmma, tensor, "float64")
+
+
+class Product(NamedTuple):
+    """Operands and what the CPU makes of them."""
+
+    a: np.ndarray
+    b: np.ndarray
+    c: np.ndarray | None
+    expected: np.ndarray
+
+
+ALPHA, BETA = -0.5, 1.25
+SHAPES = (((), 72, 40, 200), ((), 264, 272, 1032), ((), 8, 264, 4104), ((), 150, 77, 67), ((3, 2), 72, 80, 136))
+"""Batch, m, n, k. Some are whole vectors along every dimension, which the TMA asks for; none is whole tiles."""
+
+
+@functools.cache
+def products(dtype: str, arithmetic: str) -> list[Product]:
+    rng = np.random.default_rng(5)
+    made = []
+    for batch, m, n, k in SHAPES:
+        a, b = draw(rng, (*batch, m, k), dtype, "wide"), draw(rng, (*batch, k, n), dtype, "wide")
+        a[..., 3, :] = draw(rng, (*batch, k), dtype, "special")
+        b[..., 5] = draw(rng, (*batch, k), dtype, "subnormal")
+        made.append(Product(a, b, None, bikernels.matmul(a, b, backend="cpu", arithmetic=arithmetic)))
+        c = np.broadcast_to(draw(rng, (n,), dtype), (*batch, m, n))
+        options: dict[str, Any] = {"alpha": ALPHA, "beta": BETA, "backend": "cpu", "arithmetic": arithmetic}
+        for result in (dtype, "float32") if dtype in HALF else (dtype,):
+            made.append(Product(a, b, c, bikernels.addmm(c, a, b, dtype=result, **options)))
+    return made
+
+
+def view(array: Any, dtype: str) -> View:
+    strides = tuple(step // array.itemsize for step in array.strides)
+    return View(array.data.ptr, dtype, array.shape, strides, Device("cuda", array.device.id), owner=array)
+
+
+def transposed(backend: Any, x: np.ndarray) -> Any:
+    """The same values, the last two axes the other way round in memory."""
+    return backend.put(np.swapaxes(x, -1, -2)).swapaxes(-1, -2)
+
+
+def heads_between(backend: Any, x: np.ndarray) -> Any:
+    """The same values, two batch axes that lie around the rows in memory, as attention has them."""
+    return backend.put(x.swapaxes(-2, -3)).swapaxes(-2, -3) if x.ndim > 2 else backend.put(x)
+
+
+@pytest.mark.parametrize("case", list(forced()), ids=str)
+def test_bytes(backend: Any, case: Forced) -> None:
+    if backend.name != "cupy":
+        pytest.skip("the schedules are those of the backend 'cupy'")
+    if not backend.can_compute(case.arithmetic):
+        pytest.skip(f"this GPU does not compute {case.arithmetic}")
+    index = backend.xp.cuda.runtime.getDevice()
+    ran = 0
+    for a, b, c, expected in products(case.dtype, case.arithmetic):
+        layouts: tuple[tuple[Callable[..., Any], ...], ...] = tuple(
+            (put_a, put_b, put_out)
+            for put_a, put_b in (
+                (type(backend).put, transposed),
+                (type(backend).put, type(backend).put),
+                (transposed, transposed),
+                (transposed, type(backend).put),
+                (heads_between, heads_between),
+            )
+            for put_out in (type(backend).put, transposed)
+        )
+        for put_a, put_b, put_out in layouts:
+            out = put_out(backend, np.zeros_like(expected))
+            on_gpu_c = None if c is None else backend.put(c)
+            x, y, z = (
+                view(put_a(backend, a), case.dtype),
+                view(put_b(backend, b), case.dtype),
+                view(out, str(expected.dtype)),
+            )
+            w = None if on_gpu_c is None else view(on_gpu_c, case.dtype)
+            spec = MatmulSpec(
+                case.arithmetic,
+                x.description.layout,
+                y.description.layout,
+                None if w is None else w.description.layout,
+                z.description.layout,
+            )
+            problem = Problem.of(spec)
+            if not case.takes(problem):
+                continue
+            scale = (1.0, 0.0) if c is None else (ALPHA, BETA)
+            case.prepare(problem, index)(z, w, x, y, *scale)
+            names = (
+                f"{a.shape} @ {b.shape}, {put_a.__name__} {put_b.__name__} {put_out.__name__}, addend {c is not None}"
+            )
+            assert_same_bits(backend.get(out), expected, names)
+            ran += 1
+    assert ran >= 40
+
+
+def test_operands_that_the_tma_does_not_take(backend: Any) -> None:
+    """Unaligned addresses are found at the launch, other layouts before; both have a kernel."""
+    if backend.name != "cupy" or not backend.can_compute("tc16f25"):
+        pytest.skip("needs the backend 'cupy' and a Hopper GPU")
+    rng = np.random.default_rng(6)
+    whole, b = draw(rng, (64, 80), "bfloat16"), draw(rng, (72, 40), "bfloat16")
+    on_gpu, other = backend.put(whole), transposed(backend, b)
+    taken = {}
+    for name, slices in {
+        "unaligned": np.s_[:, 1:73],
+        "odd rows": np.s_[:, :72],
+        "every other": np.s_[::2, :72],
+        "reversed": np.s_[::-1, :72],
+    }.items():
+        expected = bikernels.matmul(whole[slices], b, backend="cpu", arithmetic="tc16f25")
+        actual = bikernels.matmul(on_gpu[slices], other, backend="cupy")
+        assert_same_bits(backend.get(actual), expected, name)
+        out = Problem.of(
+            MatmulSpec(
+                "tc16f25",
+                view(on_gpu[slices], "bfloat16").description.layout,
+                view(other, "bfloat16").description.layout,
+                None,
+                view(actual, "bfloat16").description.layout,
+            )
+        )
+        taken[name] = wgmma.takes(out)
+    assert taken == {"unaligned": True, "odd rows": True, "every other": True, "reversed": False}
