@@ -66,7 +66,7 @@ def kernel_of(problem: Problem, choice: Choice) -> Kernel:
     """What the choice runs."""
     if choice.swap:
         problem = problem.swap()
-    return choice.schedule.kernel(problem.dtype, along_k(problem.a), along_k(problem.b))
+    return choice.schedule.kernel("matmul_wgmma.cu", problem.dtype, along_k(problem.a), along_k(problem.b))
 
 
 def compile_ahead(problems: list[Problem]) -> None:

@@ -13,7 +13,7 @@ from ....views import Device
 from ... import MatmulLaunch
 from ..compile import Kernel
 from ..launch import gpu
-from . import choice, dmma, fma, mma, wgmma
+from . import choice, dmma, fma, mma, wgmma, wgmma_copy
 from .problem import Problem
 
 
@@ -22,22 +22,25 @@ def prepare(spec: MatmulSpec, device: Device) -> MatmulLaunch:
     problem, index = Problem.of(spec), device.index
     properties = gpu(index)
 
-    def portable() -> MatmulLaunch:
-        if ARITHMETIC[spec.arithmetic].is_tensor_core:
-            return mma.prepare(problem, mma.choose(problem, properties.multiprocessors), index)
+    if not ARITHMETIC[spec.arithmetic].is_tensor_core:
         if problem.dtype == "float64" and properties.compute_capability in dmma.COMPUTE_CAPABILITIES:
             return dmma.prepare(problem, dmma.choose(problem, properties.multiprocessors), index)
         chosen = fma.choose(problem, properties.multiprocessors, properties.compute_capability)
         return fma.prepare(problem, chosen, index)
 
+    def any_address() -> MatmulLaunch:
+        if hopper and wgmma_copy.takes(problem):
+            return wgmma_copy.prepare(problem, wgmma_copy.choose(problem, properties.multiprocessors), index)
+        return mma.prepare(problem, mma.choose(problem, properties.multiprocessors), index)
+
     hopper = properties.compute_capability == wgmma.COMPUTE_CAPABILITY
-    if hopper and ARITHMETIC[spec.arithmetic].is_tensor_core and wgmma.takes(problem):
+    if hopper and wgmma.takes(problem):
         schedule, swap = choice.choose(problem, properties.name, properties.multiprocessors)
-        return wgmma.prepare(problem, schedule, swap, index, portable)
-    return portable()
+        return wgmma.prepare(problem, schedule, swap, index, any_address)
+    return any_address()
 
 
 def kernels(compute_capability: int) -> Iterator[Kernel]:
     """Every kernel that may be launched on a GPU of this compute capability (90 for 9.0)."""
-    for family in (wgmma, mma, dmma, fma):
+    for family in (wgmma, wgmma_copy, mma, dmma, fma):
         yield from family.kernels(compute_capability)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,10 +42,6 @@ PARAMETERS = np.dtype(
         ("tiles", "u4"),
         ("band", "u4"),
         ("batch", "u4"),
-        ("a_batch", "u4", (2,)),
-        ("b_batch", "u4", (2,)),
-        ("a_bytes", "u4"),
-        ("b_bytes", "u4"),
         ("addend", "u4"),
         ("c_dtype", "u4"),
         ("out_dtype", "u4"),
@@ -53,7 +49,10 @@ PARAMETERS = np.dtype(
     ],
     align=True,
 )
-"""The struct `Wgmma` of matmul_wgmma.cu."""
+"""The struct `Wgmma` of wgmma.cuh."""
+
+BROUGHT = np.dtype([("batch", "u4", (2,)), ("bytes", "u4")])
+"""The struct `Brought` of matmul_wgmma.cu."""
 
 LONGEST_BOX = 256
 """Elements along a dimension that the TMA takes at once."""
@@ -104,9 +103,9 @@ class Schedule(NamedTuple):
             tiles = min(tiles, multiprocessors * self.resident // self.cluster)
         return tiles * self.cluster
 
-    def kernel(self, dtype: str, a_k_contiguous: bool, b_k_contiguous: bool) -> Kernel:
+    def kernel(self, source: str, dtype: str, a_k_contiguous: bool, b_k_contiguous: bool) -> Kernel:
         return Kernel(
-            "matmul_wgmma.cu",
+            source,
             (
                 ("ELEMENT", C_TYPE[dtype]),
                 ("TILE_M", self.m),
@@ -171,13 +170,15 @@ SCHEDULES = (
 )
 
 
+def fits(problem: Problem) -> bool:
+    """Whether the kernels' counters hold the product: coordinates have a sign, and tiles may go past the end."""
+    lengths = problem.m, problem.n, problem.k
+    return len(problem.batch) <= 2 and 0 < problem.matrices < 2**31 and 0 < min(lengths) <= max(lengths) < 2**31 - 2**16
+
+
 def takes(problem: Problem) -> bool:
     """Whether the TMA can bring the operands, wherever they lie aligned."""
-    if len(problem.batch) > 2 or not problem.k or not problem.matrices or problem.matrices >= 2**31:
-        return False
-    if max(problem.m, problem.n, problem.k) > 2**31 - 2**16:  # coordinates have a sign, and tiles may go past the end
-        return False
-    return all(
+    return fits(problem) and all(
         _brought(strides, length, problem.k) and all(stride >= 0 and stride % ELEMENTS == 0 for stride in batch)
         for strides, length, batch in (
             (problem.a, problem.m, problem.batch_a),
@@ -201,40 +202,20 @@ def prepare(
     """
     if swap:
         problem = problem.swap()
-    a_along_k, b_along_k = along_k(problem.a), along_k(problem.b)
-    kernel = schedule.kernel(problem.dtype, a_along_k, b_along_k)
-    a_maps, a_bytes = _maps(problem, schedule, a_along_k, "a")
-    b_maps, b_bytes = _maps(problem, schedule, b_along_k, "b")
-
-    tiles_m, tiles_n = schedule.tiles(problem.m, problem.n)
-    tiles = tiles_m * tiles_n * problem.matrices
-    batch = (1, 1, *problem.batch)[-2:]
-    p = np.zeros((), PARAMETERS)
-    p["c_stride"], p["out_stride"] = problem.c, problem.out
-    p["c_batch"], p["out_batch"] = _last_two(problem.batch_c), _last_two(problem.batch_out)
-    p["m"], p["n"], p["steps"] = problem.m, problem.n, -(-problem.k // schedule.k)
-    p["tiles_m"], p["tiles_n"], p["tiles"] = tiles_m, tiles_n, tiles
-    p["band"] = max(1, BAND_ROWS // (schedule.m * schedule.cluster_m))
-    p["batch"] = batch[-1]
-    p["a_batch"], p["b_batch"] = (
-        [stride != 0 for stride in _last_two(strides)] for strides in (problem.batch_a, problem.batch_b)
-    )
-    p["a_bytes"], p["b_bytes"] = a_bytes, b_bytes
-    p["addend"] = problem.c_dtype is not None
-    p["c_dtype"] = DTYPE_CODE[problem.c_dtype or problem.out_dtype]
-    p["out_dtype"] = DTYPE_CODE[problem.out_dtype]
-    row, column = problem.out
-    p["vectors"] = (
-        problem.out_dtype == problem.dtype
-        and column == 1
-        and all(stride % 8 == 0 for stride in (row, problem.n, *problem.batch_out))
-    )
-
-    grid = schedule.grid(tiles, gpu(index).multiprocessors)
+    along = along_k(problem.a), along_k(problem.b)
+    kernel = schedule.kernel("matmul_wgmma.cu", problem.dtype, *along)
+    a_maps, of_a = _maps(problem, schedule, along[0], "a")
+    b_maps, of_b = _maps(problem, schedule, along[1], "b")
+    shared_parameters, tiles = parameters(problem, schedule)
     function = load(kernel, "matmul_wgmma", index, schedule.shared_bytes)
-    arguments = (TENSOR_MAP, TENSOR_MAP, p, ADDRESS, ADDRESS, FLOAT32, FLOAT32)
     run = shaped(
-        function, grid, schedule.threads, schedule.shared_bytes, arguments, cluster=schedule.cluster, overlapping=True
+        function,
+        schedule.grid(tiles, gpu(index).multiprocessors),
+        schedule.threads,
+        schedule.shared_bytes,
+        (TENSOR_MAP, TENSOR_MAP, of_a, of_b, shared_parameters, ADDRESS, ADDRESS, FLOAT32, FLOAT32),
+        cluster=schedule.cluster,
+        overlapping=True,
     )
     swapped, unaligned = problem.swapped, functools.cache(otherwise)
 
@@ -251,8 +232,30 @@ def prepare(
     return launch
 
 
-def _maps(problem: Problem, schedule: Schedule, k_contiguous: bool, operand: str) -> tuple[TensorMaps, int]:
-    """How the TMA reads an operand, and the bytes of a stage.
+def parameters(problem: Problem, schedule: Schedule) -> tuple[Any, int]:
+    """The struct `Wgmma`, and how many clusters' tiles it stands for."""
+    tiles_m, tiles_n = schedule.tiles(problem.m, problem.n)
+    p = np.zeros((), PARAMETERS)
+    p["c_stride"], p["out_stride"] = problem.c, problem.out
+    p["c_batch"], p["out_batch"] = last_two(problem.batch_c), last_two(problem.batch_out)
+    p["m"], p["n"], p["steps"] = problem.m, problem.n, -(-problem.k // schedule.k)
+    p["tiles_m"], p["tiles_n"], p["tiles"] = tiles_m, tiles_n, tiles_m * tiles_n * problem.matrices
+    p["band"] = max(1, BAND_ROWS // (schedule.m * schedule.cluster_m))
+    p["batch"] = (1, *problem.batch)[-1]
+    p["addend"] = problem.c_dtype is not None
+    p["c_dtype"] = DTYPE_CODE[problem.c_dtype or problem.out_dtype]
+    p["out_dtype"] = DTYPE_CODE[problem.out_dtype]
+    row, column = problem.out
+    p["vectors"] = (
+        problem.out_dtype == problem.dtype
+        and column == 1
+        and all(stride % ELEMENTS == 0 for stride in (row, problem.n, *problem.batch_out))
+    )
+    return p, int(p["tiles"])
+
+
+def _maps(problem: Problem, schedule: Schedule, k_contiguous: bool, operand: str) -> tuple[TensorMaps, Any]:
+    """How the TMA reads an operand, and the struct `Brought`.
 
     The dimensions are the contiguous one, the other one, and the batch's two.
     """
@@ -268,7 +271,7 @@ def _maps(problem: Problem, schedule: Schedule, k_contiguous: bool, operand: str
         inner, outer, width, lines = length, problem.k, math.gcd(tile, SLAB), schedule.k
         pieces = tile // width
     itemsize, narrowest_swizzle = 2, 32
-    steps, lengths = _last_two(batch), (1, 1, *problem.batch)[-2:]
+    steps, lengths = last_two(batch), (1, 1, *problem.batch)[-2:]
     shape = (inner, outer, *(length if step else 1 for length, step in zip(lengths, steps, strict=True)))
     strides_bytes = tuple(max(step * itemsize, ALIGNMENT) for step in (max(strides), *steps))
     swizzle = width * itemsize
@@ -279,22 +282,29 @@ def _maps(problem: Problem, schedule: Schedule, k_contiguous: bool, operand: str
         (width, min(lines // sharers, LONGEST_BOX), 1, 1),
         swizzle if swizzle >= narrowest_swizzle else 0,
     )
-    return maps, pieces * lines * width * itemsize
+    brought = np.zeros((), BROUGHT)
+    brought["batch"], brought["bytes"] = [step != 0 for step in steps], pieces * lines * width * itemsize
+    return maps, brought
 
 
-def _last_two(batch: tuple[int, ...]) -> tuple[int, int]:
+def last_two(batch: tuple[int, ...]) -> tuple[int, int]:
     """Values along the two dimensions of the batch that the kernel knows."""
     outer, inner = (0, 0, *batch)[-2:]
     return outer, inner
 
 
-def kernels(compute_capability: int) -> Iterator[Kernel]:
-    """Every kernel that may be launched on a GPU of this compute capability (90 for 9.0)."""
+def instances(compute_capability: int, source: str, schedules: Iterable[Schedule]) -> Iterator[Kernel]:
+    """A source's kernels for these schedules, on GPUs that have wgmma."""
     major, minor = COMPUTE_CAPABILITY
     if compute_capability != 10 * major + minor:
         return
     for dtype in sorted({dtype for kind in ARITHMETIC.values() if kind.is_tensor_core for dtype in kind.covers}):
-        for schedule in SCHEDULES:
+        for schedule in schedules:
             for a_k_contiguous in (True, False):
                 for b_k_contiguous in (True, False):
-                    yield schedule.kernel(dtype, a_k_contiguous, b_k_contiguous)
+                    yield schedule.kernel(source, dtype, a_k_contiguous, b_k_contiguous)
+
+
+def kernels(compute_capability: int) -> Iterator[Kernel]:
+    """Every kernel that may be launched on a GPU of this compute capability (90 for 9.0)."""
+    return instances(compute_capability, "matmul_wgmma.cu", SCHEDULES)

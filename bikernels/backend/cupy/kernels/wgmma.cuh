@@ -1,0 +1,331 @@
+// Products of bfloat16 and float16 with wgmma m64nNk16 and a float32 accumulator (sm_90a), but for how the operands come
+// to shared memory: matmul_wgmma.cu and matmul_wgmma_copy.cu have producers and kernels.
+//
+// The order that the contract fixes: K is folded into one accumulator, in order, in groups of 16, starting at +0.
+// Whatever lies past an operand's end is zeros in shared memory, and groups of zeros leave an accumulator as it is.
+//
+// CONSUMERS warpgroups share the rows of a tile of a; further warps are producers, which keep STAGES tiles in flight. A
+// tile of a with fewer than 64 rows leaves the rest of the instruction's rows unused: they read what lies behind in shared
+// memory and are not written. CTAs of a cluster lie CLUSTER_M x CLUSTER_N. A tile that is walked along K in shared memory
+// lies in slabs of 64 elements of K (128 bytes) times its rows, else in slabs of up to 64 of its rows times TILE_K.
+//
+// ELEMENT: bfloat16 or float16. TILE_M, TILE_N, TILE_K: of a CTA. A_K_CONTIGUOUS, B_K_CONTIGUOUS: how the operands lie in
+// global memory.
+#pragma once
+#define WGMMA_N TILE_N
+#include "hopper.cuh"
+
+constexpr int GROUP_K = 16;
+constexpr int SLAB_K = 64;
+constexpr int CLUSTER = CLUSTER_M * CLUSTER_N;
+constexpr int CONSUMER_THREADS = 128 * CONSUMERS;
+constexpr int BLOCKS = TILE_M > 64 * CONSUMERS ? TILE_M / (64 * CONSUMERS) : 1;  // of 64 rows, of a warpgroup
+
+static_assert(sizeof(ELEMENT) == 2 && GROUP_K % TENSOR_CORE_GROUP == 0);
+static_assert(TILE_K % SLAB_K == 0);
+static_assert(TILE_M % 8 == 0 && (TILE_M == 64 * CONSUMERS * BLOCKS || (CONSUMERS == 1 && TILE_M < 64)));
+
+struct Wgmma {
+    long long c_stride[2], out_stride[2];  // along m, along n
+    long long c_batch[2], out_batch[2];    // along the batch's dimensions
+    unsigned m, n, steps;                  // steps: tiles of K
+    unsigned tiles_m, tiles_n;             // in clusters
+    unsigned tiles;                        // of all matrices
+    unsigned band;                         // clusters along m that are walked before the next along n
+    unsigned batch;                        // length of the batch's last dimension
+    unsigned addend, c_dtype, out_dtype;
+    unsigned vectors;  // whether 16 bytes of out along n can be written at once
+};
+
+// ---------------------------------------------------------------------------------------------------------- operands
+
+__host__ __device__ constexpr int widest_slab(int rows) {
+    return rows % 64 == 0 ? 64 : rows % 32 == 0 ? 32 : rows % 16 == 0 ? 16 : 8;
+}
+
+// ROWS x TILE_K elements of an operand in shared memory: slabs of lines of WIDTH elements, swizzled as wgmma reads them.
+template <int ROWS, bool K_CONTIGUOUS>
+struct Operand {
+    static constexpr bool ALONG_K = K_CONTIGUOUS;
+    static constexpr int BYTES = ROWS * TILE_K * 2;
+    static constexpr int WIDTH = K_CONTIGUOUS ? SLAB_K : widest_slab(ROWS);  // of a slab, in elements
+    static constexpr int SLABS = K_CONTIGUOUS ? TILE_K / WIDTH : ROWS / WIDTH;
+    static constexpr int LINES = K_CONTIGUOUS ? ROWS : TILE_K;  // of a slab
+    static constexpr int SLAB_BYTES = LINES * WIDTH * 2;
+    static constexpr int SWIZZLE = WIDTH == 8 ? 0 : WIDTH * 2;
+
+    // Of the first group of K and the first 64 rows of a tile.
+    static __device__ __forceinline__ MatrixDescriptor descriptor(unsigned tile) {
+        if constexpr (K_CONTIGUOUS) {
+            return MatrixDescriptor(tile, 16, ROWS == 8 ? 0 : 1024, 128);
+        } else {
+            constexpr int NEXT = SLABS == 1 ? 0 : SLAB_BYTES, EIGHT = 8 * WIDTH * 2;
+            return MatrixDescriptor(tile, SWIZZLE ? NEXT : EIGHT, SWIZZLE ? EIGHT : NEXT, SWIZZLE);
+        }
+    }
+
+    // How much further, in bytes, group `group` of the 64 rows `block` lies.
+    static constexpr __device__ __forceinline__ int offset(int block, int group) {
+        constexpr int SLAB_GROUPS = SLAB_K / GROUP_K;
+        return K_CONTIGUOUS
+                   ? group / SLAB_GROUPS * SLAB_BYTES + block * (64 * 128) + group % SLAB_GROUPS * (GROUP_K * 2)
+                   : block * 64 / WIDTH * SLAB_BYTES + group * (GROUP_K * WIDTH * 2);
+    }
+};
+
+using OperandA = Operand<TILE_M, A_K_CONTIGUOUS>;
+using OperandB = Operand<TILE_N, B_K_CONTIGUOUS>;
+
+// Shared memory: all stages of a, all stages of b, a pair of barriers for each stage.
+constexpr int B_OFFSET = STAGES * OperandA::BYTES;
+constexpr int BARRIER_OFFSET = B_OFFSET + STAGES * OperandB::BYTES;
+static_assert(TILE_M >= 64 || STAGES * OperandB::BYTES >= 64 * 128, "the instruction's unused rows read on");
+
+__device__ __forceinline__ unsigned full_barrier(unsigned shared, int stage) {
+    return shared + BARRIER_OFFSET + stage * 16;
+}
+__device__ __forceinline__ unsigned empty_barrier(unsigned shared, int stage) {
+    return shared + BARRIER_OFFSET + stage * 16 + 8;
+}
+
+// The ring of stages, as the producer and the consumers each walk it.
+struct Ring {
+    int stage = 0;
+    unsigned parity = 0;
+
+    __device__ __forceinline__ void advance() {
+        if (++stage == STAGES) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// Where the tile of this CTA lies.
+struct Tile {
+    int m, n, batch[2];
+
+    __device__ __forceinline__ Tile(const Wgmma& p, unsigned index, unsigned rank) {
+        const unsigned of_matrix = p.tiles_m * p.tiles_n, matrix = index / of_matrix;
+        index -= matrix * of_matrix;
+        const unsigned of_band = p.band * p.tiles_n, band = index / of_band;
+        index -= band * of_band;
+        const unsigned height = min(p.band, p.tiles_m - band * p.band);
+        m = ((band * p.band + index % height) * CLUSTER_M + rank % CLUSTER_M) * TILE_M;
+        n = (index / height * CLUSTER_N + rank / CLUSTER_M) * TILE_N;
+        batch[0] = matrix / p.batch;
+        batch[1] = matrix % p.batch;
+    }
+};
+
+// ----------------------------------------------------------------------------------------------------------- epilogue
+
+__device__ __forceinline__ unsigned pack(bfloat16, float low, float high) {
+    unsigned packed;  // a NaN becomes 0x7fff, the canonical one
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+__device__ __forceinline__ unsigned pack(float16, float low, float high) {
+    unsigned packed;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+// Word i of lane q of every four lanes becomes word q of lane i.
+__device__ __forceinline__ void transpose_quad(unsigned (&word)[4]) {
+    const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        const unsigned received = __shfl_xor_sync(~0u, odd ? word[i] : word[i + 1], 1);
+        (odd ? word[i] : word[i + 1]) = received;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const unsigned received = __shfl_xor_sync(~0u, upper ? word[i] : word[i + 2], 2);
+        (upper ? word[i] : word[i + 2]) = received;
+    }
+}
+
+// Call `use` with a value of the C++ type of a dtype that an addend or an output of these products can have.
+template <class Use>
+__device__ __forceinline__ void with_type(unsigned dtype, Use use) {
+    if (dtype == DTYPE_FLOAT32) {
+        use(float{});
+    } else if (dtype == DTYPE_FLOAT64) {
+        use(double{});
+    } else {
+        use(ELEMENT{});
+    }
+}
+
+// *out = x, rounded once, a NaN as the canonical one.
+__device__ __forceinline__ void put(bfloat16* out, float x) { *out = to_bfloat16(x); }
+__device__ __forceinline__ void put(float16* out, float x) { *out = to_float16(x); }
+__device__ __forceinline__ void put(float* out, float x) { *reinterpret_cast<unsigned*>(out) = to_float32_bits(x); }
+__device__ __forceinline__ void put(double* out, float x) {
+    *reinterpret_cast<unsigned long long*>(out) = to_float64_bits(x);
+}
+
+// Writes the 64 x TILE_N block of a warpgroup. Accumulator 4 i + 2 h + e of a thread is row lane / 4 + 8 h of the warp's
+// 16, column 8 i + 2 (lane % 4) + e.
+__device__ __forceinline__ void write_block(const Wgmma& p, void* out, const void* c, float alpha, float beta,
+                                            const Tile& tile, int block, float (&acc)[TILE_N / 2]) {
+    constexpr int OCTETS = TILE_N / 8;
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const int first = block * 64 + warp * 16;
+    if (first >= TILE_M) return;
+    const bool vectors = p.vectors && is_vector_aligned(out);
+
+    if (alpha != 1) {
+#pragma unroll
+        for (int i = 0; i < TILE_N / 2; i++) acc[i] = alpha * acc[i];
+    }
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        if (first + 8 * h >= TILE_M) break;
+        const long long m = tile.m + first + lane / 4 + 8 * h;
+        const int column = lane % 4 * 2;
+        // Columns that exist, from this thread's first on.
+        const int left = m < p.m ? static_cast<int>(p.n) - tile.n - column : 0;
+        // Visit the elements of this row: their accumulators and their distance in columns from the first.
+        auto each = [&](auto visit) {
+#pragma unroll
+            for (int i = 0; i < OCTETS; i++) {
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    if (8 * i + e < left) visit(acc[4 * i + 2 * h + e], 8 * i + e);
+                }
+            }
+        };
+        if (p.addend) {
+            with_type(p.c_dtype, [&](auto type) {
+                using Type = decltype(type);
+                const Type* line = static_cast<const Type*>(c) + tile.batch[0] * p.c_batch[0] +
+                                   tile.batch[1] * p.c_batch[1] + m * p.c_stride[0] + (tile.n + column) * p.c_stride[1];
+                each([&](float& t, int n) { t = fused(beta, accumulate<float>(line[n * p.c_stride[1]]), t); });
+            });
+        }
+        const long long offset = tile.batch[0] * p.out_batch[0] + tile.batch[1] * p.out_batch[1] +
+                                 m * p.out_stride[0] + (tile.n + column) * p.out_stride[1];
+        if (vectors) {
+            ELEMENT* line = static_cast<ELEMENT*>(out) + offset;
+#pragma unroll
+            for (int i = 0; i + 4 <= OCTETS; i += 4) {
+                unsigned word[4];
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+                    word[j] = pack(ELEMENT{}, acc[4 * (i + j) + 2 * h], acc[4 * (i + j) + 2 * h + 1]);
+                transpose_quad(word);
+                const int n = 8 * (i + lane % 4) - column;
+                if (n < left) *reinterpret_cast<uint4*>(line + n) = make_uint4(word[0], word[1], word[2], word[3]);
+            }
+#pragma unroll
+            for (int i = OCTETS / 4 * 4; i < OCTETS; i++) {
+                if (8 * i < left)
+                    *reinterpret_cast<unsigned*>(line + 8 * i) =
+                        pack(ELEMENT{}, acc[4 * i + 2 * h], acc[4 * i + 2 * h + 1]);
+            }
+        } else {
+            with_type(p.out_dtype, [&](auto type) {
+                using Type = decltype(type);
+                Type* line = static_cast<Type*>(out) + offset;
+                each([&](float& t, int n) { put(line + n * p.out_stride[1], t); });
+            });
+        }
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------------- consumers
+
+// WRITTEN: whether threads wrote the stages, and not the TMA.
+template <bool WRITTEN>
+__device__ __forceinline__ void consume(unsigned shared, const Wgmma& p, void* out, const void* c, float alpha,
+                                        float beta) {
+    const unsigned rank = CLUSTER > 1 ? cluster_rank() : 0;
+    const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % 32;
+    auto release = [&](int stage) {
+        if constexpr (CLUSTER > 1) {
+            if (lane < CLUSTER) arrive_in_cluster(empty_barrier(shared, stage), lane);
+        } else {
+            if (lane == 0) arrive(empty_barrier(shared, stage));
+        }
+    };
+
+    MatrixDescriptor first_a = OperandA::descriptor(shared), first_b = OperandB::descriptor(shared + B_OFFSET);
+    first_a.low += OperandA::offset(warpgroup * BLOCKS, 0) / 16;
+
+    Ring ring;
+    for (unsigned index = blockIdx.x / CLUSTER; index < p.tiles; index += gridDim.x / CLUSTER) {
+        float acc[BLOCKS][TILE_N / 2];
+#pragma unroll
+        for (int block = 0; block < BLOCKS; block++) {
+#pragma unroll
+            for (int i = 0; i < TILE_N / 2; i++) acc[block][i] = 0;
+        }
+        int previous = -1;
+#pragma unroll 1
+        for (int step = 0; step < p.steps; step++, ring.advance()) {
+            wait_barrier(full_barrier(shared, ring.stage), ring.parity);
+            if constexpr (WRITTEN) fence_written();
+            MatrixDescriptor a = first_a, b = first_b;
+            a.low += ring.stage * (OperandA::BYTES / 16);
+            b.low += ring.stage * (OperandB::BYTES / 16);
+            a.low = __shfl_sync(~0u, a.low, 0);
+            b.low = __shfl_sync(~0u, b.low, 0);
+            wgmma_fence();
+#pragma unroll
+            for (int group = 0; group < TILE_K / GROUP_K; group++) {
+#pragma unroll
+                for (int block = 0; block < BLOCKS; block++) {
+                    MatrixDescriptor block_a = a, all_b = b;
+                    block_a.low += OperandA::offset(block, group) / 16;
+                    all_b.low += OperandB::offset(0, group) / 16;
+                    wgmma(acc[block], block_a, all_b);
+                }
+            }
+            wgmma_commit();
+            wgmma_wait<1>();  // the previous stage has been read
+            if (previous >= 0) release(previous);
+            previous = ring.stage;
+        }
+        wgmma_wait<0>();
+        release(previous);
+        const Tile tile(p, index, rank);
+#pragma unroll
+        for (int block = 0; block < BLOCKS; block++)
+            write_block(p, out, c, alpha, beta, tile, warpgroup * BLOCKS + block, acc[block]);
+    }
+}
+
+// -------------------------------------------------------------------------------------------------------------- kernel
+
+// What every kernel does: `produce` runs in the threads behind the consumers', each stage waits for FULL_ARRIVALS of
+// them, and with several consumers registers move from the producers to them.
+template <int FULL_ARRIVALS, int PRODUCER_REGISTERS, int CONSUMER_REGISTERS, bool WRITTEN, class Produce>
+__device__ __forceinline__ void multiply(unsigned shared, const Wgmma& p, void* out, const void* c, float alpha,
+                                         float beta, Produce produce) {
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < STAGES; stage++) {
+            init_barrier(full_barrier(shared, stage), FULL_ARRIVALS);
+            init_barrier(empty_barrier(shared, stage), CONSUMERS * 4 * CLUSTER);
+        }
+        fence_barrier_init();
+    }
+    if constexpr (CLUSTER > 1) {
+        sync_cluster();
+    } else {
+        __syncthreads();
+    }
+
+    if (threadIdx.x >= CONSUMER_THREADS) {
+        if constexpr (CONSUMERS > 1) give_registers<PRODUCER_REGISTERS>();
+        produce();
+    } else {
+        if constexpr (CONSUMERS > 1) take_registers<CONSUMER_REGISTERS>();
+        consume<WRITTEN>(shared, p, out, c, alpha, beta);
+    }
+    if constexpr (CLUSTER > 1) {
+        __syncwarp();
+        sync_cluster();  // no CTA leaves while another may still write to its shared memory
+    }
+}
