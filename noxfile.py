@@ -70,6 +70,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Time the operations beside PyTorch's."""
-    install(session, *group("torch"), extras=("cuda13",) if has_gpu() else ())
-    session.run("python", "benchmarks/operations.py", *session.posargs)
+    """Run a program of `benchmarks`: `nox -s bench -- matmul --quick`; `matmul` if none is named."""
+    install(session, *group("bench"), extras=("cuda13",) if has_gpu() else ())
+    name, *arguments = session.posargs or ["matmul"]
+    session.run("python", f"benchmarks/{name}.py", *arguments)
