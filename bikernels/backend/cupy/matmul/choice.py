@@ -93,6 +93,8 @@ LINE_EFFICIENCY = {128: 1.0, 64: 1.0, 32: 0.73, 16: 0.46}
 """Of device memory, by the bytes of a line."""
 STEP_CYCLES, STAGE_CYCLES = 15, 17
 """Of an instruction that waits for the one before it, and of waiting for a stage."""
+EPILOGUE_CYCLES, OUTPUT_CYCLES = 150, 4
+"""Between one tile and the next, and for each element that a thread writes."""
 CLUSTER_FACTOR = 1.2
 """How much longer CTAs take that wait for one another."""
 START_US, OVERLAP = 2.7, 0.125
@@ -107,7 +109,8 @@ def predicted_us(problem: Problem, choice: Choice, multiprocessors: int) -> floa
     m, n, k = problem.m, problem.n, problem.k
     tiles_m, tiles_n = schedule.tiles(m, n)
     ctas = tiles_m * tiles_n * schedule.cluster * problem.matrices
-    groups, stages = -(-k // GROUP), -(-k // schedule.k)
+    stages = -(-k // schedule.k)
+    groups = stages * (schedule.k // GROUP)
     blocks = -(-schedule.m // 64)  # of 64 rows, which an instruction takes
 
     arithmetic = blocks * max(schedule.n / 2, STEP_CYCLES)
@@ -117,7 +120,9 @@ def predicted_us(problem: Problem, choice: Choice, multiprocessors: int) -> floa
     lines = sum(_lines(tile, length, along_k(strides)) for tile, length, strides in sides)
     step = max(arithmetic, shared, LINE_CYCLES * lines) * (CLUSTER_FACTOR if schedule.cluster > 1 else 1)
     busiest, rounds = -(-ctas // multiprocessors), -(-ctas // (multiprocessors * schedule.resident))
-    cycles = max(busiest * groups * step, rounds * (groups * step + stages * STAGE_CYCLES))
+    outputs = schedule.m * schedule.n / (128 * schedule.consumers)  # of a thread
+    epilogue = EPILOGUE_CYCLES + OUTPUT_CYCLES * outputs
+    cycles = max(busiest * groups * step, rounds * (groups * step + stages * STAGE_CYCLES)) + (busiest - 1) * epilogue
 
     l2 = ctas * k * 2 * (schedule.m / schedule.cluster_n + schedule.n / schedule.cluster_m)
     operands = sum(length * k / LINE_EFFICIENCY[_line_bytes(tile, along_k(strides))] for tile, length, strides in sides)
