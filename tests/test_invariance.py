@@ -119,6 +119,74 @@ def test_graph_replay_on_a_side_stream(backend: Any, rng: np.random.Generator) -
 
 
 @pytest.mark.gpu
+def test_launches_wait_for_what_comes_before(backend: Any, rng: np.random.Generator) -> None:
+    """Products may be launched early; operands that a copy, a fill, a kernel or another stream has just written, and a
+    result that is overwritten right after it was read, are still seen in order, eager and in a graph.
+    """
+    if backend.name == "cpu":
+        pytest.skip("CUDA streams are for GPUs")
+    cp = backend.xp
+    bfloat16 = NUMPY_DTYPE["bfloat16"]
+    weights = [backend.put(draw(rng, (2048, 2048), "bfloat16")) for _ in range(3)]
+    start = backend.put(draw(rng, (16, 2048), "bfloat16"))
+    main, side = (cp.cuda.Stream(non_blocking=True) for _ in range(2))
+    copied, x, y = (cp.empty((16, 2048), bfloat16) for _ in range(3))
+    kept = cp.empty((4, 16, 2048), bfloat16)
+    device_to_device = 3
+
+    def multiply(a: Any, b: Any, out: Any) -> None:
+        bikernels.matmul(a, b, out=out, backend=backend.name)
+
+    def copy(target: Any, source: Any, stream: Any) -> None:
+        cp.cuda.runtime.memcpyAsync(target.data.ptr, source.data.ptr, source.nbytes, device_to_device, stream.ptr)
+
+    def run() -> None:
+        with main:
+            copy(copied, start, main)  # a memcpy before a product
+            multiply(copied, weights[0], x)
+            copied.view(cp.uint16).fill(0)  # a kernel that overwrites what the product read
+            copy(kept[0], x, main)
+            multiply(x, weights[1], y)  # a product before a product
+            multiply(y, weights[2], x)  # that overwrites what the one before read
+            copy(kept[1], x, main)
+            forked = main.record()
+            side.wait_event(forked)
+        with side:
+            multiply(x, weights[0], kept[2])
+            joined = side.record()
+        with main:
+            multiply(x, weights[1], y)
+            main.wait_event(joined)  # two predecessors
+            multiply(kept[2], weights[2], kept[3])
+
+    cp.cuda.runtime.deviceSynchronize()
+    first = bikernels.matmul(start, weights[0], backend=backend.name)
+    second = bikernels.matmul(
+        bikernels.matmul(first, weights[1], backend=backend.name), weights[2], backend=backend.name
+    )
+    third = bikernels.matmul(second, weights[0], backend=backend.name)
+    fourth = bikernels.matmul(third, weights[2], backend=backend.name)
+    expected = [backend.get(each) for each in (first, second, third, fourth)]
+    cp.cuda.runtime.deviceSynchronize()
+
+    def check(how: str) -> None:
+        main.synchronize()
+        for name, actual, wanted in zip(("first", "second", "third", "fourth"), kept, expected, strict=True):
+            assert_same_bits(backend.get(actual), wanted, f"{name}, {how}")
+
+    for _ in range(20):
+        run()
+    check("eager")
+    with main:
+        main.begin_capture()
+        run()
+        graph = main.end_capture()
+        for _ in range(20):
+            graph.launch(main)
+    check("in a graph")
+
+
+@pytest.mark.gpu
 def test_more_than_2_to_the_31_elements(backend: Any, rng: np.random.Generator) -> None:
     if backend.name == "cpu":
         pytest.skip("takes too long on a CPU")
