@@ -1,4 +1,4 @@
-"""Sessions: `nox -s demo`, `tests`, `tests_gpu`, `lint`, `bench`. `--no-venv` runs one in the current environment."""
+"""Sessions: demo, tests, tests_gpu, sanitize, lint, bench. `nox --no-venv -s NAME` runs one in the current environment."""
 
 from __future__ import annotations
 
@@ -66,6 +66,15 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
+
+
+@nox.session
+def sanitize(session: nox.Session) -> None:
+    """Every schedule of every product kernel under compute-sanitizer, which CUDA's toolkit brings."""
+    install(session, *group("test"), extras=("cuda13",))
+    for tool in ("memcheck", "racecheck"):
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "python", "-m", "tests.sanitize"]
+        session.run(*command, *session.posargs, external=True)
 
 
 @nox.session

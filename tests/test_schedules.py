@@ -86,10 +86,10 @@ SHAPES = (((), 72, 40, 200), ((), 264, 272, 1032), ((), 8, 264, 4104), ((), 150,
 
 
 @functools.cache
-def products(dtype: str, arithmetic: str) -> list[Product]:
+def products(dtype: str, arithmetic: str, shapes: tuple[Any, ...] = SHAPES) -> list[Product]:
     rng = np.random.default_rng(5)
     made = []
-    for batch, m, n, k in SHAPES:
+    for batch, m, n, k in shapes:
         a, b = draw(rng, (*batch, m, k), dtype, "wide"), draw(rng, (*batch, k, n), dtype, "wide")
         a[..., 3, :] = draw(rng, (*batch, k), dtype, "special")
         b[..., 5] = draw(rng, (*batch, k), dtype, "subnormal")
@@ -104,6 +104,11 @@ def products(dtype: str, arithmetic: str) -> list[Product]:
 def view(array: Any, dtype: str) -> View:
     strides = tuple(step // array.itemsize for step in array.strides)
     return View(array.data.ptr, dtype, array.shape, strides, Device("cuda", array.device.id), owner=array)
+
+
+def as_it_is(backend: Any, x: np.ndarray) -> Any:
+    """A C-contiguous copy."""
+    return backend.put(x)
 
 
 def transposed(backend: Any, x: np.ndarray) -> Any:
@@ -128,54 +133,49 @@ def heads_between(backend: Any, x: np.ndarray) -> Any:
     return backend.put(x.swapaxes(-2, -3)).swapaxes(-2, -3) if x.ndim > 2 else backend.put(x)
 
 
+def layouts() -> Iterator[tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]]:
+    """How a, b and the result may lie, as functions of the backend and an array."""
+    for put_a, put_b in (
+        (as_it_is, transposed),
+        (as_it_is, as_it_is),
+        (transposed, transposed),
+        (transposed, as_it_is),
+        (heads_between, heads_between),
+        (in_mid_word, columns_in_mid_word),
+        (columns_in_mid_word, in_mid_word),
+    ):
+        for put_out in (as_it_is, transposed):
+            yield put_a, put_b, put_out
+
+
+def run(backend: Any, case: Forced, product: Product) -> int:
+    """Compute a product in all layouts that the schedule takes, and compare bytes; how many there were."""
+    a, b, c, expected = product
+    index, ran = backend.xp.cuda.runtime.getDevice(), 0
+    for put_a, put_b, put_out in layouts():
+        out = put_out(backend, np.zeros_like(expected))
+        moved = put_a(backend, a), put_b(backend, b), None if c is None else backend.put(c)
+        x, y, w = (None if array is None else view(array, case.dtype) for array in moved)
+        z = view(out, str(expected.dtype))
+        of_a, of_b, of_c, of_out = (None if one is None else one.description.layout for one in (x, y, w, z))
+        problem = Problem.of(MatmulSpec(case.arithmetic, of_a, of_b, of_c, of_out))
+        if not case.takes(problem):
+            continue
+        scale = (1.0, 0.0) if c is None else (ALPHA, BETA)
+        case.prepare(problem, index)(z, w, x, y, *scale)
+        names = f"{a.shape} @ {b.shape}, {put_a.__name__} {put_b.__name__} {put_out.__name__}, addend {c is not None}"
+        assert_same_bits(backend.get(out), expected, names)
+        ran += 1
+    return ran
+
+
 @pytest.mark.parametrize("case", list(forced()), ids=str)
 def test_bytes(backend: Any, case: Forced) -> None:
     if backend.name != "cupy":
         pytest.skip("the schedules are those of the backend 'cupy'")
     if not backend.can_compute(case.arithmetic):
         pytest.skip(f"this GPU does not compute {case.arithmetic}")
-    index = backend.xp.cuda.runtime.getDevice()
-    ran = 0
-    for a, b, c, expected in products(case.dtype, case.arithmetic):
-        layouts: tuple[tuple[Callable[..., Any], ...], ...] = tuple(
-            (put_a, put_b, put_out)
-            for put_a, put_b in (
-                (type(backend).put, transposed),
-                (type(backend).put, type(backend).put),
-                (transposed, transposed),
-                (transposed, type(backend).put),
-                (heads_between, heads_between),
-                (in_mid_word, columns_in_mid_word),
-                (columns_in_mid_word, in_mid_word),
-            )
-            for put_out in (type(backend).put, transposed)
-        )
-        for put_a, put_b, put_out in layouts:
-            out = put_out(backend, np.zeros_like(expected))
-            on_gpu_c = None if c is None else backend.put(c)
-            x, y, z = (
-                view(put_a(backend, a), case.dtype),
-                view(put_b(backend, b), case.dtype),
-                view(out, str(expected.dtype)),
-            )
-            w = None if on_gpu_c is None else view(on_gpu_c, case.dtype)
-            spec = MatmulSpec(
-                case.arithmetic,
-                x.description.layout,
-                y.description.layout,
-                None if w is None else w.description.layout,
-                z.description.layout,
-            )
-            problem = Problem.of(spec)
-            if not case.takes(problem):
-                continue
-            scale = (1.0, 0.0) if c is None else (ALPHA, BETA)
-            case.prepare(problem, index)(z, w, x, y, *scale)
-            names = (
-                f"{a.shape} @ {b.shape}, {put_a.__name__} {put_b.__name__} {put_out.__name__}, addend {c is not None}"
-            )
-            assert_same_bits(backend.get(out), expected, names)
-            ran += 1
+    ran = sum(run(backend, case, product) for product in products(case.dtype, case.arithmetic))
     assert ran >= 40  # some layouts are not for every kernel
 
 

@@ -1,0 +1,32 @@
+"""A few small products by every schedule, for compute-sanitizer: `nox -s sanitize`. Needs a GPU; no pytest test."""
+
+from __future__ import annotations
+
+import argparse
+
+import bikernels
+from bikernels.backend.cupy.matmul import wgmma
+
+from .conftest import BackendUnderTest
+from .test_schedules import forced, products, run
+
+SHAPES = (((), 72, 40, 136), ((2,), 13, 21, 37))
+"""One for the TMA and one that it does not take."""
+
+
+def main() -> None:
+    """Run the products that the arguments choose."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="of the schedules for wgmma, every N-th only")
+    arguments = parser.parse_args()
+    bikernels.backends()
+    backend, ran = BackendUnderTest("cupy"), 0
+    for number, case in enumerate(forced()):
+        if not backend.can_compute(case.arithmetic) or (case.family is wgmma and number % arguments.every):
+            continue
+        ran += sum(run(backend, case, product) for product in products(case.dtype, case.arithmetic, SHAPES))
+    print(f"{ran} products, the bytes of the CPU's")
+
+
+if __name__ == "__main__":
+    main()
