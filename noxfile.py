@@ -1,4 +1,4 @@
-"""Sessions: demo, tests, tests_gpu, sanitize, lint, bench. `nox --no-venv -s NAME` runs one in the current environment."""
+"""Sessions: demo, tests, tests_gpu, sanitize, lint, bench. With `nox --no-venv -s NAME` in the current environment."""
 
 from __future__ import annotations
 
