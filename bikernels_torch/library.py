@@ -151,6 +151,9 @@ _library.impl("matmul", _matmul, "CompositeImplicitAutograd")
 def _define_softmax(name: str, run: softmaxes.Compute, gradient: Callable[..., torch.Tensor]) -> None:
     def fake(x: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
         _check_reduction(x, dtype)
+        rank = max(x.dim(), 1)
+        if not -rank <= dim < rank:
+            raise IndexError(f"Dimension out of range: dim is {dim}; pass one from {-rank} to {rank - 1}")
         return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
 
     def compute(x: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:

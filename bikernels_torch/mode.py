@@ -14,6 +14,8 @@ ends; `set_batch_invariant_mode(False)` within a context switches it off for tha
 
 The list is the process's, not the thread's, since PyTorch's overrides are: while the mode is on it is on for every
 thread. Overrides are registered when the newest decision changes from off to on and removed when it changes back.
+
+A decision may be strict (`strict.py`); like the rest, that is as the newest decision says.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from bikernels.settings import current_arithmetic, current_backend
 
 from . import core
 from .overrides import Overrides
+from .strict import Guards
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -37,15 +40,17 @@ _T = TypeVar("_T")
 class _Decision:
     """On or off, and the bikernels settings of the context in which it was made."""
 
-    def __init__(self, enabled: bool, permanent: bool) -> None:
+    def __init__(self, enabled: bool, permanent: bool, strict: bool = False) -> None:
         self.enabled = enabled
         self.permanent = permanent
+        self.strict = strict
         self.settings = core.Settings(current_backend(), current_arithmetic())
 
 
 _lock = threading.RLock()
 _decisions: list[_Decision] = []
 _overrides = Overrides()
+_guards = Guards()
 
 
 def _after_fork_in_child() -> None:
@@ -58,14 +63,26 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 
 def _decide(decisions: list[_Decision]) -> None:
     """Make `decisions` the list, and the overrides what it says; the caller holds the lock. All or nothing."""
+    try:
+        _apply(decisions)
+    except BaseException:
+        _apply(_decisions)
+        raise
+    _decisions[:] = decisions
+
+
+def _apply(decisions: list[_Decision]) -> None:
     newest = decisions[-1] if decisions else None
+    if newest is None or not newest.enabled or not newest.strict:
+        _guards.remove()  # they stand before the overrides, so they go first
     if newest is not None and newest.enabled:
         core.set_mode_settings(newest.settings)
         _overrides.install()
+        if newest.strict:
+            _guards.install()
     else:
         _overrides.remove()
         core.set_mode_settings(core.NO_SETTINGS)
-    _decisions[:] = decisions
 
 
 def is_batch_invariant_mode_enabled() -> bool:
@@ -99,22 +116,30 @@ class set_batch_invariant_mode:  # noqa: N801  (reads as a statement: with set_b
 
     Args:
         enabled: True switches the mode on, False off.
+        strict: in the mode, raise `UncoveredOperatorError` at the first operator that reduces and that the mode does
+            not cover, or that it does not know. It costs some time at every product and reduction.
 
     Raises:
-        TypeError: `enabled` is not a bool (a decorator is written with parentheses).
+        TypeError: `enabled` or `strict` is not a bool (a decorator is written with parentheses).
+        ValueError: `strict` without the mode.
     """
 
-    def __init__(self, enabled: bool = True) -> None:
+    def __init__(self, enabled: bool = True, *, strict: bool = False) -> None:
         if not isinstance(enabled, bool):
             raise TypeError(
                 f"enabled is {enabled!r}; pass True or False (a decorator is written @set_batch_invariant_mode())"
             )
+        if not isinstance(strict, bool):
+            raise TypeError(f"strict is {strict!r}; pass True or False")
+        if strict and not enabled:
+            raise ValueError("strict=True with enabled=False; only the mode can be strict")
         self._enabled = enabled
+        self._strict = strict
         self._entered: list[tuple[int, _Decision]] = []
 
     def __enter__(self) -> None:
         with _lock:
-            decision = _Decision(self._enabled, permanent=False)
+            decision = _Decision(self._enabled, permanent=False, strict=self._strict)
             _decide([*_decisions, decision])
             self._entered.append((threading.get_ident(), decision))
 
@@ -127,35 +152,35 @@ class set_batch_invariant_mode:  # noqa: N801  (reads as a statement: with set_b
             _decide([other for other in _decisions if other is not decision])
 
     def __call__(self, function: Callable[_P, _T]) -> Callable[_P, _T]:
-        enabled = self._enabled
+        again = functools.partial(set_batch_invariant_mode, self._enabled, strict=self._strict)
         if inspect.isasyncgenfunction(function):
             raise TypeError(f"{function.__qualname__} is an asynchronous generator; use a with statement in its body")
         if inspect.isgeneratorfunction(function):
-            return cast("Callable[_P, _T]", _wrap_generator(function, enabled))
+            return cast("Callable[_P, _T]", _wrap_generator(function, again))
         if inspect.iscoroutinefunction(function):
-            return cast("Callable[_P, _T]", _wrap_coroutine(function, enabled))
+            return cast("Callable[_P, _T]", _wrap_coroutine(function, again))
 
         @functools.wraps(function)
         def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-            with set_batch_invariant_mode(enabled):
+            with again():
                 return function(*args, **kwargs)
 
         return wrapper
 
 
-def _wrap_generator(function: Callable[..., Any], enabled: bool) -> Callable[..., Any]:
+def _wrap_generator(function: Callable[..., Any], mode: Callable[[], set_batch_invariant_mode]) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        with set_batch_invariant_mode(enabled):
+        with mode():
             return (yield from function(*args, **kwargs))
 
     return wrapper
 
 
-def _wrap_coroutine(function: Callable[..., Any], enabled: bool) -> Callable[..., Any]:
+def _wrap_coroutine(function: Callable[..., Any], mode: Callable[[], set_batch_invariant_mode]) -> Callable[..., Any]:
     @functools.wraps(function)
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
-        with set_batch_invariant_mode(enabled):
+        with mode():
             return await function(*args, **kwargs)
 
     return wrapper

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from . import compile_guard
-from .operators import attention, linear, matmul, mean, pointwise, softmax
+from . import compiled
+from .operators import attention, linear, matmul, mean, pointwise, recurrent, softmax
 
 Override = Callable[..., Any]
 
@@ -29,7 +29,12 @@ KERNELS: dict[str, Override] = {**matmul.OVERRIDES, **softmax.OVERRIDES, **mean.
 CPU_KERNELS: dict[str, Override] = pointwise.OVERRIDES
 """Replaced for CPU tensors only: on a GPU every element is computed alike."""
 
-COMPOSITES: dict[str, Override] = {**attention.OVERRIDES, **linear.OVERRIDES}
+COMPOSITES: dict[str, Override] = {
+    **attention.OVERRIDES,
+    **linear.OVERRIDES,
+    **matmul.COMPOSITE_OVERRIDES,
+    **recurrent.OVERRIDES,
+}
 """Operators that PyTorch makes of others, replaced by another composition; autograd sees what they are made of."""
 
 
@@ -54,7 +59,8 @@ class Overrides:
                 for name, override in COMPOSITES.items():
                     _replace(library, name, override, "CompositeImplicitAutograd")
             undo.append(attention.avoid_fused_layers())
-            undo.append(compile_guard.install())
+            undo.append(matmul.contract_left_to_right())
+            undo.append(compiled.install())
         except BaseException:
             for step in reversed(undo):
                 step()
@@ -75,6 +81,8 @@ def _backend_keys() -> tuple[str, ...]:
 def _replace(library: Any, name: str, override: Override, key: str) -> None:
     operator = f"aten::{name}"
     kernel_key = "CPU" if key.startswith("Composite") else key  # a composite is computed alike under every key
+    if not torch._C._dispatch_has_kernel(operator):
+        return  # a later PyTorch's
     if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(operator, kernel_key):
         return  # PyTorch itself has none, e.g. mm.dtype on a CPU; it says so
     kernel = torch.library.get_kernel(operator, kernel_key)

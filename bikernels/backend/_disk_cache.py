@@ -17,7 +17,7 @@ from pathlib import Path
 ENVIRONMENT_CACHE = "BIKERNELS_CACHE_DIR"
 
 
-def _folders() -> Iterator[Path]:
+def folders() -> Iterator[Path]:
     """Where files may be kept, best first."""
     named = os.environ.get(ENVIRONMENT_CACHE)
     if named:
@@ -47,7 +47,7 @@ def stored(name: str, make: Callable[[], bytes]) -> Path:
         OSError: no folder can be written.
     """
     content: bytes | None = None
-    for folder in _folders():
+    for folder in folders():
         path = folder / name
         if path.is_file():
             return path

@@ -37,7 +37,7 @@ def scaled_dot_product_attention(
     if (
         query.device.type not in ("cpu", "cuda")
         or any(t.is_nested or t.dim() < 2 or t.dtype is not query.dtype or t.device != query.device for t in tensors)
-        or (attn_mask is not None and is_causal)
+        or (attn_mask is not None and (is_causal or attn_mask.dtype not in (torch.bool, torch.float32, query.dtype)))
     ):
         options = {"scale": scale, "enable_gqa": enable_gqa}
         return original(query, key, value, attn_mask, dropout_p, is_causal, **options)

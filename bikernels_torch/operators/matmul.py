@@ -1,11 +1,14 @@
 """Matrix products: mm, bmm, mv, dot, their adding forms, and all of these with `out=` and in place.
 
-`torch.matmul`, `einsum` and `tensordot` are made of them, whatever the ranks.
+`torch.matmul`, `einsum`, `tensordot` and `nn.Bilinear` are made of them by PyTorch, whatever the ranks; the products of
+several matrices, and those that PyTorch sometimes computes otherwise, are made of them here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -144,6 +147,100 @@ def addmm_activation(
     return torch.ops.aten.gelu_(out, approximate="tanh" if out.is_cuda else "none")
 
 
+# -------------------------------------------------------------------------------------------- products of many matrices
+
+
+def multi_dot(original: Any, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """((t0 @ t1) @ t2) @ ...: PyTorch takes the cheapest order, which follows from the sizes, the batch's too."""
+    if len(tensors) < 3 or any(t.dtype not in core.FLOATS for t in tensors) or not _chains(tensors):
+        return original(tensors)
+    return functools.reduce(torch.matmul, tensors)
+
+
+def multi_dot_out(original: Any, tensors: Sequence[torch.Tensor], *, out: torch.Tensor) -> torch.Tensor:
+    """As `multi_dot`, into out."""
+    if len(tensors) < 3 or out.dtype is not tensors[0].dtype or out.device != tensors[0].device:
+        return original(tensors, out=out)
+    return core.store(out, torch.linalg.multi_dot([*tensors]))
+
+
+def _chains(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether PyTorch would compute: matrices whose sizes agree, of one dtype and device; vectors at the ends only."""
+    first, *middle, last = tensors
+    if any(t.dim() != 2 for t in middle) or first.dim() not in (1, 2) or last.dim() not in (1, 2):
+        return False
+    return all(
+        a.shape[-1] == b.shape[0] and a.dtype is b.dtype and a.device == b.device
+        for a, b in itertools.pairwise(tensors)
+    )
+
+
+def vecdot(original: Any, x: torch.Tensor, y: torch.Tensor, *, dim: int = -1) -> torch.Tensor:
+    """The dot products along a dimension: PyTorch multiplies element by element and sums, or calls vdot."""
+    if not _pairs(x, y, dim):
+        return original(x, y, dim=dim)
+    x, y = (t.movedim(dim, -1) for t in torch.broadcast_tensors(x, y))
+    return (x.unsqueeze(-2) @ y.unsqueeze(-1)).squeeze((-2, -1))
+
+
+def vecdot_out(original: Any, x: torch.Tensor, y: torch.Tensor, *, dim: int = -1, out: torch.Tensor) -> torch.Tensor:
+    """As `vecdot`, into out."""
+    if not _pairs(x, y, dim) or out.dtype is not x.dtype or out.device != x.device:
+        return original(x, y, dim=dim, out=out)
+    return core.store(out, torch.linalg.vecdot(x, y, dim=dim))
+
+
+def _pairs(x: torch.Tensor, y: torch.Tensor, dim: int) -> bool:
+    """Whether PyTorch would compute the dot products of x and y along dim."""
+    if x.dtype not in core.FLOATS or x.dtype is not y.dtype or x.device != y.device or min(x.dim(), y.dim()) == 0:
+        return False
+    if not all(-t.dim() <= dim < t.dim() and t.shape[dim] == x.shape[dim] for t in (x, y)):
+        return False
+    try:
+        torch.broadcast_shapes(x.shape, y.shape)
+    except RuntimeError:
+        return False
+    return True
+
+
+def cdist(original: Any, x: torch.Tensor, y: torch.Tensor, p: float = 2.0, mode: int | None = None) -> torch.Tensor:
+    """Distances from differences, unless the caller asks for a product; left to itself PyTorch counts the rows."""
+    never = 2
+    return original(x, y, p, mode or never)
+
+
+def foreach_mm(original: Any, left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """One mm for each pair."""
+    if len(left) != len(right) or not left:
+        return original(left, right)
+    return [torch.mm(a, b) for a, b in zip(left, right, strict=True)]
+
+
+_grouped_on_cpu = torch.library.get_kernel("aten::_grouped_mm", "CPU")
+
+
+def grouped_mm(_: Any, *arguments: Any, **keywords: Any) -> torch.Tensor:
+    """One mm for each group: what PyTorch does on a CPU, after it has checked the operands, for any device.
+
+    On a GPU it waits for the offsets, so it cannot be captured in a CUDA graph.
+    """
+    return _grouped_on_cpu.call_boxed(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *arguments, **keywords)
+
+
+def contract_left_to_right() -> Callable[[], None]:
+    """Let einsum of three operands or more go from left to right: opt_einsum's order follows from the sizes.
+
+    The returned function puts the switch back where it was.
+    """
+    before = torch.backends.opt_einsum.enabled
+    torch.backends.opt_einsum.enabled = False
+
+    def restore() -> None:
+        torch.backends.opt_einsum.enabled = before
+
+    return restore
+
+
 OVERRIDES: dict[str, Callable[..., Any]] = {
     **_forms("mm", 2, 2),
     **_forms("bmm", 3, 3),
@@ -158,5 +255,17 @@ OVERRIDES: dict[str, Callable[..., Any]] = {
     "addbmm_": addbmm_,
     "_addmm_activation": addmm_activation,
     "_addmm_activation.out": addmm_activation,
+    "_foreach_mm": foreach_mm,
+    "_grouped_mm": grouped_mm,
 }
 """Overload of aten -> override. Where PyTorch has no such overload there is nothing to replace."""
+
+COMPOSITE_OVERRIDES: dict[str, Callable[..., Any]] = {
+    "linalg_multi_dot": multi_dot,
+    "linalg_multi_dot.out": multi_dot_out,
+    "chain_matmul": multi_dot,
+    "chain_matmul.out": multi_dot_out,
+    "linalg_vecdot": vecdot,
+    "linalg_vecdot.out": vecdot_out,
+    "cdist": cdist,
+}

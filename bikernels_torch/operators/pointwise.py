@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from .. import core
+
 VARYING = (
     "addr",
     "atan2",
@@ -44,11 +46,12 @@ VARYING = (
 )
 """Found by trying every pointwise operator of PyTorch 2.13 on x86 in every dtype: tests/torch/test_pointwise.py.
 
-Not covered: add, sub and rsub with alpha other than 1, which vary in bfloat16 and float16 (PyTorch hands their Python
-numbers to an override in a form in which its own kernel does not take them back), and logit, which in float32 gives
-other bits for strided tensors than for contiguous ones."""
+Not covered: logit, which in float32 gives other bits for strided tensors than for contiguous ones."""
 
-_EXACT_ON_INTEGERS = ("addr", "pow")
+SCALING = ("add", "sub")
+"""These vary (in bfloat16 and float16) where alpha is not 1; rsub is made of sub."""
+
+_EXACT_ON_INTEGERS = ("addr", "pow", *SCALING)
 _PROMOTING = ("self", "other", "exponent")
 """The arguments of which even a number has a say in the dtype of the result."""
 
@@ -69,28 +72,80 @@ def _common_dtype(tensors: list[torch.Tensor], promoting: list[Any], exact: bool
     return None if exact else torch.get_default_dtype()
 
 
-def _with_tensors(schema: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+_WIDEST = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}
+"""The dtype that holds a Python number as it is."""
+_KINDS = (bool, int, float, complex)
+
+
+def _kind(dtype: torch.dtype) -> int:
+    """How many kinds of numbers lie below the dtype's own."""
+    if dtype.is_complex or dtype.is_floating_point:
+        return 2 + dtype.is_complex
+    return int(dtype is not torch.bool)
+
+
+def _as_tensor(number: Any, other: torch.Tensor) -> torch.Tensor:
+    """The number in a tensor that, beside `other`, of at least one dimension, has no more say than the number."""
+    if _KINDS.index(type(number)) > _kind(other.dtype):
+        return torch.scalar_tensor(number, dtype=torch.result_type(other, number))
+    return torch.scalar_tensor(number, dtype=_WIDEST[type(number)])
+
+
+def _taking_numbers(schema: Any, run: Callable[..., Any]) -> Callable[..., Any]:
     """PyTorch hands a Python number in a tensor's place to an override as a number, which its kernel does not take."""
-    numbers = [
-        i
-        for i, x in enumerate(arguments)
-        if str(schema.arguments[i].type) == "Tensor" and not isinstance(x, torch.Tensor)
+    places = [
+        i for i, argument in enumerate(schema.arguments) if str(argument.type) == "Tensor" and not argument.is_out
     ]
-    if not numbers:
-        return arguments
-    dtype = functools.reduce(torch.promote_types, (torch.result_type(a, b) for a in arguments for b in arguments))
-    tensors = (torch.scalar_tensor(x, dtype=dtype) if i in numbers else x for i, x in enumerate(arguments))
-    return tuple(tensors)
+
+    def wrapped(original: Any, *arguments: Any, **keywords: Any) -> Any:
+        tensor = None
+        numbers = False
+        for i in places:
+            if isinstance(arguments[i], torch.Tensor):
+                tensor = arguments[i]
+            else:
+                numbers = True
+        if not numbers:
+            return run(original, *arguments, **keywords)
+        if tensor is None:
+            return run(
+                original, *(torch.scalar_tensor(x, dtype=torch.result_type(x, x)) for x in arguments), **keywords
+            )
+        if tensor.dim() > 0:
+            converted = [x if isinstance(x, torch.Tensor) else _as_tensor(x, tensor) for x in arguments]
+            return run(original, *converted, **keywords)
+        # Two tensors of no dimensions would have the same say.
+        tensor = tensor.view(1)
+        converted = [tensor if isinstance(x, torch.Tensor) else _as_tensor(x, tensor) for x in arguments]
+        out = keywords.get("out")
+        if out is not None:
+            keywords["out"] = torch.empty(1, dtype=out.dtype, device=out.device)
+        result = run(original, *converted, **keywords).view(())
+        if out is not None:
+            return core.store(out, result)
+        return arguments[0] if schema.is_mutable else result
+
+    return wrapped
+
+
+def _where_alpha_counts(run: Callable[..., Any]) -> Callable[..., Any]:
+    def override(original: Any, *arguments: Any, alpha: Any = 1, **keywords: Any) -> Any:
+        # PyTorch raises where a bool is subtracted.
+        if alpha == 1 or any(isinstance(x, torch.Tensor) and x.dtype is torch.bool for x in arguments):
+            return original(*arguments, alpha=alpha, **keywords)
+        return run(original, *arguments, alpha=alpha, **keywords)
+
+    return override
 
 
 def _override(operator: Any) -> Callable[..., Any]:
     schema = operator._schema
-    exact = schema.name.removeprefix("aten::").rstrip("_") in _EXACT_ON_INTEGERS
+    name = schema.name.removeprefix("aten::").rstrip("_")
+    exact = name in _EXACT_ON_INTEGERS
     inputs = [(i, argument.name) for i, argument in enumerate(schema.arguments) if not argument.is_out]
     in_place = bool(schema.arguments[0].alias_info and schema.arguments[0].alias_info.is_write)
 
     def run(original: Any, *arguments: Any, **keywords: Any) -> Any:
-        arguments = _with_tensors(schema, arguments)
         values = [arguments[i] for i, _ in inputs if i < len(arguments)]
         tensors = [x for x in values if isinstance(x, torch.Tensor) and x.dim() > 0]
         if not tensors:
@@ -112,7 +167,9 @@ def _override(operator: Any) -> Callable[..., Any]:
         original(*spread, **keywords)
         return target.copy_(spread[0])
 
-    return run
+    if name in SCALING:
+        run = _where_alpha_counts(run)
+    return _taking_numbers(schema, run)
 
 
 def _has_cpu_kernel(operator: Any) -> bool:
@@ -123,7 +180,7 @@ def _has_cpu_kernel(operator: Any) -> bool:
 
 def _table() -> dict[str, Callable[..., Any]]:
     table = {}
-    for base in VARYING:
+    for base in (*VARYING, *SCALING):
         for name in (base, f"{base}_"):
             packet = getattr(torch.ops.aten, name, None)
             for overload in packet.overloads() if packet is not None else ():

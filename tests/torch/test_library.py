@@ -89,11 +89,13 @@ ERRORS = {
     "c is": lambda: ops.addmm(random(3), random(2, 3), random(3, 2)),
     "dim is": lambda: ops.mean(random(2, 3), [0, 0]),
     "x is": lambda: ops.mean(torch.arange(3)),
+    "Dimension out of range: dim is 2": lambda: ops.softmax(random(2, 3), 2),
+    "Dimension out of range: dim is -2": lambda: ops.log_softmax(random(3), -2),
     "at least 1 dimension": lambda: ops.matmul(torch.tensor(1.0), random(3)),
 }
 
 
 @pytest.mark.parametrize("message", ERRORS)
 def test_errors(message: str) -> None:
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises((ValueError, TypeError, IndexError), match=message):
         ERRORS[message]()

@@ -270,7 +270,7 @@ def test_a_failed_entry_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise OSError("no")
 
-    monkeypatch.setattr("bikernels_torch.compile_guard.install", fail)
+    monkeypatch.setattr("bikernels_torch.compiled.install", fail)
     with pytest.raises(OSError, match="no"), set_batch_invariant_mode():
         pass
     assert_on(False)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -227,6 +228,128 @@ def test_linear(shape: tuple[int, ...], bias: bool, dtype: torch.dtype, device: 
             assert same_bits(F.linear(y, weight, b).transpose(0, 1).contiguous(), F.linear(x, weight, b))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_of_several(dtype: torch.dtype, device: str) -> None:
+    """From left to right, whichever order would be the cheapest: here the other one, or a vector first or last."""
+    a, b, c, d = (random(*s, dtype=dtype, device=device) / 6 for s in ((40, 5), (5, 41), (41, 3), (3, 7)))
+    ab = on_numpy(bikernels.matmul, a, b)
+    abc = on_numpy(bikernels.matmul, ab, c)
+    chains = [
+        ([a, b], ab),
+        ([a, b, c], abc),
+        ([a, b, c, d], on_numpy(bikernels.matmul, abc, d)),
+        ([a[1], b, c], abc[1]),
+        ([a, b, c[:, 2]], on_numpy(bikernels.matmul, ab, c[:, 2])),
+        ([a[1], b, c[:, 2]], on_numpy(bikernels.matmul, ab[1], c[:, 2])),
+    ]
+    for chain, expected in chains:
+        check(lambda chain=chain: torch.linalg.multi_dot(chain), expected)
+        check(lambda chain=chain: torch.linalg.multi_dot(chain, out=torch.empty_like(chain[0][:0])), expected)
+    check(lambda: torch.ops.aten.chain_matmul([a, b, c]), abc)
+    check(lambda: torch.ops.aten.chain_matmul.out([a, b, c], out=torch.empty_like(abc)), abc)
+    check(lambda: torch.einsum("ij,jk,kl->il", a, b, c), abc)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_vecdot(dtype: torch.dtype, device: str) -> None:
+    x, y = random(3, 5, 37, dtype=dtype, device=device), random(3, 5, 37, dtype=dtype, device=device)
+    expected = on_numpy(bikernels.matmul, x[:, :, None], y[..., None])[..., 0, 0]
+    check(lambda: torch.linalg.vecdot(x, y), expected)
+    check(lambda: torch.linalg.vecdot(x.mT, y.mT, dim=1), expected)
+    check(lambda: torch.linalg.vecdot(x.mT, y.mT, dim=-2, out=torch.empty_like(expected)), expected)
+    check(lambda: torch.linalg.vecdot(x[1, 2], y[1, 2]), expected[1, 2])
+    check(lambda: torch.linalg.vecdot(x[1, 2], y), on_numpy(bikernels.matmul, y, x[1, 2]))
+    check(lambda: torch.linalg.vecdot(x[:, :1], y))
+    check(lambda: torch.linalg.vecdot(x[:, :0], y[:, :0]))
+    check(lambda: torch.linalg.vecdot(x[..., :0], y[..., :0]))
+
+
+@pytest.mark.skipif(not hasattr(torch, "_foreach_mm"), reason="no _foreach_mm in this PyTorch")
+def test_foreach(device: str) -> None:
+    a, b = [random(3, k, device=device) for k in (5, 700)], [random(k, 4, device=device) for k in (5, 700)]
+    with set_batch_invariant_mode():
+        for result, left, right in zip(torch._foreach_mm(a, b), a, b, strict=True):
+            assert same_bits(result, on_numpy(bikernels.matmul, left, right))
+
+
+def test_grouped(device: str) -> None:
+    """Groups of rows, of columns, of K, and one product for each matrix."""
+    rows, batch = random(40, 64, dtype=torch.bfloat16, device=device), random(3, 64, 48, dtype=torch.bfloat16)
+    batch = batch.to(device).mT.contiguous().mT
+    ends = [16, 16, 40]
+    offsets, spans = torch.tensor(ends, dtype=torch.int32, device=device), [slice(0, 16), slice(16, 16), slice(16, 40)]
+    with set_batch_invariant_mode():
+        result = torch._grouped_mm(rows, batch, offs=offsets)
+        for own, b in zip(spans, batch, strict=True):
+            assert same_bits(result[own], rows[own] @ b)
+        result = torch._grouped_mm(batch.mT, rows.T, offs=offsets)
+        for own, b in zip(spans, batch, strict=True):
+            assert same_bits(result[:, own], b.T @ rows.T[:, own])
+        result = torch._grouped_mm(rows.T, rows, offs=offsets)
+        for own, matrix in zip(spans, result, strict=True):
+            assert same_bits(matrix, rows.T[:, own] @ rows[own])
+        assert same_bits(torch._grouped_mm(batch.mT, batch), torch.bmm(batch.mT, batch))
+
+
+def test_cdist(device: str) -> None:
+    """From differences whatever the number of rows, unless the caller asks for products."""
+    x, y = random(3, 30, 7, device=device), random(3, 40, 7, device=device)
+    with set_batch_invariant_mode():
+        apart = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+        assert same_bits(torch.cdist(x, y), apart)
+    check(lambda: torch.cdist(x, y, 1.0))
+    torch.testing.assert_close(torch.cdist(x, y), apart, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------- attention
+
+ATTENTION: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "scaled": {"scale": 0.3},
+    "grouped": {"enable_gqa": True},
+    "boolean mask": {"attn_mask": lambda q: random(9, 11, device=q.device.type) > 0},
+    "boolean mask of each head": {"attn_mask": lambda q: random(2, 4, 9, 11, device=q.device.type) > 0},
+    "a row without keys": {"attn_mask": lambda q: torch.arange(9, device=q.device)[:, None].expand(9, 11) > 3},
+    "bias": {"attn_mask": lambda q: random(2, 1, 9, 11, device=q.device.type).to(q.dtype)},
+    "float32 bias": {"attn_mask": lambda q: random(9, 11, dtype=q.dtype, device=q.device.type).float()},
+    "causal, grouped, scaled": {"is_causal": True, "enable_gqa": True, "scale": 2.0},
+    "dropout": {"dropout_p": 0.4},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("form", ATTENTION)
+def test_attention(form: str, dtype: torch.dtype, device: str) -> None:
+    """Close to PyTorch's; the same bytes whichever kernel is asked for, and for a 3-dimensional head."""
+    if form == "float32 bias" and dtype is torch.float64:
+        pytest.skip("PyTorch does not take that")
+    options = dict(ATTENTION[form])
+    heads = 2 if options.get("enable_gqa") else 4
+    q = random(2, 4, 9, 16, dtype=dtype, device=device)
+    k, v = random(2, heads, 11, 16, dtype=dtype, device=device), random(2, heads, 11, 5, dtype=dtype, device=device)
+    if "attn_mask" in options:
+        options["attn_mask"] = options["attn_mask"](q)
+
+    def attend(backend: Any) -> torch.Tensor:
+        torch.manual_seed(3)  # of the dropout
+        with torch.nn.attention.sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, **options)
+
+    math, flash = torch.nn.attention.SDPBackend.MATH, torch.nn.attention.SDPBackend.FLASH_ATTENTION
+    standard = attend(math)
+    with set_batch_invariant_mode():
+        result = attend(math)
+        assert same_bits(attend(flash), result)
+        assert same_bits(attend([math, flash]), result)
+        if form in ("plain", "causal", "scaled"):
+            part = F.scaled_dot_product_attention(q[1, 2:3], k[1, 2:3], v[1, 2:3], **options)
+            assert same_bits(part, result[1, 2:3])
+    tolerance = TOLERANCE[dtype]
+    assert result.dtype is standard.dtype
+    torch.testing.assert_close(result, standard, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
 # --------------------------------------------------------------------------------------------------------- reductions
 
 
@@ -287,29 +410,109 @@ PASSED_THROUGH: dict[str, Callable[[], Any]] = {
     "integer mm": lambda: torch.arange(6).view(2, 3) @ torch.arange(6).view(3, 2),
     "integer addmm": lambda: torch.addmm(torch.ones(2, 2, dtype=torch.int64), *[torch.ones(2, 2).long()] * 2, alpha=3),
     "integer dot": lambda: torch.dot(torch.arange(4), torch.arange(4)),
+    "integer bmm out": lambda: torch.bmm(*[torch.ones(3, 2, 2).int()] * 2, out=torch.empty(3, 2, 2).int()),
+    "integer addmv": lambda: torch.addmv(torch.ones(2).int(), torch.ones(2, 3).int(), torch.ones(3).int()),
+    "integer multi_dot": lambda: torch.linalg.multi_dot([torch.ones(2, 2).int()] * 3),
+    "integer _int_mm": lambda: torch._int_mm(*[torch.ones(32, 32, dtype=torch.int8)] * 2),
+    "integer sub": lambda: torch.sub(torch.arange(5), 2, alpha=3),
     "integer addbmm": lambda: torch.addbmm(torch.ones(2, 2).int(), *[torch.ones(3, 2, 2).int()] * 2),
     "complex mm": lambda: torch.ones(2, 3, dtype=torch.complex64) @ torch.full((3, 2), 1j),
     "complex vdot": lambda: torch.vdot(torch.full((3,), 1j), torch.full((3,), 1j)),
+    "complex addmm": lambda: torch.addmm(torch.ones(2).cfloat(), *[torch.full((2, 2), 1j)] * 2, alpha=2j),
+    "complex bmm": lambda: torch.bmm(*[torch.full((3, 2, 2), 1j)] * 2),
+    "complex linear": lambda: F.linear(*[torch.full((2, 2), 1j)] * 2, torch.full((2,), 1j)),
+    "complex einsum": lambda: torch.einsum("ij,jk,kl->il", *[torch.full((2, 2), 1j)] * 3),
+    "complex multi_dot": lambda: torch.linalg.multi_dot([torch.full((2, 2), 1j)] * 3),
+    "complex vecdot": lambda: torch.linalg.vecdot(*[torch.full((3, 2), 1j)] * 2),
     "complex mean": lambda: torch.full((3, 2), 1j).mean(0),
     "complex sigmoid": lambda: torch.full((3, 2), 1j).sigmoid(),
     "sparse mm": lambda: torch.sparse.mm(torch.eye(3).to_sparse(), torch.ones(3, 2)),
+    "sparse addmm": lambda: torch.addmm(torch.ones(3, 2), torch.eye(3).to_sparse(), torch.ones(3, 2), alpha=0.5),
+    "sparse linear": lambda: F.linear(torch.eye(3).to_sparse(), torch.ones(2, 3)),
+    "sparse add": lambda: torch.add(torch.ones(3, 3), torch.eye(3).to_sparse(), alpha=0.5),
+    "compressed mm": lambda: torch.eye(3).to_sparse_csr() @ torch.ones(3, 2),
+    "compressed mv": lambda: torch.eye(3).to_sparse_csr() @ torch.ones(3),
+    "float8 mm": lambda: (torch.ones(2, 3).to(torch.float8_e4m3fn) @ torch.ones(3, 2).to(torch.float8_e4m3fn)).float(),
+    "float8 _scaled_mm": lambda: torch._scaled_mm(
+        torch.ones(16, 32).to(torch.float8_e4m3fn),
+        torch.ones(16, 32).to(torch.float8_e4m3fn).T,
+        torch.tensor(0.5),
+        torch.tensor(2.0),
+        out_dtype=torch.float32,
+    ),
+    "quantized relu": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8).relu().dequantize(),
+    "quantized sigmoid": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8).sigmoid().dequantize(),
+    "zero tensor mm": lambda: torch._efficientzerotensor(2, 3) @ torch.ones(3, 2),
     "sparse softmax": lambda: torch.sparse.softmax(torch.eye(3).to_sparse(), 1).to_dense(),
     "meta mm": lambda: (torch.empty(2, 3, device="meta") @ torch.empty(3, 4, device="meta")).shape,
+    "meta linear": lambda: F.linear(*[torch.empty(2, 2, device="meta")] * 2, torch.empty(2, device="meta")).shape,
+    "meta multi_dot": lambda: torch.linalg.multi_dot([torch.empty(2, 2, device="meta")] * 3).shape,
+    "meta vecdot": lambda: torch.linalg.vecdot(*[torch.empty(3, 2, device="meta")] * 2).shape,
+    "meta attention": lambda: F.scaled_dot_product_attention(*[torch.empty(1, 2, 4, device="meta")] * 3).shape,
+    "meta LSTM": lambda: torch.nn.LSTM(3, 2, device="meta")(torch.empty(4, 1, 3, device="meta"))[0].shape,
+    "meta add": lambda: torch.add(torch.empty(2, device="meta"), 1.5, alpha=2).shape,
     "meta softmax": lambda: torch.empty(2, 3, device="meta").softmax(0).shape,
     "integer pow": lambda: torch.pow(torch.arange(5), 2),
     "integer add": lambda: torch.add(torch.arange(5), torch.arange(5), alpha=3),
     "bool add": lambda: torch.add(torch.arange(5), torch.arange(5) > 2, alpha=3),
+    "nested linear": lambda: F.linear(
+        torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)]), torch.ones(2, 3), torch.ones(2)
+    ).unbind()[0],
+    "nested bmm": lambda: torch.bmm(
+        torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)]), torch.ones(2, 3, 2)
+    ).unbind()[0],
     "nested softmax": lambda: torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)]).softmax(-1).unbind()[0],
 }
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize("name", PASSED_THROUGH)
 def test_passed_through(name: str) -> None:
     standard = PASSED_THROUGH[name]()
     with set_batch_invariant_mode():
         result = PASSED_THROUGH[name]()
     assert torch.equal(result, standard) if isinstance(standard, torch.Tensor) else result == standard
+
+
+class Logged(torch.Tensor):
+    """A wrapper that notes each operator and lets the tensor within compute it."""
+
+    inner: torch.Tensor
+    seen: list[str]
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Logged:
+        wrapper = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+        wrapper.inner = inner
+        return wrapper
+
+    @classmethod
+    def __torch_dispatch__(cls, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.seen.append(str(operator))
+        unwrap = functools.partial(torch.utils._pytree.tree_map_only, cls, lambda x: x.inner)
+        return torch.utils._pytree.tree_map_only(torch.Tensor, cls, operator(*unwrap(args), **unwrap(kwargs or {})))
+
+
+def test_subclasses(device: str) -> None:
+    """They see PyTorch's operators, and what they hand on of plain tensors is computed as in the mode."""
+    a, b = random(5, 700, device=device), random(700, 6, device=device)
+    calls: dict[str, Callable[..., torch.Tensor]] = {
+        "aten.mm.default": lambda a, b: a @ b,
+        "aten.addmm.default": lambda a, b: F.linear(a, b.T, b[0]),
+        "aten._softmax.default": lambda a, b: a.softmax(1),
+        "aten.mean.dim": lambda a, b: a.mean(1),
+        "aten.add.Tensor": lambda a, b: torch.add(a, a, alpha=0.3),
+        "aten.sigmoid.default": lambda a, b: a.sigmoid(),
+    }
+    with set_batch_invariant_mode():
+        for name, call in calls.items():
+            Logged.seen = []
+            result = call(Logged(a), Logged(b))
+            assert isinstance(result, Logged)
+            assert name in Logged.seen
+            assert same_bits(result.inner, call(a, b))
 
 
 ERRORS: dict[str, Callable[[], Any]] = {
@@ -326,6 +529,23 @@ ERRORS: dict[str, Callable[[], Any]] = {
     "addmm_ shape": lambda: torch.ones(1, 2).addmm_(torch.ones(2, 3), torch.ones(3, 2)),
     "addmm_ overlap": lambda: torch.ones(1).expand(2, 2).addmm_(torch.ones(2, 3), torch.ones(3, 2)),
     "addbmm addend": lambda: torch.addbmm(torch.ones(3), torch.ones(2, 2, 3), torch.ones(2, 3, 2)),
+    "multi_dot shapes": lambda: torch.linalg.multi_dot([torch.ones(2, 3), torch.ones(3, 2), torch.ones(3, 2)]),
+    "multi_dot ranks": lambda: torch.linalg.multi_dot([torch.ones(2, 3), torch.ones(1, 3, 2), torch.ones(2, 2)]),
+    "multi_dot one": lambda: torch.linalg.multi_dot([torch.ones(2, 3)]),
+    "multi_dot dtypes": lambda: torch.linalg.multi_dot([torch.ones(2, 2), torch.ones(2, 2).double(), torch.ones(2, 2)]),
+    "vecdot shapes": lambda: torch.linalg.vecdot(torch.ones(2, 3), torch.ones(2, 4)),
+    "vecdot batches": lambda: torch.linalg.vecdot(torch.ones(2, 3), torch.ones(4, 3)),
+    "vecdot dim": lambda: torch.linalg.vecdot(torch.ones(2, 3), torch.ones(2, 3), dim=2),
+    "vecdot integers": lambda: torch.linalg.vecdot(torch.arange(3), torch.arange(3)),
+    "cdist ranks": lambda: torch.cdist(torch.ones(3), torch.ones(2, 3)),
+    "grouped_mm offsets": lambda: torch._grouped_mm(*[torch.ones(16, 16).bfloat16()] * 2),
+    "add shapes": lambda: torch.add(torch.ones(2), torch.ones(3), alpha=0.5),
+    "sub bool": lambda: torch.sub(torch.ones(2) > 0, torch.ones(2), alpha=0.5),
+    "add alpha": lambda: torch.add(torch.arange(2), torch.arange(2), alpha=0.5),
+    "attention mask dtype": lambda: F.scaled_dot_product_attention(
+        *[torch.ones(1, 2, 4)] * 3, torch.ones(2, 2, dtype=torch.int64)
+    ),
+    "attention rank": lambda: F.scaled_dot_product_attention(*[torch.ones(4)] * 3),
     "dot shapes": lambda: torch.dot(torch.ones(3), torch.ones(4)),
     "linear shapes": lambda: F.linear(torch.ones(2, 3), torch.ones(4, 5), torch.ones(4)),
     "linear bias": lambda: F.linear(torch.ones(2, 3), torch.ones(4, 3), torch.ones(5)),
@@ -361,15 +581,43 @@ def test_errors(name: str) -> None:
     assert str(result.value).split("Exception raised")[0] == str(standard.value).split("Exception raised")[0]
 
 
-def test_tf32_is_a_permission(device: str) -> None:
-    a, b = random(64, 256, device=device), random(256, 64, device=device)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+@contextlib.contextmanager
+def _set(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
-        with set_batch_invariant_mode():
-            assert same_bits(a @ b, on_numpy(bikernels.matmul, a, b))
+        yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        setattr(owner, name, before)
+
+
+class _Precision:
+    """torch.set_float32_matmul_precision as an attribute."""
+
+    value = property(
+        lambda _: torch.get_float32_matmul_precision(), lambda _, name: torch.set_float32_matmul_precision(name)
+    )
+
+
+PERMISSIONS: dict[str, tuple[Any, str, Any]] = {
+    "set_float32_matmul_precision": (_Precision(), "value", "medium"),
+    "cuda.matmul.fp32_precision": (torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "mkldnn.matmul.fp32_precision": (torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
+    "fp32_precision": (torch.backends, "fp32_precision", "tf32"),
+    "bf16 reductions": (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False),
+    "fp16 accumulation": (torch.backends.cuda.matmul, "allow_fp16_accumulation", True),
+}
+"""Setting -> where it is, its name, and a value that lets PyTorch compute otherwise."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("setting", PERMISSIONS)
+def test_settings_of_precision_are_permissions(setting: str, dtype: torch.dtype, device: str) -> None:
+    a, b = random(64, 256, dtype=dtype, device=device), random(256, 64, dtype=dtype, device=device)
+    expected = on_numpy(bikernels.matmul, a, b)
+    with _set(*PERMISSIONS[setting]), set_batch_invariant_mode():
+        assert same_bits(a @ b, expected)
+        assert same_bits(F.linear(a, b.T), expected)
 
 
 @pytest.mark.gpu

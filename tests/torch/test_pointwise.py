@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,15 @@ from .helpers import DTYPES, TOLERANCE, bits, same_bits
 aten = torch.ops.aten
 
 COVERED: dict[str, Callable[..., torch.Tensor]] = {
+    "add alpha": lambda x, y, z: torch.add(x, y, alpha=0.37),
+    "add alpha, a number": lambda x, y, z: torch.add(x, 1.37, alpha=3),
+    "add alpha, 0-d": lambda x, y, z: torch.add(x, torch.tensor(1.37, dtype=x.dtype), alpha=0.37),
+    "add alpha in place": lambda x, y, z: x.clone().add_(y, alpha=-0.37),
+    "add alpha out": lambda x, y, z: torch.add(x, y, alpha=0.37, out=torch.empty_like(x)),
+    "sub alpha": lambda x, y, z: torch.sub(x, y, alpha=0.37),
+    "sub alpha from a number": lambda x, y, z: torch.rsub(x, 1.37, alpha=0.37),
+    "rsub alpha": lambda x, y, z: torch.rsub(x, y, alpha=0.37),
+    "addr in place": lambda x, y, z: x.clone()[None].addr_(x.new_tensor([1.3]), y, alpha=0.3)[0],
     "addr": lambda x, y, z: torch.addr(x[None], x.new_tensor([1.3]), y, beta=0.7, alpha=0.3)[0],
     "atan2": lambda x, y, z: torch.atan2(x, y),
     "atanh": lambda x, y, z: torch.atanh(x / 8),
@@ -270,9 +280,58 @@ def test_mixed_and_integer_dtypes() -> None:
         torch.testing.assert_close(result, standard, rtol=2e-3, atol=2e-3)
 
 
+NUMBERS = (True, 2, 300, -7, 2**40, 2.7, 1e-9, 1e30, 2.7 + 1j)
+NUMBER_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int64, *DTYPES, torch.complex64)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.parametrize("shape", [(), (1,), (3, 40)])
+@pytest.mark.parametrize("dtype", NUMBER_DTYPES)
+def test_sums_with_numbers(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """A number in a tensor's place has no more say in the mode; without alpha the bytes are PyTorch's, or its words."""
+    x = (torch.randn(shape).abs() * 3).to(dtype)
+    calls: list[Callable[[Any, dict[str, Any]], torch.Tensor]] = [
+        lambda n, alpha: torch.add(x, n, **alpha),
+        lambda n, alpha: torch.add(n, x, **alpha),
+        lambda n, alpha: torch.add(x, n, out=torch.empty(shape, dtype=torch.float32), **alpha),
+        lambda n, alpha: torch.add(n, n, **alpha),
+        lambda n, alpha: x.clone().add_(n, **alpha),
+        lambda n, alpha: torch.sub(x, n, **alpha),
+        lambda n, alpha: torch.rsub(x, n, **alpha),
+        lambda n, alpha: x.clone().sub_(n, **alpha),
+    ]
+
+    def attempt(call: Callable[..., torch.Tensor], n: Any, alpha: dict[str, Any]) -> torch.Tensor | str:
+        try:
+            return call(n, alpha)
+        except RuntimeError as error:
+            return str(error).split("Exception raised")[0]
+
+    cases = list(itertools.product(calls, NUMBERS, ({}, {"alpha": 3}, {"alpha": 0.3})))
+    standard = [attempt(*case) for case in cases]
+    with set_batch_invariant_mode():
+        results = [attempt(*case) for case in cases]
+    for (_, _, alpha), result, expected in zip(cases, results, standard, strict=True):
+        if isinstance(result, str) or isinstance(expected, str):
+            assert result == expected
+            continue
+        assert result.dtype is expected.dtype
+        tolerance = max(TOLERANCE.get(x, 1e-5) for x in (dtype, result.dtype)) if alpha else 0
+        torch.testing.assert_close(result, expected, rtol=tolerance, atol=8 * tolerance)  # the terms may cancel
+
+
 def test_gradients() -> None:
     x = torch.randn(13, dtype=torch.float64, requires_grad=True)
     with set_batch_invariant_mode():
-        for call in (F.silu, F.gelu, torch.sigmoid, F.softplus, F.mish, F.elu, lambda t: torch.pow(t.abs(), 2.5)):
+        for call in (
+            F.silu,
+            F.gelu,
+            torch.sigmoid,
+            F.softplus,
+            F.mish,
+            F.elu,
+            lambda t: torch.pow(t.abs(), 2.5),
+            lambda t: torch.add(t, t * t, alpha=0.3),
+        ):
             assert torch.autograd.gradcheck(call, x)
             assert torch.autograd.gradgradcheck(call, x)
