@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from .cases import assert_same_bits, draw
 
 pytest.importorskip("cupy", reason='CuPy is not installed; pip install "bikernels[cuda13]"')
 
+from bikernels.backend.cupy import launch
 from bikernels.backend.cupy.matmul import dmma, fma, mma, wgmma, wgmma_copy
 from bikernels.backend.cupy.matmul.problem import Problem
 
@@ -90,9 +92,10 @@ def products(dtype: str, arithmetic: str, shapes: tuple[Any, ...] = SHAPES) -> l
     rng = np.random.default_rng(5)
     made = []
     for batch, m, n, k in shapes:
-        a, b = draw(rng, (*batch, m, k), dtype, "wide"), draw(rng, (*batch, k, n), dtype, "wide")
+        a, b = draw(rng, (*batch, m, k), dtype, "wide"), draw(rng, (*batch[1:], k, n), dtype, "wide")
         a[..., 3, :] = draw(rng, (*batch, k), dtype, "special")
-        b[..., 5] = draw(rng, (*batch, k), dtype, "subnormal")
+        b[..., 5] = draw(rng, (*batch[1:], k), dtype, "subnormal")
+        b = np.broadcast_to(b, (*batch, k, n))
         made.append(Product(a, b, None, bikernels.matmul(a, b, backend="cpu", arithmetic=arithmetic)))
         c = np.broadcast_to(draw(rng, (n,), dtype), (*batch, m, n))
         options: dict[str, Any] = {"alpha": ALPHA, "beta": BETA, "backend": "cpu", "arithmetic": arithmetic}
@@ -128,6 +131,24 @@ def columns_in_mid_word(backend: Any, x: np.ndarray) -> Any:
     return in_mid_word(backend, np.swapaxes(x, -1, -2)).swapaxes(-1, -2)
 
 
+def padded(backend: Any, x: np.ndarray) -> Any:
+    """The same values, lines that are whole vectors apart and NaN between them."""
+    length = x.shape[-1]
+    wide = np.full((*x.shape[:-1], -(-length // 8) * 8 + 8), np.nan, x.dtype)
+    wide[..., :length] = x
+    return backend.put(wide)[..., :length]
+
+
+def padded_columns(backend: Any, x: np.ndarray) -> Any:
+    """The same of the transpose."""
+    return padded(backend, np.swapaxes(x, -1, -2)).swapaxes(-1, -2)
+
+
+def shared_by_the_batch(backend: Any, x: np.ndarray) -> Any:
+    """The same values, once for all matrices along the first axis of the batch, where they are the same."""
+    return backend.xp.broadcast_to(backend.put(x[0]), x.shape) if x.ndim > 2 else backend.put(x)
+
+
 def heads_between(backend: Any, x: np.ndarray) -> Any:
     """The same values, two batch axes that lie around the rows in memory, as attention has them."""
     return backend.put(x.swapaxes(-2, -3)).swapaxes(-2, -3) if x.ndim > 2 else backend.put(x)
@@ -143,6 +164,9 @@ def layouts() -> Iterator[tuple[Callable[..., Any], Callable[..., Any], Callable
         (heads_between, heads_between),
         (in_mid_word, columns_in_mid_word),
         (columns_in_mid_word, in_mid_word),
+        (padded, padded_columns),
+        (padded_columns, padded),
+        (heads_between, shared_by_the_batch),
     ):
         for put_out in (as_it_is, transposed):
             yield put_a, put_b, put_out
@@ -177,6 +201,48 @@ def test_bytes(backend: Any, case: Forced) -> None:
         pytest.skip(f"this GPU does not compute {case.arithmetic}")
     ran = sum(run(backend, case, product) for product in products(case.dtype, case.arithmetic))
     assert ran >= 40  # some layouts are not for every kernel
+
+
+@pytest.mark.parametrize("case", [case for case in forced() if case.family in (wgmma, wgmma_copy)], ids=str)
+def test_ctas_that_compute_many_tiles(backend: Any, case: Forced) -> None:
+    """A GPU of two multiprocessors has few CTAs."""
+    if backend.name != "cupy" or not backend.can_compute(case.arithmetic):
+        pytest.skip("needs the backend 'cupy' and a Hopper GPU")
+    small = launch.gpu(backend.xp.cuda.runtime.getDevice())._replace(multiprocessors=2)
+    with mock.patch.object(case.family, "gpu", return_value=small):
+        for product in products(case.dtype, case.arithmetic)[3:6]:
+            assert run(backend, case, product) >= 6
+
+
+def test_products_in_place_one_after_the_other(backend: Any) -> None:
+    """Launches overlap, and each reads what the one before wrote; tiles share sectors of the memory."""
+    if backend.name == "cpu":
+        pytest.skip("launches overlap on GPUs")
+    rng = np.random.default_rng(7)
+    x, w, c = (backend.put(draw(rng, shape, "bfloat16")) for shape in ((40, 136), (136, 1000), (40, 1000)))
+    results = []
+    for synchronous in (True, False):
+        out = c.copy()
+        for _ in range(50):
+            bikernels.addmm(out, x, w, alpha=0.01, beta=0.875, out=out, backend=backend.name)
+            if synchronous:
+                backend.xp.cuda.runtime.deviceSynchronize()
+        results.append(backend.get(out))
+    assert_same_bits(results[1], results[0])
+
+
+def test_repeated_copies(backend: Any) -> None:
+    """Threads fill shared memory and tensor cores read it: 200 times the same bytes."""
+    if backend.name != "cupy" or not backend.can_compute("tc16f25"):
+        pytest.skip("needs the backend 'cupy' and a Hopper GPU")
+    rng = np.random.default_rng(8)
+    for m, n, k in ((257, 263, 4099), (5, 4097, 2051)):
+        a, b = draw(rng, (m, k), "bfloat16"), draw(rng, (k, n), "bfloat16")
+        expected = bikernels.matmul(a, b, backend="cpu", arithmetic="tc16f25")
+        on_gpu = backend.put(a), backend.put(b)
+        results = [bikernels.matmul(*on_gpu, backend="cupy") for _ in range(200)]
+        for number, result in enumerate(results):
+            assert_same_bits(backend.get(result), expected, f"launch {number}")
 
 
 def test_operands_that_the_tma_does_not_take(backend: Any) -> None:

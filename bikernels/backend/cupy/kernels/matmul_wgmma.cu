@@ -21,8 +21,6 @@ __device__ __forceinline__ void bring(unsigned shared, unsigned first, const Ten
     constexpr int PART = Operand::LINES / SHARERS;
     constexpr int BOX = PART < 256 ? PART : 256;  // lines that the TMA takes at once
     static_assert(Operand::LINES % SHARERS == 0 && PART % 8 == 0 && PART % BOX == 0);
-    prefetch_descriptor(map);
-    wait_for_predecessors();
 
     Ring ring;
     for (unsigned index = blockIdx.x / CLUSTER; index < p.tiles; index += gridDim.x / CLUSTER) {
@@ -58,6 +56,10 @@ extern "C" __global__ void __launch_bounds__(CONSUMER_THREADS + PRODUCER_THREADS
                  const __grid_constant__ Wgmma p, void* out, const void* c, float alpha, float beta) {
     extern __shared__ __align__(1024) unsigned char memory[];
     const unsigned shared = shared_address(memory);
+    if (threadIdx.x == 0) {
+        prefetch_descriptor(a);
+        prefetch_descriptor(b);
+    }
     multiply<2, 40, 232, false>(shared, p, out, c, alpha, beta, [&] {
         const unsigned rank = CLUSTER > 1 ? cluster_rank() : 0;
         const int rank_m = rank % CLUSTER_M, rank_n = rank / CLUSTER_M;

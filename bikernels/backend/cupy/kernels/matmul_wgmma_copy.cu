@@ -23,6 +23,7 @@ struct Batch {
     static constexpr int SIZE = PASSES < 32 ? PASSES : 32;
     static constexpr int NUMBER = PASSES / SIZE;
     static_assert(PASSES >= 1 && PASSES % SIZE == 0 && Operand::LINES % LINES == 0);
+    static_assert(PASSES * WARPS * LINES == Operand::SLABS * Operand::LINES, "every line is copied");
 
     unsigned low[SIZE], high[SIZE];  // words that hold the first and, in a line that begins in mid-word, the second
     unsigned odd;                      // a bit for each pass: whether its line does
@@ -106,8 +107,6 @@ __device__ __forceinline__ void copy(unsigned shared, unsigned first, const Copi
         const ELEMENT* matrix = pointer + at.tile.batch[0] * operand.batch[0] + at.tile.batch[1] * operand.batch[1];
         words.load(operand, matrix, batch, row(at.tile), at.step * TILE_K, rows, depth);
     };
-    wait_for_predecessors();
-
     Ring ring;
     Cursor at(p);
     Words words[2];

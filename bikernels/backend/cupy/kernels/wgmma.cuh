@@ -2,7 +2,7 @@
 // to shared memory: matmul_wgmma.cu and matmul_wgmma_copy.cu have producers and kernels.
 //
 // The order that the contract fixes: K is folded into one accumulator, in order, in groups of 16, starting at +0.
-// Whatever lies past an operand's end is zeros in shared memory, and groups of zeros leave an accumulator as it is.
+// Whatever lies past the end of K is zeros in shared memory, and groups of zeros leave an accumulator as it is.
 //
 // CONSUMERS warpgroups share the rows of a tile of a; further warps are producers, which keep STAGES tiles in flight. A
 // tile of a with fewer than 64 rows leaves the rest of the instruction's rows unused: they read what lies behind in shared
@@ -79,7 +79,12 @@ using OperandB = Operand<TILE_N, B_K_CONTIGUOUS>;
 // Shared memory: all stages of a, all stages of b, a pair of barriers for each stage.
 constexpr int B_OFFSET = STAGES * OperandA::BYTES;
 constexpr int BARRIER_OFFSET = B_OFFSET + STAGES * OperandB::BYTES;
-static_assert(TILE_M >= 64 || STAGES * OperandB::BYTES >= 64 * 128, "the instruction's unused rows read on");
+// What the instruction's unused rows read on: 64 lines along K, else the slabs that are missing to 64 rows, if there are
+// several.
+constexpr int BEHIND = A_K_CONTIGUOUS ? 64 * 128
+                       : OperandA::SLABS == 1 ? 0
+                                              : (64 / OperandA::WIDTH - OperandA::SLABS) * OperandA::SLAB_BYTES;
+static_assert(TILE_M >= 64 || STAGES * OperandB::BYTES >= BEHIND);
 
 __device__ __forceinline__ unsigned full_barrier(unsigned shared, int stage) {
     return shared + BARRIER_OFFSET + stage * 16;
@@ -316,6 +321,7 @@ __device__ __forceinline__ void multiply(unsigned shared, const Wgmma& p, void* 
     } else {
         __syncthreads();
     }
+    wait_for_predecessors();
 
     if (threadIdx.x >= CONSUMER_THREADS) {
         if constexpr (CONSUMERS > 1) give_registers<PRODUCER_REGISTERS>();

@@ -134,7 +134,7 @@ def predicted_us(problem: Problem, choice: Choice, multiprocessors: int) -> floa
 
 
 def _line_bytes(tile: int, k_contiguous: bool) -> int:
-    """Of what the TMA brings in one piece; see `Operand` in matmul_wgmma.cu."""
+    """Of what the TMA brings in one piece; see `Operand` in wgmma.cuh."""
     return 128 if k_contiguous else 2 * math.gcd(tile, 64)
 
 

@@ -22,6 +22,9 @@ COMPUTE_CAPABILITY = (9, 0)
 ALIGNMENT = 16
 """Bytes, of what the TMA reads: of addresses and of every stride but the one between neighbours."""
 
+STRIDES = 2**38
+"""Elements of a stride are fewer."""
+
 ELEMENTS = 8
 """That `ALIGNMENT` bytes hold."""
 
@@ -61,11 +64,11 @@ BAND_ROWS = 2048
 """Rows of a that are walked before the next tiles of b: CTAs that run together share operands in the L2."""
 
 SHARED_BYTES = 227 * 1024
-"""Of a multiprocessor."""
+"""That a CTA may have."""
 
 
 class Schedule(NamedTuple):
-    """A tile and how CTAs go over it; see matmul_wgmma.cu."""
+    """A tile and how CTAs go over it; see wgmma.cuh."""
 
     m: int
     n: int
@@ -100,7 +103,7 @@ class Schedule(NamedTuple):
         one for each tile, and the GPU places them as others end.
         """
         if self.cluster <= 2:
-            tiles = min(tiles, multiprocessors * self.resident // self.cluster)
+            tiles = min(tiles, max(1, multiprocessors * self.resident // self.cluster))
         return tiles * self.cluster
 
     def kernel(self, source: str, dtype: str, a_k_contiguous: bool, b_k_contiguous: bool) -> Kernel:
@@ -173,13 +176,16 @@ SCHEDULES = (
 def fits(problem: Problem) -> bool:
     """Whether the kernels' counters hold the product: coordinates have a sign, and tiles may go past the end."""
     lengths = problem.m, problem.n, problem.k
-    return len(problem.batch) <= 2 and 0 < problem.matrices < 2**31 and 0 < min(lengths) <= max(lengths) < 2**31 - 2**16
+    smallest = min(min(schedule.m, schedule.n) for schedule in SCHEDULES)
+    tiles = problem.matrices * -(-problem.m // smallest) * -(-problem.n // smallest)
+    return len(problem.batch) <= 2 and 0 < tiles < 2**31 and 0 < min(lengths) <= max(lengths) < 2**31 - 2**16
 
 
 def takes(problem: Problem) -> bool:
     """Whether the TMA can bring the operands, wherever they lie aligned."""
     return fits(problem) and all(
-        _brought(strides, length, problem.k) and all(stride >= 0 and stride % ELEMENTS == 0 for stride in batch)
+        _brought(strides, length, problem.k)
+        and all(0 <= stride < STRIDES and stride % ELEMENTS == 0 for stride in batch)
         for strides, length, batch in (
             (problem.a, problem.m, problem.batch_a),
             (problem.b, problem.n, problem.batch_b),
@@ -190,7 +196,7 @@ def takes(problem: Problem) -> bool:
 def _brought(strides: tuple[int, int], length: int, k: int) -> bool:
     """Whether the TMA can bring a matrix of length x k: one of its strides is 1, and lines do not overlap."""
     line, inner = max(strides), k if along_k(strides) else length
-    return min(strides) == 1 and inner <= line < 2**38 and line % ELEMENTS == 0
+    return min(strides) == 1 and inner <= line < STRIDES and line % ELEMENTS == 0
 
 
 def prepare(
@@ -240,7 +246,7 @@ def parameters(problem: Problem, schedule: Schedule) -> tuple[Any, int]:
     p["c_batch"], p["out_batch"] = last_two(problem.batch_c), last_two(problem.batch_out)
     p["m"], p["n"], p["steps"] = problem.m, problem.n, -(-problem.k // schedule.k)
     p["tiles_m"], p["tiles_n"], p["tiles"] = tiles_m, tiles_n, tiles_m * tiles_n * problem.matrices
-    p["band"] = max(1, BAND_ROWS // (schedule.m * schedule.cluster_m))
+    p["band"] = min(tiles_m, max(1, BAND_ROWS // (schedule.m * schedule.cluster_m)))
     p["batch"] = (1, *problem.batch)[-1]
     p["addend"] = problem.c_dtype is not None
     p["c_dtype"] = DTYPE_CODE[problem.c_dtype or problem.out_dtype]
