@@ -5,8 +5,8 @@ Sources of the constants, all of an NVIDIA H200:
 - 790 TFLOP/s: an 8192^3 product of random bf16 data through cuBLAS (power, not the datasheet's 990, is the limit);
 - 66.9 TFLOP/s in fp32: 132 multiprocessors, 128 fused multiply-adds a cycle each, 1.98 GHz; the datasheet gives 67 for
   fp32 and for the tensor cores in fp64;
-- 4.3 TB/s: a copy from device memory to device memory, bytes read and written (reads alone have reached 4.47, so a
-  product of few rows may come out below its floor);
+- 4.3 TB/s: a copy from device memory to device memory, bytes read and written (reads alone are
+  faster, so a product of few rows may come out below its floor);
 - 24 cycles: a step of `mma.sync.m16n8k16` that waits for the one before it, timed on one multiprocessor. The order of
   additions chains K / 16 of them whatever the schedule, so a product takes at least that long.
 """

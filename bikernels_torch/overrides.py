@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from . import compiled
+from . import compiled, dispatch
 from .operators import attention, linear, matmul, mean, pointwise, recurrent, softmax
 
 Override = Callable[..., Any]
@@ -52,8 +51,8 @@ class Overrides:
         library = torch.library.Library("aten", "IMPL")
         undo: list[Callable[[], None]] = [library._destroy]
         try:
-            with _quietly():
-                for key in _backend_keys():
+            with dispatch.quietly():
+                for key in dispatch.backend_keys():
                     for name, override in itertools.chain(KERNELS.items(), CPU_KERNELS.items() if key == "CPU" else ()):
                         _replace(library, name, override, key)
                 for name, override in COMPOSITES.items():
@@ -74,26 +73,9 @@ class Overrides:
             self._switches.pop()()
 
 
-def _backend_keys() -> tuple[str, ...]:
-    return ("CPU", "CUDA") if torch.backends.cuda.is_built() else ("CPU",)
-
-
 def _replace(library: Any, name: str, override: Override, key: str) -> None:
     operator = f"aten::{name}"
     kernel_key = "CPU" if key.startswith("Composite") else key  # a composite is computed alike under every key
-    if not torch._C._dispatch_has_kernel(operator):
-        return  # a later PyTorch's
-    if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(operator, kernel_key):
-        return  # PyTorch itself has none, e.g. mm.dtype on a CPU; it says so
-    kernel = torch.library.get_kernel(operator, kernel_key)
-    # The key set matters to kernels that dispatch further by it; PyTorch's own do not.
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.__members__[kernel_key])
-    library.impl(name, functools.partial(override, functools.partial(kernel.call_boxed, keys)), key)
-
-
-class _quietly(warnings.catch_warnings):  # noqa: N801
-    """PyTorch warns, once a process, that a kernel is overridden; here that is the purpose."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        warnings.simplefilter("ignore")
+    # Of some operators PyTorch has no kernel, e.g. mm.dtype on a CPU (it says so), or a later PyTorch has it.
+    if dispatch.has_kernel(operator, kernel_key):
+        library.impl(name, functools.partial(override, dispatch.kernel(operator, kernel_key)), key)

@@ -12,7 +12,6 @@ Unknown operators are refused, since strictness is asked for by those who would 
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 
 from bikernels import BikernelsError
 
+from . import dispatch
 from .auditing import kinds
 from .auditing.kinds import Kind
 from .auditing.place import Locator, Place
@@ -64,8 +64,7 @@ class Guards:
             return
         libraries: dict[str, Any] = {}
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # PyTorch warns that kernels are overridden; here that is the purpose
+            with dispatch.quietly():
                 for operator, key in _guarded():
                     namespace = operator._name.partition("::")[0]
                     if namespace not in libraries:
@@ -85,14 +84,12 @@ class Guards:
 
 def _guarded() -> Iterator[tuple[Any, str]]:
     """Operators and dispatch keys."""
-    has_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key
-    keys = ("CPU", "CUDA") if torch.backends.cuda.is_built() else ("CPU",)
     for name in sorted(torch._C._dispatch_get_all_op_names()):
         operator = _operator(name)
         if operator is None or not _may_be_refused(operator):
             continue
-        for key in keys:
-            if has_kernel(name, key) and not kinds.is_composite(operator, key.lower()):
+        for key in dispatch.backend_keys():
+            if dispatch.has_kernel(name, key) and not kinds.is_composite(operator, key.lower()):
                 yield operator, key
 
 
@@ -118,9 +115,7 @@ def _may_be_refused(operator: Any) -> bool:
 
 def _guard(library: Any, operator: Any, key: str) -> None:
     name = operator._name
-    kernel = torch.library.get_kernel(name, key)
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.__members__[key])
-    guard = functools.partial(_check, operator, functools.partial(kernel.call_boxed, keys))
+    guard = functools.partial(_check, operator, dispatch.kernel(name, key))
     library.impl(name.partition("::")[2], guard, key, allow_override=True)
 
 

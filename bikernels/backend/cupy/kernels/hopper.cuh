@@ -1,14 +1,13 @@
 // Instructions of Hopper (sm_90a): memory barriers, the tensor memory accelerator (TMA), wgmma, programmatic dependent
 // launch. Thin wrappers; the PTX manual has their semantics.
 #pragma once
+#include "async_copy.cuh"
 #include "numerics.cuh"
 
 // A CUtensorMap: what cuTensorMapEncodeTiled fills in.
 struct alignas(64) TensorMap {
     unsigned char opaque[128];
 };
-
-__device__ __forceinline__ unsigned shared_address(const void* pointer) { return __cvta_generic_to_shared(pointer); }
 
 // ---------------------------------------------------------------------------------------------------- memory barriers
 

@@ -9,6 +9,7 @@
 // tiles of K in flight. CTAS: that a multiprocessor should hold. A_K_CONTIGUOUS, B_K_CONTIGUOUS: how an operand lies in
 // shared memory; in global memory it may lie in any way, but only one that lies likewise, aligned to 16 bytes, is
 // copied in vectors.
+#include "async_copy.cuh"
 #include "matmul.cuh"
 
 constexpr int THREADS = WARPS_M * WARPS_N * 32;
@@ -24,20 +25,6 @@ static_assert(STAGES >= 2);
 
 // ----------------------------------------------------------------------------------------------------------
 // instructions
-
-__device__ __forceinline__ unsigned shared_address(const void* pointer) { return __cvta_generic_to_shared(pointer); }
-
-// 16 bytes to shared memory, of which the first `bytes` are copied and the others are zeros.
-__device__ __forceinline__ void copy_async(unsigned shared, const void* global, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int PENDING>
-__device__ __forceinline__ void wait_for_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
 
 template <bool TRANSPOSED>
 __device__ __forceinline__ void load_matrices(unsigned (&matrix)[4], unsigned shared) {
@@ -105,7 +92,7 @@ struct Tile {
 #pragma unroll
         for (int outer = first; outer < first + OUTER; outer += LINES, vector += LINES * line) {
             const bool exists = outer < outer_left && bytes > 0;
-            copy_async(shared + vector_offset(inner, outer), exists ? vector : source, exists ? bytes : 0);
+            copy_vector_async(shared + vector_offset(inner, outer), exists ? vector : source, exists ? bytes : 0);
         }
     }
 

@@ -1,17 +1,7 @@
 // Tiles of an operand on their way from global to shared memory with cp.async (sm_80 on).
 #pragma once
+#include "async_copy.cuh"
 #include "matmul.cuh"
-
-__device__ __forceinline__ unsigned shared_address(const void* pointer) { return __cvta_generic_to_shared(pointer); }
-
-// 16 bytes to shared memory, past the L1, of which the first `bytes` are copied and the others are zeros.
-__device__ __forceinline__ void copy_vector_async(unsigned shared, const void* global, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void copy_vector_async(unsigned shared, const void* global) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
-}
 
 // One element, or a zero. Those of 2 bytes, which cp.async does not copy, are waited for.
 template <class X>
@@ -25,13 +15,6 @@ __device__ __forceinline__ void copy_element_async(unsigned shared, const X* glo
                      "n"(static_cast<int>(sizeof(X))), "r"(exists ? static_cast<int>(sizeof(X)) : 0)
                      : "memory");
     }
-}
-
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int PENDING>
-__device__ __forceinline__ void wait_for_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
 // x, of which the compiler does not know that it is the same in every round of a loop: what is computed from it is then

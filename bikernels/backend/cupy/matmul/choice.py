@@ -80,7 +80,7 @@ def _read(path: str | Path | None) -> dict[str, Choice]:
 
 # --------------------------------------------------------------------------------------------------------------- model
 
-# Fitted to timings of an H200 (`benchmarks/tune.py --record`).
+# Fitted by hand to timings on an H200; `benchmarks/tune.py --record` keeps timings beside predictions.
 CYCLES_PER_US = 1980.0
 FLOPS_PER_US = 7.8e8
 BYTES_PER_US, L2_BYTES_PER_US = 4.2e6, 18e6

@@ -30,7 +30,7 @@ class CTA(NamedTuple):
 
 
 class Cycles(NamedTuple):
-    """Measured on an H200, per step of k: of a tile that has a multiprocessor to itself, and of one of many."""
+    """Estimates for an H200, per step of k: of a tile that has a multiprocessor to itself, and of one of many."""
 
     alone: float
     shared: float
@@ -60,17 +60,10 @@ class Wide(NamedTuple):
         return Kernel(
             "matmul_fma.cu",
             (
-                ("ELEMENT", C_TYPE[dtype]),
-                ("ACCUMULATE", C_TYPE[ACCUMULATE[dtype]]),
-                ("TILE_M", self.m),
-                ("TILE_N", self.n),
-                ("TILE_K", self.k),
-                ("THREAD_M", self.thread_m),
-                ("THREAD_N", self.thread_n),
+                *_macros(self, dtype),
                 ("CTAS", self.ctas),
                 ("A_ALONG_K", int(a_along_k)),
                 ("B_ALONG_K", int(b_along_k)),
-                ("MATMUL_BAND", BAND),
             ),
         )
 
@@ -102,23 +95,31 @@ class Narrow(NamedTuple):
         return Kernel(
             "matmul_fma_narrow.cu",
             (
-                ("ELEMENT", C_TYPE[dtype]),
-                ("ACCUMULATE", C_TYPE[ACCUMULATE[dtype]]),
-                ("TILE_M", self.m),
-                ("TILE_N", self.n),
-                ("TILE_K", self.k),
-                ("THREAD_M", self.thread_m),
-                ("THREAD_N", self.thread_n),
+                *_macros(self, dtype),
                 ("LANES_N", self.lanes_n),
                 ("STAGES", self.stages),
                 ("BATCH", self.batch),
                 ("A_K_CONTIGUOUS", int(a_along_k)),
-                ("MATMUL_BAND", BAND),
             ),
         )
 
 
 Schedule = Wide | Narrow
+
+
+def _macros(schedule: Schedule, dtype: str) -> tuple[tuple[str, str | int], ...]:
+    """Those of both kernels."""
+    return (
+        ("ELEMENT", C_TYPE[dtype]),
+        ("ACCUMULATE", C_TYPE[ACCUMULATE[dtype]]),
+        ("TILE_M", schedule.m),
+        ("TILE_N", schedule.n),
+        ("TILE_K", schedule.k),
+        ("THREAD_M", schedule.thread_m),
+        ("THREAD_N", schedule.thread_n),
+        ("MATMUL_BAND", BAND),
+    )
+
 
 _HALF: tuple[Schedule, ...] = (
     Narrow(32, 2, 128, 1, 1, 1, 8, 2, Cycles(11, 10)),

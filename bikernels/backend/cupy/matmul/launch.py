@@ -8,23 +8,19 @@ from ....views import View
 from ... import MatmulLaunch
 from ..compile import Kernel
 from ..launch import ADDRESS, SCALAR, load, shaped
-from .problem import Problem, parameters
+from .problem import Problem, Tile, parameters
 
 
-class Tile(Protocol):
+class Shape(Tile, Protocol):
     """What a launch needs of a schedule."""
 
-    @property
-    def m(self) -> int: ...
-    @property
-    def n(self) -> int: ...
     @property
     def threads(self) -> int: ...
     @property
     def shared_bytes(self) -> int: ...
 
 
-def prepare_tiles(problem: Problem, kernel: Kernel, name: str, tile: Tile, index: int) -> MatmulLaunch:
+def prepare_tiles(problem: Problem, kernel: Kernel, name: str, tile: Shape, index: int) -> MatmulLaunch:
     """A launch of function `name`, a CTA for each tile, on device `index`."""
     struct, tiles = parameters(problem, tile.m, tile.n)
     scalar = SCALAR[problem.accumulate]

@@ -10,7 +10,7 @@ from ... import MatmulLaunch
 from ..compile import Kernel
 from ..parameters import C_TYPE
 from .launch import prepare_tiles
-from .problem import BAND, Problem, along_k, tiles_of
+from .problem import BAND, Problem, along_k, by_size
 
 
 class Schedule(NamedTuple):
@@ -64,13 +64,7 @@ SCHEDULES = (
 
 def choose(problem: Problem, multiprocessors: int) -> Schedule:
     """The schedule for a product; see `prepare`."""
-    m, n = max(problem.m, problem.n), min(problem.m, problem.n)
-    *narrow, square, large = SCHEDULES
-    for schedule in narrow:
-        if n <= schedule.n:
-            return schedule
-    fills = tiles_of(m, n, large.m, large.n) * problem.matrices >= multiprocessors
-    return large if fills else square
+    return by_size(SCHEDULES, problem, multiprocessors)
 
 
 def prepare(problem: Problem, schedule: Schedule, index: int) -> MatmulLaunch:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -130,3 +131,28 @@ def parameters(problem: Problem, tile_m: int, tile_n: int) -> tuple[Any, int]:
     p["batch_dims"] = len(problem.batch)
     fill_dims(p["batch"], problem.batch, problem.batch_a, problem.batch_b, problem.batch_c, problem.batch_out)
     return p, tiles * problem.matrices
+
+
+class Tile(Protocol):
+    """What a schedule says of its tile."""
+
+    @property
+    def m(self) -> int: ...
+    @property
+    def n(self) -> int: ...
+
+
+AnyTile = TypeVar("AnyTile", bound=Tile)
+
+
+def by_size(schedules: Sequence[AnyTile], problem: Problem, multiprocessors: int) -> AnyTile:
+    """Of schedules in ascending size: the first as wide as a narrow product, else the largest if its tiles are one for
+    each multiprocessor or more, else the one before it.
+    """
+    m, n = max(problem.m, problem.n), min(problem.m, problem.n)
+    *narrow, square, large = schedules
+    for schedule in narrow:
+        if n <= schedule.n:
+            return schedule
+    fills = tiles_of(m, n, large.m, large.n) * problem.matrices >= multiprocessors
+    return large if fills else square

@@ -12,7 +12,7 @@ from ... import MatmulLaunch
 from ..compile import Kernel
 from ..launch import ADDRESS, FLOAT32, gpu, load, shaped
 from . import wgmma
-from .problem import Problem, along_k
+from .problem import Problem, along_k, by_size
 from .wgmma import Schedule
 
 PRODUCERS = 128
@@ -37,13 +37,7 @@ def takes(problem: Problem) -> bool:
 
 def choose(problem: Problem, multiprocessors: int) -> Schedule:
     """The schedule for a product; see `prepare`."""
-    m, n = max(problem.m, problem.n), min(problem.m, problem.n)
-    *narrow, square, large = SCHEDULES
-    for schedule in narrow:
-        if n <= schedule.n:
-            return schedule
-    tiles_m, tiles_n = large.tiles(m, n)
-    return large if tiles_m * tiles_n * problem.matrices >= multiprocessors else square
+    return by_size(SCHEDULES, problem, multiprocessors)
 
 
 def prepare(problem: Problem, schedule: Schedule, index: int) -> MatmulLaunch:
