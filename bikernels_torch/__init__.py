@@ -5,6 +5,7 @@
 
 Where to look: `mode` says when the mode is on, `overrides` which of PyTorch's operators it replaces, `operators` how
 each of them is computed, `library` defines `torch.ops.bikernels.*`, which compute like that in the mode and out of it.
+`dispatch` is what they ask of PyTorch's dispatcher, `compiled` what torch.compile gets to see of them.
 `auditing` finds the operators that make a model's results depend on the batch; `strict` refuses what is not covered.
 """
 
