@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -44,6 +45,14 @@ ROWS = tuple(2**i for i in range(14))
 SQUARE: Shape = (4096, 4096)
 
 HEADS, HEAD_WIDTH = 32, 128
+
+
+def shape(text: str) -> Shape:
+    """N and K from "6144x4096"."""
+    n, _, k = text.lower().partition("x")
+    if not (n.isdecimal() and k.isdecimal() and int(n) > 0 and int(k) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape of weights; write NxK, e.g. 6144x4096")
+    return int(n), int(k)
 
 
 class Case(NamedTuple):

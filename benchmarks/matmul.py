@@ -36,7 +36,7 @@ import cublaslt
 import first_use
 import report
 import torch
-from cases import CPU_GROUPS, DTYPE, GPU_GROUPS, LAYOUTS, Case, Record, Selection, Shape, cpu_cases, gpu_cases
+from cases import CPU_GROUPS, DTYPE, GPU_GROUPS, LAYOUTS, Case, Record, Selection, cpu_cases, gpu_cases, shape
 from machine import describe
 from products import (
     KNOWN_PEERS,
@@ -237,14 +237,6 @@ def chosen_peers(names: Sequence[str], parser: argparse.ArgumentParser) -> dict[
                 parser.error(f"--peer {name}: {error}")
             print(f"{name.partition(':')[0]} is not installed")
     return peers
-
-
-def shape(text: str) -> Shape:
-    """N and K from "6144x4096"."""
-    n, _, k = text.lower().partition("x")
-    if not (n.isdecimal() and k.isdecimal() and int(n) > 0 and int(k) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is no shape of weights; write NxK, e.g. 6144x4096")
-    return int(n), int(k)
 
 
 def rows(text: str) -> int:

@@ -1,17 +1,19 @@
 """Measure which schedule is fastest for each product on this GPU, and write the table that the library reads.
 
     python benchmarks/tune.py --table FILE [--shapes NxK ...] [--m M ...] [--layouts nk kn] [--dtype bf16|fp16]
-                              [--seconds LIMIT] [--record FILE]
+                              [--groups small medium large | batched] [--most CHOICES] [--seconds LIMIT] [--record FILE]
 
-Without --shapes: the shapes of `benchmarks/matmul.py`. Layout nk multiplies by the transpose of a row-major N x K
-weight, kn by a row-major K x N one. Products that the table has already are kept unless they are measured again. Name
-the file in BIKERNELS_SCHEDULES, or put it into the package's folder `bikernels/backend/cupy/matmul/tables`. A table
-decides speed and no bit. --record keeps all timings, with the model's predictions, to judge the model by.
+Without --shapes: the shapes of `benchmarks/matmul.py`, whose groups these are; `batched` are the products of attention.
+Layout nk multiplies by the transpose of a row-major N x K weight, kn by a row-major K x N one. Products that the table
+has already are kept unless they are measured again. Name the file in BIKERNELS_SCHEDULES, or put it into the package's
+folder `bikernels/backend/cupy/matmul/tables`. A table decides speed and no bit. --record keeps all timings, with the
+model's predictions, to judge the model by, and those of PyTorch's product beside them.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -21,137 +23,147 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import DTYPE, LAYERS, ROWS, Shape
-from products import view
+from cases import DTYPE, ROWS, Case, Selection, gpu_cases, shape
+from products import TORCH, Operands, Product, torch_product, view
 from timing import alternate, capture, rotations, settle
 
 from bikernels.backend.cupy.compile import Kernel, architecture, cubin
 from bikernels.backend.cupy.launch import gpu
 from bikernels.backend.cupy.matmul import wgmma
-from bikernels.backend.cupy.matmul.choice import Choice, choices, key, predicted_us
+from bikernels.backend.cupy.matmul.choice import Choice, choices, key, predicted_us, variants
 from bikernels.backend.cupy.matmul.problem import Problem, along_k
-from bikernels.specs import Layout, MatmulSpec
+from bikernels.specs import MatmulSpec
 
+GROUPS = ("small", "medium", "large", "batched")
 REPLAYS = 4
 PROMISING = 2.5
 """Choices that the model puts further behind the best are not timed."""
 MOST = 14
-"""Choices that are timed for a product."""
+"""Choices that are timed for a product, unless --most says otherwise."""
+FINALISTS = 3
+"""Of these, all variants are timed."""
 LONG_US = 1000.0
 
 
-def problem_of(m: int, n: int, k: int, layout: str, dtype: str) -> Problem:
-    """x (M, K) row-major times the weight of that layout."""
-    b = (1, k) if layout == "nk" else (n, 1)
-    return Problem.of(
-        MatmulSpec(
-            "tc16f25",
-            Layout(dtype, (m, k), (k, 1)),
-            Layout(dtype, (k, n), b),
-            None,
-            Layout(dtype, (m, n), (n, 1)),
+def operands(case: Case, buffer: torch.Tensor) -> list[Operands]:
+    """Activations, results, and as many weights as the buffer holds or a benchmark rotates over."""
+    lead = (case.batch,) if case.batch > 1 else ()
+    size = case.batch * case.n * case.k
+    x = torch.randn(*lead, case.m, case.k, device="cuda", dtype=buffer.dtype)
+    out = torch.empty(*lead, case.m, case.n, device="cuda", dtype=buffer.dtype)
+    made = []
+    for first in range(0, min(rotations(case.weight_bytes), buffer.numel() // size) * size, size):
+        flat = buffer[first : first + size]
+        made.append(
+            (x, flat.view(*lead, case.n, case.k).mT if case.layout == "nk" else flat.view(*lead, case.k, case.n), out)
         )
-    )
+    return made
 
 
-def promising(problem: Problem) -> list[Choice]:
+def problem_of(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> Problem:
+    """What the library makes of a product of tensors."""
+    of_a, of_b, of_out = (view(x).description.layout for x in (a, b, out))
+    return Problem.of(MatmulSpec("tc16f25", of_a, of_b, None, of_out))
+
+
+def promising(problem: Problem, most: int) -> list[Choice]:
     """The choices worth timing, by the model."""
-    multiprocessors = gpu(0).multiprocessors
-    ranked = sorted(choices(problem), key=lambda choice: predicted_us(problem, choice, multiprocessors))
-    best = predicted_us(problem, ranked[0], multiprocessors)
-    return [c for c in ranked[:MOST] if predicted_us(problem, c, multiprocessors) < PROMISING * best]
+    ranked = sorted(choices(problem, gpu(0)), key=lambda choice: predicted_us(problem, choice, gpu(0)))
+    best = predicted_us(problem, ranked[0], gpu(0))
+    return [c for c in ranked[:most] if predicted_us(problem, c, gpu(0)) < PROMISING * best]
 
 
 def kernel_of(problem: Problem, choice: Choice) -> Kernel:
     """What the choice runs."""
     if choice.swap:
         problem = problem.swap()
-    return choice.schedule.kernel("matmul_wgmma.cu", problem.dtype, along_k(problem.a), along_k(problem.b))
+    return choice.schedule.kernel(problem.dtype, along_k(problem.a), along_k(problem.b))
 
 
-def compile_ahead(problems: list[Problem]) -> None:
+def compile_ahead(problems: list[Problem], most: int) -> None:
     """Compile every kernel that will be timed, in parallel."""
-    kernels = list({kernel_of(problem, choice): None for problem in problems for choice in promising(problem)})
+    kernels = list({kernel_of(problem, choice): None for problem in problems for choice in promising(problem, most)})
     arch = architecture(gpu(0).compute_capability)
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         list(pool.map(cubin, kernels, [arch] * len(kernels), chunksize=4))
 
 
-def measure(problem: Problem, layout: str, buffer: torch.Tensor) -> dict[Choice, float]:
-    """Median microseconds of each promising choice, beside one another."""
-    m, n, k = problem.m, problem.n, problem.k
-    weights = min(rotations(n * k * buffer.itemsize), buffer.numel() // (n * k))
-    if predicted_us(problem, promising(problem)[0], gpu(0).multiprocessors) > LONG_US:
-        weights = min(weights, 2)
-    x = torch.randn(m, k, device="cuda", dtype=buffer.dtype)
-    out = torch.empty(m, n, device="cuda", dtype=buffer.dtype)
-    flat = [buffer[i * n * k : (i + 1) * n * k] for i in range(weights)]
-    operands = [w.view(n, k).t() if layout == "nk" else w.view(k, n) for w in flat]
+def measure(case: Case, buffer: torch.Tensor, most: int) -> tuple[Problem, dict[Choice, float], float]:
+    """Median microseconds of each promising choice, then of all variants of the best, and of torch beside them."""
+    given = operands(case, buffer)
+    problem = problem_of(*given[0])
+    listed = promising(problem, most)
+    if predicted_us(problem, listed[0], gpu(0)) > LONG_US:
+        given = given[:2]
 
     def refuse() -> Any:
         raise ValueError("the operands are not aligned")
 
-    graphs = {}
-    for choice in promising(problem):
-        launch = wgmma.prepare(problem, choice.schedule, choice.swap, 0, refuse)
-        calls = [lambda w=w, launch=launch: launch(view(out), None, view(x), view(w), 1.0, 0.0) for w in operands]
-        calls[0]()
-        graphs[repr(choice)] = (choice, capture(calls))
-    samples = alternate({name: graph for name, (_, graph) in graphs.items()}, len(operands), REPLAYS)
-    return {graphs[name][0]: statistics.median(values) for name, values in samples.items()}
+    def launched(choice: Choice) -> Product:
+        launch = wgmma.prepare(problem, choice, wgmma.ALIGNED, 0, refuse)
+        return lambda a, b, out: launch(view(out), None, view(a), view(b), 1.0, 0.0)
 
+    def timed(candidates: list[Choice]) -> dict[Choice, float]:
+        graphs = {}
+        products = {TORCH: torch_product} | {repr(choice): launched(choice) for choice in candidates}
+        for name, product in products.items():
+            product(*given[0])
+            graphs[name] = capture(functools.partial(product, *each) for each in given)
+        us = {name: statistics.median(values) for name, values in alternate(graphs, len(given), REPLAYS).items()}
+        beside.append(us[TORCH])
+        return {choice: us[repr(choice)] for choice in candidates}
 
-def shape(text: str) -> Shape:
-    """Parse NxK."""
-    n, k = text.split("x")
-    return int(n), int(k)
+    beside: list[float] = []
+    first = timed(listed)
+    best = sorted(first, key=first.__getitem__)[:FINALISTS]
+    return problem, first | timed([variant for choice in best for variant in variants(problem, choice)]), beside[-1]
 
 
 def main() -> None:
     """Measure and write, see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", type=Path, required=True)
-    parser.add_argument("--shapes", nargs="+", default=LAYERS, type=shape)
-    parser.add_argument("--m", nargs="+", type=int, default=ROWS[3:])
+    parser.add_argument("--shapes", nargs="+", type=shape)
+    parser.add_argument("--m", nargs="+", type=int)
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS[:3])
     parser.add_argument("--layouts", nargs="+", choices=("nk", "kn"), default=("nk", "kn"))
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
+    parser.add_argument("--most", type=int, default=MOST)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="write what there is after this time")
     parser.add_argument("--record", type=Path)
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
-    start, name = time.perf_counter(), DTYPE[arguments.dtype]
-    dtype = getattr(torch, name)
-    cases = [
-        (problem_of(m, n, k, layout, name), layout)
-        for m in arguments.m
-        for layout in arguments.layouts
-        for n, k in arguments.shapes
-    ]
-    compile_ahead([problem for problem, _ in cases])
+    start = time.perf_counter()
+    rows = arguments.m or (None if arguments.groups == ["batched"] else ROWS[3:])
+    selection = Selection(arguments.shapes, rows, arguments.layouts, (arguments.dtype,), arguments.groups)
+    cases = gpu_cases(selection)
+    dtype = getattr(torch, DTYPE[arguments.dtype])
+    buffer = torch.randn(
+        max(2 * max(case.weight_bytes // case.itemsize for case in cases), 2**28), device="cuda", dtype=dtype
+    )
+    compile_ahead([problem_of(*operands(case, buffer)[0]) for case in cases], arguments.most)
     print(f"compiled after {time.perf_counter() - start:.1f} s", flush=True)
 
-    most = max(n * k for n, k in arguments.shapes)
-    buffer = torch.randn(max(2 * most, 2**28), device="cuda", dtype=dtype)
     table: dict[str, Any] = {"gpu": gpu(0).name, "products": {}}
     if arguments.table.is_file():
         table = json.loads(arguments.table.read_text())
     record = []
     with torch.cuda.stream(torch.cuda.Stream()):
         settle()
-        for problem, layout in cases:
+        for case in cases:
             if time.perf_counter() - start > arguments.seconds:
                 break
-            times = measure(problem, layout, buffer)
+            problem, times, beside = measure(case, buffer, arguments.most)
             best = min(times, key=times.__getitem__)
-            table["products"][key(problem)] = {"schedule": list(best.schedule), "swap": best.swap}
+            table["products"][key(problem)] = best
             record += [
                 {
-                    "product": [problem.m, problem.n, problem.k, layout],
-                    "schedule": list(choice.schedule),
-                    "swap": choice.swap,
+                    "case": case,
+                    "choice": choice,
                     "us": round(us, 3),
-                    "predicted_us": round(predicted_us(problem, choice, gpu(0).multiprocessors), 3),
+                    "predicted_us": round(predicted_us(problem, choice, gpu(0)), 3),
+                    TORCH: round(beside, 3),
                 }
                 for choice, us in times.items()
             ]

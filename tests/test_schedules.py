@@ -21,7 +21,7 @@ from .cases import assert_same_bits, draw
 pytest.importorskip("cupy", reason='CuPy is not installed; pip install "bikernels[cuda13]"')
 
 from bikernels.backend.cupy import launch
-from bikernels.backend.cupy.matmul import dmma, fma, mma, wgmma, wgmma_copy
+from bikernels.backend.cupy.matmul import dmma, fma, mma, wgmma
 from bikernels.backend.cupy.matmul.problem import Problem
 
 HALF = ("bfloat16", "float16")
@@ -34,22 +34,31 @@ class Forced(NamedTuple):
     schedule: Any
     dtype: str
     swap: bool = False
+    early: bool = True
+    parts: wgmma.Parts = wgmma.ALIGNED
+    """Of matmul_wgmma.cu: how operands are brought; other layouts than those that need it so may be."""
 
     @property
     def arithmetic(self) -> str:
-        return "tc16f25" if self.family in (mma, wgmma, wgmma_copy) else PORTABLE_ARITHMETIC[self.dtype]
+        return "tc16f25" if self.family in (mma, wgmma) else PORTABLE_ARITHMETIC[self.dtype]
 
     def __str__(self) -> str:
         name = self.family.__name__.rpartition(".")[-1]
         values = [str(value) for value in self.schedule if isinstance(value, int)]
-        return "-".join([name, self.dtype, *values] + ["swapped"] * self.swap)
+        flags = ["swapped"] * self.swap + ["late"] * (not self.early)
+        parts = [] if self.parts == wgmma.ALIGNED else ["parts", *map(str, self.parts)]
+        return "-".join([name, self.dtype, *values, *flags, *parts])
 
     def takes(self, problem: Problem) -> bool:
-        return self.family not in (wgmma, wgmma_copy) or self.family.takes(problem)
+        if self.family is not wgmma:
+            return True
+        needed = wgmma.parts(problem)
+        return needed is not None and all(part <= taken for part, taken in zip(needed, self.parts, strict=True))
 
     def prepare(self, problem: Problem, index: int) -> MatmulLaunch:
         if self.family is wgmma:
-            return wgmma.prepare(problem, self.schedule, self.swap, index, refuse)
+            choice = wgmma.Choice(self.schedule, self.swap, self.early, band=2)
+            return wgmma.prepare(problem, choice, self.parts, index, refuse)
         return self.family.prepare(problem, self.schedule, index)
 
 
@@ -61,9 +70,11 @@ def forced() -> Iterator[Forced]:
     for dtype in HALF:
         for schedule in wgmma.SCHEDULES:
             yield Forced(wgmma, schedule, dtype)
-            yield Forced(wgmma, schedule, dtype, swap=True)
-        for copying in wgmma_copy.SCHEDULES:
-            yield Forced(wgmma_copy, copying, dtype)
+            yield Forced(wgmma, schedule, dtype, swap=True, early=False)
+        for schedule in wgmma.IN_PARTS:
+            for parts in ((wgmma.PARTS, wgmma.PARTS), (wgmma.PARTS, 1), (1, wgmma.PARTS)):
+                if schedule.brings(parts):
+                    yield Forced(wgmma, schedule, dtype, parts=parts)
         for portable in mma.SCHEDULES:
             yield Forced(mma, portable, dtype)
     for dtype, schedules in fma.SCHEDULES.items():
@@ -203,7 +214,7 @@ def test_bytes(backend: Any, case: Forced) -> None:
     assert ran >= 40  # some layouts are not for every kernel
 
 
-@pytest.mark.parametrize("case", [case for case in forced() if case.family in (wgmma, wgmma_copy)], ids=str)
+@pytest.mark.parametrize("case", [case for case in forced() if case.family is wgmma], ids=str)
 def test_ctas_that_compute_many_tiles(backend: Any, case: Forced) -> None:
     """A GPU of two multiprocessors has few CTAs."""
     if backend.name != "cupy" or not backend.can_compute(case.arithmetic):
@@ -231,8 +242,8 @@ def test_products_in_place_one_after_the_other(backend: Any) -> None:
     assert_same_bits(results[1], results[0])
 
 
-def test_repeated_copies(backend: Any) -> None:
-    """Threads fill shared memory and tensor cores read it: 200 times the same bytes."""
+def test_repeated_parts(backend: Any) -> None:
+    """Of operands in lines that begin anywhere: 200 times the same bytes."""
     if backend.name != "cupy" or not backend.can_compute("tc16f25"):
         pytest.skip("needs the backend 'cupy' and a Hopper GPU")
     rng = np.random.default_rng(8)
@@ -245,31 +256,33 @@ def test_repeated_copies(backend: Any) -> None:
             assert_same_bits(backend.get(result), expected, f"launch {number}")
 
 
-def test_operands_that_the_tma_does_not_take(backend: Any) -> None:
+def test_operands_that_the_tma_does_not_take_as_they_are(backend: Any) -> None:
     """Unaligned addresses are found at the launch, other layouts before; both have a kernel."""
     if backend.name != "cupy" or not backend.can_compute("tc16f25"):
         pytest.skip("needs the backend 'cupy' and a Hopper GPU")
     rng = np.random.default_rng(6)
     whole, b = draw(rng, (64, 80), "bfloat16"), draw(rng, (72, 40), "bfloat16")
     on_gpu, other = backend.put(whole), transposed(backend, b)
+    apart = backend.put(whole[:, :75])
     taken = {}
-    for name, slices in {
-        "unaligned": np.s_[:, 1:73],
-        "odd rows": np.s_[:, :72],
-        "every other": np.s_[::2, :72],
-        "reversed": np.s_[::-1, :72],
-    }.items():
+    for name, array, slices in (
+        ("unaligned", on_gpu, np.s_[:, 1:73]),
+        ("odd rows", on_gpu, np.s_[:, :72]),
+        ("every other", on_gpu, np.s_[::2, :72]),
+        ("lines 75 elements apart", apart, np.s_[:, :72]),
+        ("few such lines", apart, np.s_[:5, :72]),
+        ("reversed", on_gpu, np.s_[::-1, :72]),
+    ):
         expected = bikernels.matmul(whole[slices], b, backend="cpu", arithmetic="tc16f25")
-        actual = bikernels.matmul(on_gpu[slices], other, backend="cupy")
+        actual = bikernels.matmul(array[slices], other, backend="cupy")
         assert_same_bits(backend.get(actual), expected, name)
-        out = Problem.of(
-            MatmulSpec(
-                "tc16f25",
-                view(on_gpu[slices], "bfloat16").description.layout,
-                view(other, "bfloat16").description.layout,
-                None,
-                view(actual, "bfloat16").description.layout,
-            )
-        )
-        taken[name] = wgmma.takes(out)
-    assert taken == {"unaligned": True, "odd rows": True, "every other": True, "reversed": False}
+        of_a, of_b, of_out = (view(each, "bfloat16").description.layout for each in (array[slices], other, actual))
+        taken[name] = wgmma.parts(Problem.of(MatmulSpec("tc16f25", of_a, of_b, None, of_out)))
+    assert taken == {
+        "unaligned": (1, 1),
+        "odd rows": (1, 1),
+        "every other": (1, 1),
+        "lines 75 elements apart": (8, 1),
+        "few such lines": None,
+        "reversed": None,
+    }

@@ -18,7 +18,7 @@ import cupy
 import numpy as np
 
 from . import compile as compiler
-from . import driver
+from . import driver, tensor_map
 from .compile import Kernel
 
 MAX_GRID = 2**31 - 1
@@ -31,6 +31,8 @@ class GPU(NamedTuple):
     name: str
     compute_capability: tuple[int, int]
     multiprocessors: int
+    bytes_per_us: float
+    """Of device memory, by its clock and width."""
 
 
 @functools.cache
@@ -39,7 +41,12 @@ def gpu(index: int) -> GPU:
     device = cupy.cuda.Device(index)
     digits = device.compute_capability  # "90", "120"
     name = cupy.cuda.runtime.getDeviceProperties(index)["name"].decode()
-    return GPU(name, (int(digits[:-1]), int(digits[-1])), device.attributes["MultiProcessorCount"])
+    attributes = device.attributes
+    transfers_per_clock, bits, khz_per_mhz = 2, 8, 1000
+    memory = (
+        attributes["MemoryClockRate"] / khz_per_mhz * transfers_per_clock * attributes["GlobalMemoryBusWidth"] / bits
+    )
+    return GPU(name, (int(digits[:-1]), int(digits[-1])), attributes["MultiProcessorCount"], memory)
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -98,7 +105,9 @@ def _parameter_sizes(function: Function) -> list[int]:
 # ----------------------------------------------------------------------------------------------------------- launching
 
 # The arguments that a call gives, as codes of the module struct.
-ADDRESS, FLOAT32, FLOAT64, TENSOR_MAP = "Q", "f", "d", "128s"
+ADDRESS, FLOAT32, FLOAT64 = "Q", "f", "d"
+TENSOR_MAPS = {number: f"{number * tensor_map.BYTES}s" for number in (1, 8)}
+"""By their number."""
 
 SCALAR = {"float32": FLOAT32, "float64": FLOAT64}
 
@@ -201,7 +210,7 @@ def shaped(
         block: threads of a CTA.
         shared_bytes: of dynamic shared memory.
         arguments: of the kernel, in its order. Those that are codes are given at each call: an int for ADDRESS, a float
-            for FLOAT32 and FLOAT64, bytes (of `TensorMaps`) for TENSOR_MAP.
+            for FLOAT32 and FLOAT64, bytes (of `TensorMaps`) for TENSOR_MAPS.
         cluster: neighbouring CTAs that form a cluster (from compute capability 9.0 on).
         overlapping: the kernel may start before the stream's previous one has ended (programmatic dependent launch); it
             waits itself (griddepcontrol.wait) before it touches memory that others write or still read.

@@ -1,7 +1,8 @@
-// Instructions of Hopper (sm_90a): memory barriers, the tensor memory accelerator (TMA), wgmma, programmatic dependent
-// launch. Thin wrappers; the PTX manual has their semantics.
+// Instructions of Hopper (sm_90a): memory barriers, the tensor memory accelerator (TMA), registers, wgmma. Thin wrappers;
+// the PTX manual has their semantics.
 #pragma once
 #include "async_copy.cuh"
+#include "overlap.cuh"
 #include "numerics.cuh"
 
 // A CUtensorMap: what cuTensorMapEncodeTiled fills in.
@@ -20,9 +21,6 @@ __device__ __forceinline__ void fence_barrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async;" ::: "memory");
 }
-
-// Let asynchronous instructions read what threads wrote to shared memory before a barrier.
-__device__ __forceinline__ void fence_written() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Arrive once.
 __device__ __forceinline__ void arrive(unsigned barrier) {
@@ -68,11 +66,10 @@ __device__ __forceinline__ unsigned cluster_rank() {
     return rank;
 }
 
-// All threads of all CTAs of the cluster.
-__device__ __forceinline__ void sync_cluster() {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+// All threads of all CTAs of the cluster: each arrives, and has waited before it arrives again. Neither asks the threads of
+// a warp to stay together.
+__device__ __forceinline__ void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 // ----------------------------------------------------------------------------------------------------------------- TMA
 
@@ -104,13 +101,7 @@ __device__ __forceinline__ void load_box(unsigned shared, const TensorMap& map, 
     }
 }
 
-// ------------------------------------------------------------------------------------------------------------- launches
-
-// Let the next kernel of the stream be scheduled; its own wait still sees this one's results.
-__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
-// Wait until the kernels before this one have finished and their results are visible.
-__device__ __forceinline__ void wait_for_predecessors() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// ------------------------------------------------------------------------------------------------------------ registers
 
 template <int REGISTERS>
 __device__ __forceinline__ void give_registers() {

@@ -6,6 +6,7 @@
 // K in shared memory. BATCH: groups of GROUP steps of k whose factors a thread loads at once, a batch ahead of their
 // use. A_K_CONTIGUOUS: how a lies in shared memory (b lies along k); in global memory both may lie in any way.
 #include "matmul_tile.cuh"
+#include "overlap.cuh"
 
 using A = ACCUMULATE;
 constexpr int LANES_M = 32 / LANES_N;
@@ -89,6 +90,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const ELEMENT* thread_a = ring + LayoutA::offset(warp_m + FragmentA::position(lane_m, 0), 0);
     const ELEMENT* thread_b = ring + LayoutA::ELEMENTS + LayoutB::offset(warp_n + FragmentB::position(lane_n, 0), 0);
     const int steps = static_cast<int>((p.k + TILE_K - 1) / TILE_K);
+    wait_for_predecessors();
 
     for (long long index = blockIdx.x; index < p.tiles; index += gridDim.x) {
         const TilePosition tile = tile_position<TILE_M, TILE_N>(p, index);
@@ -151,6 +153,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 }
             }
         }
+        launch_dependents();  // they start while this kernel ends
         wait_for_copies<0>();
         __syncthreads();  // all threads are done with the stages
 

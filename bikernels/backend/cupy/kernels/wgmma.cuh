@@ -1,5 +1,5 @@
 // Products of bfloat16 and float16 with wgmma m64nNk16 and a float32 accumulator (sm_90a), but for how the operands come
-// to shared memory: matmul_wgmma.cu and matmul_wgmma_copy.cu have producers and kernels.
+// to shared memory: matmul_wgmma.cu has the producers and the kernel.
 //
 // The order that the contract fixes: K is folded into one accumulator, in order, in groups of 16, starting at +0.
 // Whatever lies past the end of K is zeros in shared memory, and groups of zeros leave an accumulator as it is.
@@ -9,8 +9,9 @@
 // memory and are not written. CTAs of a cluster lie CLUSTER_M x CLUSTER_N. A tile that is walked along K in shared memory
 // lies in slabs of 64 elements of K (128 bytes) times its rows, else in slabs of up to 64 of its rows times TILE_K.
 //
-// ELEMENT: bfloat16 or float16. TILE_M, TILE_N, TILE_K: of a CTA. A_K_CONTIGUOUS, B_K_CONTIGUOUS: how the operands lie in
-// global memory.
+// CTAS: that a multiprocessor holds. ELEMENT: bfloat16 or float16. TILE_M, TILE_N, TILE_K: of a CTA. A_K_CONTIGUOUS, B_K_CONTIGUOUS: how the operands lie in
+// global memory. A_PARTS, B_PARTS: 1, or 8 where rows that are walked along K lie part by part in shared memory, every
+// eighth of a tile in each. Which row is which decides only where a result is written.
 #pragma once
 #define WGMMA_N TILE_N
 #include "hopper.cuh"
@@ -19,10 +20,13 @@ constexpr int GROUP_K = 16;
 constexpr int SLAB_K = 64;
 constexpr int CLUSTER = CLUSTER_M * CLUSTER_N;
 constexpr int CONSUMER_THREADS = 128 * CONSUMERS;
+constexpr int PRODUCERS = 2;  // threads, one for each operand
+constexpr bool IN_PARTS = A_PARTS * B_PARTS > 1;  // producers then have more to compute
+constexpr int PRODUCER_REGISTERS = IN_PARTS ? 40 : 24, CONSUMER_REGISTERS = IN_PARTS ? 232 : 240;
 constexpr int BLOCKS = TILE_M > 64 * CONSUMERS ? TILE_M / (64 * CONSUMERS) : 1;  // of 64 rows, of a warpgroup
 
 static_assert(sizeof(ELEMENT) == 2 && GROUP_K % TENSOR_CORE_GROUP == 0);
-static_assert(TILE_K % SLAB_K == 0);
+static_assert(TILE_K % SLAB_K == 0 && CONSUMERS <= 2);
 static_assert(TILE_M % 8 == 0 && (TILE_M == 64 * CONSUMERS * BLOCKS || (CONSUMERS == 1 && TILE_M < 64)));
 
 struct Wgmma {
@@ -34,8 +38,11 @@ struct Wgmma {
     unsigned band;                         // clusters along m that are walked before the next along n
     unsigned batch;                        // length of the batch's last dimension
     unsigned addend, c_dtype, out_dtype;
-    unsigned vectors;  // whether 16 bytes of out along n can be written at once
+    unsigned vectors;  // the dimension along which 16 bytes of out can be written at once
+    unsigned early;    // whether the next kernel may start while this one computes
 };
+
+enum { VECTORS_NONE, VECTORS_ALONG_N, VECTORS_ALONG_M };
 
 // ---------------------------------------------------------------------------------------------------------- operands
 
@@ -44,7 +51,7 @@ __host__ __device__ constexpr int widest_slab(int rows) {
 }
 
 // ROWS x TILE_K elements of an operand in shared memory: slabs of lines of WIDTH elements, swizzled as wgmma reads them.
-template <int ROWS, bool K_CONTIGUOUS>
+template <int ROWS, bool K_CONTIGUOUS, int PARTS>
 struct Operand {
     static constexpr bool ALONG_K = K_CONTIGUOUS;
     static constexpr int BYTES = ROWS * TILE_K * 2;
@@ -53,6 +60,12 @@ struct Operand {
     static constexpr int LINES = K_CONTIGUOUS ? ROWS : TILE_K;  // of a slab
     static constexpr int SLAB_BYTES = LINES * WIDTH * 2;
     static constexpr int SWIZZLE = WIDTH == 8 ? 0 : WIDTH * 2;
+    static constexpr bool IN_ORDER = PARTS == 1 || !K_CONTIGUOUS;
+
+    // Which row of the tile lies at this place.
+    static __device__ __forceinline__ constexpr int position(int place) {
+        return IN_ORDER ? place : place % (ROWS / PARTS) * PARTS + place / (ROWS / PARTS);
+    }
 
     // Of the first group of K and the first 64 rows of a tile.
     static __device__ __forceinline__ MatrixDescriptor descriptor(unsigned tile) {
@@ -73,8 +86,8 @@ struct Operand {
     }
 };
 
-using OperandA = Operand<TILE_M, A_K_CONTIGUOUS>;
-using OperandB = Operand<TILE_N, B_K_CONTIGUOUS>;
+using OperandA = Operand<TILE_M, A_K_CONTIGUOUS, A_PARTS>;
+using OperandB = Operand<TILE_N, B_K_CONTIGUOUS, B_PARTS>;
 
 // Shared memory: all stages of a, all stages of b, a pair of barriers for each stage.
 constexpr int B_OFFSET = STAGES * OperandA::BYTES;
@@ -171,6 +184,13 @@ __device__ __forceinline__ void put(double* out, float x) {
     *reinterpret_cast<unsigned long long*>(out) = to_float64_bits(x);
 }
 
+// The transpose of 8 x 8 elements, of which each lane has two neighbours of row lane / 4.
+__device__ __forceinline__ unsigned transpose_block(unsigned word) {
+    unsigned transposed;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(word));
+    return transposed;
+}
+
 // Writes the 64 x TILE_N block of a warpgroup. Accumulator 4 i + 2 h + e of a thread is row lane / 4 + 8 h of the warp's
 // 16, column 8 i + 2 (lane % 4) + e.
 __device__ __forceinline__ void write_block(const Wgmma& p, void* out, const void* c, float alpha, float beta,
@@ -179,71 +199,111 @@ __device__ __forceinline__ void write_block(const Wgmma& p, void* out, const voi
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const int first = block * 64 + warp * 16;
     if (first >= TILE_M) return;
-    const bool vectors = p.vectors && is_vector_aligned(out);
+    const bool in_order = OperandA::IN_ORDER && OperandB::IN_ORDER;
+    const unsigned vectors = in_order && is_vector_aligned(out) ? p.vectors : VECTORS_NONE;
+    const int column = lane % 4 * 2;
 
     if (alpha != 1) {
 #pragma unroll
         for (int i = 0; i < TILE_N / 2; i++) acc[i] = alpha * acc[i];
     }
+    // Visit the elements of a thread's row h that exist, with their distance in columns from the thread's first. `begin`
+    // makes of their place along m and of `column` what visits then share.
+    auto each = [&](int h, auto begin, auto visit) {
+        const int place = first + lane / 4 + 8 * h;
+        const long long m = tile.m + OperandA::position(place);
+        const int left = place < TILE_M && m < p.m ? static_cast<int>(p.n) - tile.n - column : 0;
+        const auto line = begin(m, tile.n + column);
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-        if (first + 8 * h >= TILE_M) break;
-        const long long m = tile.m + first + lane / 4 + 8 * h;
-        const int column = lane % 4 * 2;
-        // Columns that exist, from this thread's first on.
-        const int left = m < p.m ? static_cast<int>(p.n) - tile.n - column : 0;
-        // Visit the elements of this row: their accumulators and their distance in columns from the first.
-        auto each = [&](auto visit) {
+        for (int i = 0; i < OCTETS; i++) {
 #pragma unroll
-            for (int i = 0; i < OCTETS; i++) {
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    if (8 * i + e < left) visit(acc[4 * i + 2 * h + e], 8 * i + e);
-                }
+            for (int e = 0; e < 2; e++) {
+                const int n = OperandB::IN_ORDER ? 8 * i + e : OperandB::position(column + 8 * i + e) - column;
+                if (n < left) visit(line, acc[4 * i + 2 * h + e], n);
             }
-        };
-        if (p.addend) {
-            with_type(p.c_dtype, [&](auto type) {
-                using Type = decltype(type);
-                const Type* line = static_cast<const Type*>(c) + tile.batch[0] * p.c_batch[0] +
-                                   tile.batch[1] * p.c_batch[1] + m * p.c_stride[0] + (tile.n + column) * p.c_stride[1];
-                each([&](float& t, int n) { t = fused(beta, accumulate<float>(line[n * p.c_stride[1]]), t); });
-            });
         }
-        const long long offset = tile.batch[0] * p.out_batch[0] + tile.batch[1] * p.out_batch[1] +
-                                 m * p.out_stride[0] + (tile.n + column) * p.out_stride[1];
-        if (vectors) {
-            ELEMENT* line = static_cast<ELEMENT*>(out) + offset;
+    };
+    if (p.addend) {
+        with_type(p.c_dtype, [&](auto type) {
+            using Type = decltype(type);
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                each(
+                    h,
+                    [&](long long m, int n) {
+                        return static_cast<const Type*>(c) + tile.batch[0] * p.c_batch[0] +
+                               tile.batch[1] * p.c_batch[1] + m * p.c_stride[0] + n * p.c_stride[1];
+                    },
+                    [&](const Type* line, float& t, int n) {
+                        t = fused(beta, accumulate<float>(line[n * p.c_stride[1]]), t);
+                    });
+            }
+        });
+    }
+    auto word_of = [&](int octet, int h) {
+        return pack(ELEMENT{}, acc[4 * octet + 2 * h], acc[4 * octet + 2 * h + 1]);
+    };
+    const long long of_batch = tile.batch[0] * p.out_batch[0] + tile.batch[1] * p.out_batch[1];
+    // Where a vector that begins at this row and column is to be written, if it exists.
+    auto place = [&](int row, int n) -> ELEMENT* {
+        const long long m = tile.m + row;
+        if (row >= TILE_M || m >= p.m || tile.n + n >= p.n) return nullptr;
+        return static_cast<ELEMENT*>(out) + of_batch + m * p.out_stride[0] + (tile.n + n) * p.out_stride[1];
+    };
+    auto write_vector = [](ELEMENT* to, const unsigned (&word)[4]) {
+        if (to) *reinterpret_cast<uint4*>(to) = make_uint4(word[0], word[1], word[2], word[3]);
+    };
+    auto write_word = [](ELEMENT* to, unsigned word) {
+        if (to) *reinterpret_cast<unsigned*>(to) = word;
+    };
+    unsigned word[4];
+    if (vectors == VECTORS_ALONG_N) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int row = first + lane / 4 + 8 * h;
 #pragma unroll
             for (int i = 0; i + 4 <= OCTETS; i += 4) {
-                unsigned word[4];
 #pragma unroll
-                for (int j = 0; j < 4; j++)
-                    word[j] = pack(ELEMENT{}, acc[4 * (i + j) + 2 * h], acc[4 * (i + j) + 2 * h + 1]);
+                for (int j = 0; j < 4; j++) word[j] = word_of(i + j, h);
                 transpose_quad(word);
-                const int n = 8 * (i + lane % 4) - column;
-                if (n < left) *reinterpret_cast<uint4*>(line + n) = make_uint4(word[0], word[1], word[2], word[3]);
+                write_vector(place(row, 8 * (i + lane % 4)), word);
             }
 #pragma unroll
-            for (int i = OCTETS / 4 * 4; i < OCTETS; i++) {
-                if (8 * i < left)
-                    *reinterpret_cast<unsigned*>(line + 8 * i) =
-                        pack(ELEMENT{}, acc[4 * i + 2 * h], acc[4 * i + 2 * h + 1]);
-            }
-        } else {
-            with_type(p.out_dtype, [&](auto type) {
-                using Type = decltype(type);
-                Type* line = static_cast<Type*>(out) + offset;
-                each([&](float& t, int n) { put(line + n * p.out_stride[1], t); });
-            });
+            for (int i = OCTETS / 4 * 4; i < OCTETS; i++) write_word(place(row, 8 * i + column), word_of(i, h));
         }
+    } else if (vectors == VECTORS_ALONG_M) {
+        // Two lanes of a quad write the 16 rows of a column.
+#pragma unroll
+        for (int i = 0; i + 2 <= OCTETS; i += 2) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) word[j] = transpose_block(word_of(i + j / 2, j % 2));
+            transpose_quad(word);
+            write_vector(place(first + lane % 2 * 8, 8 * (i + lane % 4 / 2) + lane / 4), word);
+        }
+        if constexpr (OCTETS % 2) {
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+                write_word(place(first + 8 * h + column, 8 * (OCTETS - 1) + lane / 4),
+                           transpose_block(word_of(OCTETS - 1, h)));
+        }
+    } else {
+        with_type(p.out_dtype, [&](auto type) {
+            using Type = decltype(type);
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                each(
+                    h,
+                    [&](long long m, int n) {
+                        return static_cast<Type*>(out) + of_batch + m * p.out_stride[0] + n * p.out_stride[1];
+                    },
+                    [&](Type* line, float& t, int n) { put(line + n * p.out_stride[1], t); });
+            }
+        });
     }
 }
 
 // ----------------------------------------------------------------------------------------------------------- consumers
 
-// WRITTEN: whether threads wrote the stages, and not the TMA.
-template <bool WRITTEN>
 __device__ __forceinline__ void consume(unsigned shared, const Wgmma& p, void* out, const void* c, float alpha,
                                         float beta) {
     const unsigned rank = CLUSTER > 1 ? cluster_rank() : 0;
@@ -271,7 +331,6 @@ __device__ __forceinline__ void consume(unsigned shared, const Wgmma& p, void* o
 #pragma unroll 1
         for (int step = 0; step < p.steps; step++, ring.advance()) {
             wait_barrier(full_barrier(shared, ring.stage), ring.parity);
-            if constexpr (WRITTEN) fence_written();
             MatrixDescriptor a = first_a, b = first_b;
             a.low += ring.stage * (OperandA::BYTES / 16);
             b.low += ring.stage * (OperandB::BYTES / 16);
@@ -304,34 +363,37 @@ __device__ __forceinline__ void consume(unsigned shared, const Wgmma& p, void* o
 
 // -------------------------------------------------------------------------------------------------------------- kernel
 
-// What every kernel does: `produce` runs in the threads behind the consumers', each stage waits for FULL_ARRIVALS of
-// them, and with several consumers registers move from the producers to them.
-template <int FULL_ARRIVALS, int PRODUCER_REGISTERS, int CONSUMER_REGISTERS, bool WRITTEN, class Produce>
+// What every kernel does: `prepare` runs in the consumers while kernels before this one end, `produce` in the threads
+// behind the consumers', and with several consumers registers move from the producers to them.
+//
+// CTAs of a cluster set up their barriers without waiting for one another: a consumer waits before it first arrives at
+// another CTA's barrier, and a producer's second round of stages waits for arrivals of all consumers.
+template <class Prepare, class Produce>
 __device__ __forceinline__ void multiply(unsigned shared, const Wgmma& p, void* out, const void* c, float alpha,
-                                         float beta, Produce produce) {
+                                         float beta, Prepare prepare, Produce produce) {
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; stage++) {
-            init_barrier(full_barrier(shared, stage), FULL_ARRIVALS);
+            init_barrier(full_barrier(shared, stage), PRODUCERS);
             init_barrier(empty_barrier(shared, stage), CONSUMERS * 4 * CLUSTER);
         }
         fence_barrier_init();
     }
-    if constexpr (CLUSTER > 1) {
-        sync_cluster();
-    } else {
-        __syncthreads();
-    }
+    __syncthreads();
+    if constexpr (CLUSTER > 1) arrive_at_cluster();
+    if (threadIdx.x < CONSUMER_THREADS) prepare();
     wait_for_predecessors();
 
     if (threadIdx.x >= CONSUMER_THREADS) {
         if constexpr (CONSUMERS > 1) give_registers<PRODUCER_REGISTERS>();
         produce();
+        if constexpr (CLUSTER > 1) wait_for_cluster();
     } else {
         if constexpr (CONSUMERS > 1) take_registers<CONSUMER_REGISTERS>();
-        consume<WRITTEN>(shared, p, out, c, alpha, beta);
+        if constexpr (CLUSTER > 1) wait_for_cluster();
+        consume(shared, p, out, c, alpha, beta);
     }
     if constexpr (CLUSTER > 1) {
-        __syncwarp();
-        sync_cluster();  // no CTA leaves while another may still write to its shared memory
+        arrive_at_cluster();  // no CTA leaves while another may still write to its shared memory
+        wait_for_cluster();
     }
 }

@@ -1,7 +1,7 @@
 """Which schedule of wgmma.py a product takes: what was measured for it on this GPU, else what a model predicts.
 
 The table and the model decide speed and no bit: a wrong entry is slow and still right. `benchmarks/tune.py` measures
-and writes tables; those of the package lie in the folder `tables`, one for each GPU, and BIKERNELS_SCHEDULES may name
+and writes tables; those of the package lie in the folder `tables`, one for each chip, and BIKERNELS_SCHEDULES may name
 another file, which goes first.
 """
 
@@ -12,52 +12,60 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import NamedTuple
 
 from ....contract import ARITHMETIC
+from ..launch import GPU
 from .problem import Problem, along_k
-from .wgmma import SCHEDULES, Schedule
+from .wgmma import ALIGNED, SCHEDULES, SLAB, Choice, Parts, Schedule
 
 ENVIRONMENT_TABLE = "BIKERNELS_SCHEDULES"
 GROUP = ARITHMETIC["tc16f25"].group
 FEWEST_ROWS = 8
 """Of an instruction."""
 TABLES = Path(__file__).parent / "tables"
+BAND, BANDS = 4, (2, 4, 8, 16)
+"""Where nothing was measured, and what is worth a try."""
 
 
-class Choice(NamedTuple):
-    """A schedule, and whether it computes the transposed product."""
-
-    schedule: Schedule
-    swap: bool
-
-
-def choose(problem: Problem, device_name: str, multiprocessors: int) -> Choice:
-    """The choice for a product on a GPU of that name (as the driver has it)."""
-    measured = {**_read(TABLES / table_name(device_name)), **_read(os.environ.get(ENVIRONMENT_TABLE))}.get(key(problem))
-    if measured is not None:
-        return measured
-    return min(choices(problem), key=lambda choice: predicted_us(problem, choice, multiprocessors))
+def choose(problem: Problem, gpu: GPU, parts: Parts = ALIGNED) -> Choice:
+    """The choice for a product on a GPU. Tables hold products of operands that are brought as one."""
+    for table in (os.environ.get(ENVIRONMENT_TABLE), TABLES / table_name(gpu)):
+        measured = _read(table).get(key(problem))
+        if measured is not None and parts == ALIGNED:
+            return measured
+    return min(choices(problem, gpu, parts), key=lambda choice: predicted_us(problem, choice, gpu))
 
 
-def choices(problem: Problem) -> list[Choice]:
-    """Every schedule, straight and swapped, whose tile is not mostly outside of the product."""
+def choices(problem: Problem, gpu: GPU, parts: Parts = ALIGNED) -> list[Choice]:
+    """Every schedule, straight and swapped, whose tile is not mostly outside of the product, unless it has to be."""
+    early = _memory_us(problem, gpu) > EARLY * _flops_us(problem)
     found = []
     for swap in (False, True):
         m, n = (problem.n, problem.m) if swap else (problem.m, problem.n)
+        of_operands = parts[::-1] if swap else parts
+        least_m, least_n = (FEWEST_ROWS if part == 1 else SLAB for part in of_operands)
         for schedule in SCHEDULES:
             rows, columns = schedule.m * schedule.cluster_m, schedule.n * schedule.cluster_n
-            if rows < 2 * max(m, 8) and columns < 2 * max(n, 8):
-                found.append(Choice(schedule, swap))
+            small = rows < 2 * max(m, least_m) and columns < 2 * max(n, least_n)
+            if small and schedule.brings(of_operands):
+                found.append(Choice(schedule, swap, early, BAND))
     return found
+
+
+def variants(problem: Problem, choice: Choice) -> list[Choice]:
+    """The same schedule, early and not, over every band worth a try."""
+    tiles_m, _ = choice.schedule.tiles(*(problem.n, problem.m) if choice.swap else (problem.m, problem.n))
+    bands = sorted({min(band, tiles_m) for band in BANDS})
+    return [choice._replace(early=early, band=band) for early in (False, True) for band in bands]
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def table_name(device_name: str) -> str:
-    """The file of a GPU's table."""
-    return device_name.lower().replace(" ", "-") + ".json"
+def table_name(gpu: GPU) -> str:
+    """The file of a GPU's table: one for each chip and number of multiprocessors, whatever memory it has."""
+    major, minor = gpu.compute_capability
+    return f"sm_{major}{minor}-{gpu.multiprocessors}.json"
 
 
 def key(problem: Problem) -> str:
@@ -74,37 +82,43 @@ def _read(path: str | Path | None) -> dict[str, Choice]:
         return {}
     products = json.loads(Path(path).read_text())["products"]
     known = set(SCHEDULES)
-    entries = {name: Choice(Schedule(*entry["schedule"]), entry["swap"]) for name, entry in products.items()}
+    entries = {name: Choice(Schedule(*schedule), *rest) for name, (schedule, *rest) in products.items()}
     return {name: choice for name, choice in entries.items() if choice.schedule in known}
 
 
 # --------------------------------------------------------------------------------------------------------------- model
 
 # Fitted by hand to timings on an H200; `benchmarks/tune.py --record` keeps timings beside predictions.
-CYCLES_PER_US = 1980.0
-FLOPS_PER_US = 7.8e8
-BYTES_PER_US, L2_BYTES_PER_US = 4.2e6, 18e6
+CYCLES_PER_US = 1560.0
+FLOPS_PER_US = 1.4e9
+L2_BYTES_PER_US = 20e6
+MEMORY_EFFICIENCY = 0.95
+"""Of reads."""
+EARLY = 4
+"""How many times longer than arithmetic the memory takes from which on the next kernel starts early."""
 SHARED_BYTES_PER_CYCLE = 128
-WRITTEN_BYTE = 0.36
+WRITTEN_BYTE = 0.14
 """What a byte that arrives in shared memory costs of one that is read there."""
-LINE_CYCLES = 1.75
+LINE_CYCLES = 1.44
 """Of a line of at most 128 bytes that the TMA brings, however short it is."""
 LINE_EFFICIENCY = {128: 1.0, 64: 1.0, 32: 0.73, 16: 0.46}
 """Of device memory, by the bytes of a line."""
-STEP_CYCLES, STAGE_CYCLES = 15, 17
+STEP_CYCLES, STAGE_CYCLES = 11, 1.5
 """Of an instruction that waits for the one before it, and of waiting for a stage."""
-EPILOGUE_CYCLES, OUTPUT_CYCLES = 150, 4
+LATENCY_CYCLES = 1670
+"""From asking for a stage until it is there. One of the ring is being read meanwhile."""
+EPILOGUE_CYCLES, OUTPUT_CYCLES = 75, 59
 """Between one tile and the next, and for each element that a thread writes."""
-CLUSTER_FACTOR = 1.2
+CLUSTER_FACTOR = 1.06
 """How much longer CTAs take that wait for one another."""
-START_US, OVERLAP = 2.7, 0.125
+START_US, OVERLAP = 2.0, 0.27
 """OVERLAP: the part of the second slowest resource that does not hide behind the slowest."""
 
 
-def predicted_us(problem: Problem, choice: Choice, multiprocessors: int) -> float:
+def predicted_us(problem: Problem, choice: Choice, gpu: GPU) -> float:
     """Microseconds of a product: the slower of a multiprocessor's work, the L2 and device memory, and a start."""
-    schedule, swap = choice
-    if swap:
+    schedule, multiprocessors = choice.schedule, gpu.multiprocessors
+    if choice.swap:
         problem = problem.swap()
     m, n, k = problem.m, problem.n, problem.k
     tiles_m, tiles_n = schedule.tiles(m, n)
@@ -122,15 +136,26 @@ def predicted_us(problem: Problem, choice: Choice, multiprocessors: int) -> floa
     busiest, rounds = -(-ctas // multiprocessors), -(-ctas // (multiprocessors * schedule.resident))
     outputs = schedule.m * schedule.n / (128 * schedule.consumers)  # of a thread
     epilogue = EPILOGUE_CYCLES + OUTPUT_CYCLES * outputs
-    cycles = max(busiest * groups * step, rounds * (groups * step + stages * STAGE_CYCLES)) + (busiest - 1) * epilogue
+    alone = max(groups * step + stages * STAGE_CYCLES, stages * LATENCY_CYCLES / (schedule.stages - 1))
+    cycles = max(busiest * groups * step, rounds * alone) + (busiest - 1) * epilogue
 
     l2 = ctas * k * 2 * (schedule.m / schedule.cluster_n + schedule.n / schedule.cluster_m)
-    operands = sum(length * k / LINE_EFFICIENCY[_line_bytes(tile, along_k(strides))] for tile, length, strides in sides)
-    memory = 2 * problem.matrices * (operands + m * n)
-    flops = 2.0 * problem.matrices * m * n * k
-    slowest = (cycles / CYCLES_PER_US, l2 / L2_BYTES_PER_US, memory / BYTES_PER_US, flops / FLOPS_PER_US)
+    efficiency = [LINE_EFFICIENCY[_line_bytes(tile, along_k(strides))] for tile, _, strides in sides]
+    memory_us = _memory_us(problem, gpu, *efficiency)
+    slowest = (cycles / CYCLES_PER_US, l2 / L2_BYTES_PER_US, memory_us, _flops_us(problem))
     second, first = sorted(slowest)[-2:]
     return START_US + first + OVERLAP * second
+
+
+def _memory_us(problem: Problem, gpu: GPU, of_a: float = 1.0, of_b: float = 1.0) -> float:
+    """Each operand read once, at this part of the speed, and the result written."""
+    itemsize, m, n, k = 2, problem.m, problem.n, problem.k
+    elements = problem.matrices * (m * k / of_a + n * k / of_b + m * n)
+    return itemsize * elements / (MEMORY_EFFICIENCY * gpu.bytes_per_us)
+
+
+def _flops_us(problem: Problem) -> float:
+    return 2.0 * problem.matrices * problem.m * problem.n * problem.k / FLOPS_PER_US
 
 
 def _line_bytes(tile: int, k_contiguous: bool) -> int:

@@ -12,12 +12,16 @@ from typing import NamedTuple
 from ....contract import ACCUMULATE, ITEMSIZE
 from ... import MatmulLaunch
 from ..compile import Kernel
+from ..launch import gpu
 from ..parameters import C_TYPE
 from .launch import prepare_tiles
 from .problem import BAND, Problem, along_k, tiles_of
 
 NARROW_COMPUTE_CAPABILITY = (8, 0)
 """The least one that has cp.async and the shared memory for `Narrow`."""
+
+OVERLAPPING_COMPUTE_CAPABILITY = (9, 0)
+"""The least one whose launches overlap."""
 
 
 class CTA(NamedTuple):
@@ -52,6 +56,10 @@ class Wide(NamedTuple):
     def function(self) -> str:
         return "matmul_fma"
 
+    @property
+    def early(self) -> bool:
+        return False
+
     def cta(self, dtype: str) -> CTA:
         shared = 2 * (self.m + self.n) * self.k * ITEMSIZE[ACCUMULATE[dtype]]
         return CTA(self.m, self.n, self.m // self.thread_m * (self.n // self.thread_n), shared)
@@ -84,6 +92,11 @@ class Narrow(NamedTuple):
     @property
     def function(self) -> str:
         return "matmul_fma_narrow"
+
+    @property
+    def early(self) -> bool:
+        """Whether it may start before the kernels before it have ended, as is best where memory limits."""
+        return self.n == 2
 
     def cta(self, dtype: str) -> CTA:
         padding = 16 // ITEMSIZE[dtype]  # of a line along k
@@ -138,11 +151,12 @@ SCHEDULES: dict[str, tuple[Schedule, ...]] = {
         Narrow(32, 8, 128, 2, 2, 2, 4, 4, Cycles(13.7, 13)),
         Narrow(32, 16, 128, 2, 2, 2, 3, 4, Cycles(16, 16)),
         Narrow(32, 32, 64, 2, 4, 2, 5, 2, Cycles(23.6, 22)),
+        Narrow(32, 32, 64, 4, 4, 4, 5, 2, Cycles(30, 30)),
         Narrow(32, 64, 32, 4, 4, 4, 6, 1, Cycles(40, 33)),
         Wide(64, 64, 16, 4, 4, 1, Cycles(69, 62)),
         Wide(128, 64, 32, 8, 4, 1, Cycles(111, 113)),
         Wide(128, 128, 16, 8, 8, 1, Cycles(184, 188)),
-        Wide(256, 128, 16, 16, 8, 1, Cycles(354, 354)),
+        Wide(256, 128, 32, 16, 8, 1, Cycles(340, 340)),
     ),
     "float64": (
         Narrow(32, 2, 64, 1, 1, 1, 5, 4, Cycles(18, 18)),
@@ -179,7 +193,9 @@ def prepare(problem: Problem, schedule: Schedule, index: int) -> MatmulLaunch:
     if problem.n > problem.m:
         problem = problem.swap()
     kernel = schedule.kernel(problem.dtype, along_k(problem.a), along_k(problem.b))
-    return prepare_tiles(problem, kernel, schedule.function, schedule.cta(problem.dtype), index)
+    overlapping = schedule.early and gpu(index).compute_capability >= OVERLAPPING_COMPUTE_CAPABILITY
+    cta = schedule.cta(problem.dtype)
+    return prepare_tiles(problem, kernel, schedule.function, cta, index, overlapping=overlapping)
 
 
 def kernels(compute_capability: int) -> Iterator[Kernel]:

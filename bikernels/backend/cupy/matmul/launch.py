@@ -20,13 +20,15 @@ class Shape(Tile, Protocol):
     def shared_bytes(self) -> int: ...
 
 
-def prepare_tiles(problem: Problem, kernel: Kernel, name: str, tile: Shape, index: int) -> MatmulLaunch:
-    """A launch of function `name`, a CTA for each tile, on device `index`."""
+def prepare_tiles(
+    problem: Problem, kernel: Kernel, name: str, tile: Shape, index: int, *, overlapping: bool = False
+) -> MatmulLaunch:
+    """A launch of function `name`, a CTA for each tile, on device `index`. For `overlapping` see `shaped`."""
     struct, tiles = parameters(problem, tile.m, tile.n)
     scalar = SCALAR[problem.accumulate]
     arguments = (struct, ADDRESS, ADDRESS, ADDRESS, ADDRESS, scalar, scalar)
     function = load(kernel, name, index, tile.shared_bytes)
-    run = shaped(function, tiles, tile.threads, tile.shared_bytes, arguments)
+    run = shaped(function, tiles, tile.threads, tile.shared_bytes, arguments, overlapping=overlapping)
     swapped = problem.swapped
 
     def launch(out: View, c: View | None, a: View, b: View, alpha: float, beta: float) -> None:
