@@ -77,7 +77,7 @@ def kernel_of(problem: Problem, choice: Choice) -> Kernel:
     """What the choice runs."""
     if choice.swap:
         problem = problem.swap()
-    return choice.schedule.kernel(problem.dtype, along_k(problem.a), along_k(problem.b))
+    return choice.schedule.kernel("matmul_wgmma.cu", problem.dtype, along_k(problem.a), along_k(problem.b))
 
 
 def compile_ahead(problems: list[Problem], most: int) -> None:
@@ -100,7 +100,7 @@ def measure(case: Case, buffer: torch.Tensor, most: int) -> tuple[Problem, dict[
         raise ValueError("the operands are not aligned")
 
     def launched(choice: Choice) -> Product:
-        launch = wgmma.prepare(problem, choice, wgmma.ALIGNED, 0, refuse)
+        launch = wgmma.prepare(problem, choice, 0, refuse)
         return lambda a, b, out: launch(view(out), None, view(a), view(b), 1.0, 0.0)
 
     def timed(candidates: list[Choice]) -> dict[Choice, float]:

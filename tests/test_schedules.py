@@ -21,7 +21,7 @@ from .cases import assert_same_bits, draw
 pytest.importorskip("cupy", reason='CuPy is not installed; pip install "bikernels[cuda13]"')
 
 from bikernels.backend.cupy import launch
-from bikernels.backend.cupy.matmul import dmma, fma, mma, wgmma
+from bikernels.backend.cupy.matmul import dmma, fma, mma, wgmma, wgmma_copy
 from bikernels.backend.cupy.matmul.problem import Problem
 
 HALF = ("bfloat16", "float16")
@@ -35,30 +35,24 @@ class Forced(NamedTuple):
     dtype: str
     swap: bool = False
     early: bool = True
-    parts: wgmma.Parts = wgmma.ALIGNED
-    """Of matmul_wgmma.cu: how operands are brought; other layouts than those that need it so may be."""
 
     @property
     def arithmetic(self) -> str:
-        return "tc16f25" if self.family in (mma, wgmma) else PORTABLE_ARITHMETIC[self.dtype]
+        return "tc16f25" if self.family in (mma, wgmma, wgmma_copy) else PORTABLE_ARITHMETIC[self.dtype]
 
     def __str__(self) -> str:
         name = self.family.__name__.rpartition(".")[-1]
         values = [str(value) for value in self.schedule if isinstance(value, int)]
         flags = ["swapped"] * self.swap + ["late"] * (not self.early)
-        parts = [] if self.parts == wgmma.ALIGNED else ["parts", *map(str, self.parts)]
-        return "-".join([name, self.dtype, *values, *flags, *parts])
+        return "-".join([name, self.dtype, *values, *flags])
 
     def takes(self, problem: Problem) -> bool:
-        if self.family is not wgmma:
-            return True
-        needed = wgmma.parts(problem)
-        return needed is not None and all(part <= taken for part, taken in zip(needed, self.parts, strict=True))
+        return self.family not in (wgmma, wgmma_copy) or self.family.takes(problem)
 
     def prepare(self, problem: Problem, index: int) -> MatmulLaunch:
         if self.family is wgmma:
             choice = wgmma.Choice(self.schedule, self.swap, self.early, band=2)
-            return wgmma.prepare(problem, choice, self.parts, index, refuse)
+            return wgmma.prepare(problem, choice, index, refuse)
         return self.family.prepare(problem, self.schedule, index)
 
 
@@ -71,10 +65,8 @@ def forced() -> Iterator[Forced]:
         for schedule in wgmma.SCHEDULES:
             yield Forced(wgmma, schedule, dtype)
             yield Forced(wgmma, schedule, dtype, swap=True, early=False)
-        for schedule in wgmma.IN_PARTS:
-            for parts in ((wgmma.PARTS, wgmma.PARTS), (wgmma.PARTS, 1), (1, wgmma.PARTS)):
-                if schedule.brings(parts):
-                    yield Forced(wgmma, schedule, dtype, parts=parts)
+        for copying in wgmma_copy.SCHEDULES:
+            yield Forced(wgmma_copy, copying, dtype)
         for portable in mma.SCHEDULES:
             yield Forced(mma, portable, dtype)
     for dtype, schedules in fma.SCHEDULES.items():
@@ -214,7 +206,7 @@ def test_bytes(backend: Any, case: Forced) -> None:
     assert ran >= 40  # some layouts are not for every kernel
 
 
-@pytest.mark.parametrize("case", [case for case in forced() if case.family is wgmma], ids=str)
+@pytest.mark.parametrize("case", [case for case in forced() if case.family in (wgmma, wgmma_copy)], ids=str)
 def test_ctas_that_compute_many_tiles(backend: Any, case: Forced) -> None:
     """A GPU of two multiprocessors has few CTAs."""
     if backend.name != "cupy" or not backend.can_compute(case.arithmetic):
@@ -242,8 +234,8 @@ def test_products_in_place_one_after_the_other(backend: Any) -> None:
     assert_same_bits(results[1], results[0])
 
 
-def test_repeated_parts(backend: Any) -> None:
-    """Of operands in lines that begin anywhere: 200 times the same bytes."""
+def test_repeated_copies(backend: Any) -> None:
+    """Threads fill shared memory and tensor cores read it: 200 times the same bytes."""
     if backend.name != "cupy" or not backend.can_compute("tc16f25"):
         pytest.skip("needs the backend 'cupy' and a Hopper GPU")
     rng = np.random.default_rng(8)
@@ -277,12 +269,12 @@ def test_operands_that_the_tma_does_not_take_as_they_are(backend: Any) -> None:
         actual = bikernels.matmul(array[slices], other, backend="cupy")
         assert_same_bits(backend.get(actual), expected, name)
         of_a, of_b, of_out = (view(each, "bfloat16").description.layout for each in (array[slices], other, actual))
-        taken[name] = wgmma.parts(Problem.of(MatmulSpec("tc16f25", of_a, of_b, None, of_out)))
+        taken[name] = wgmma.takes(Problem.of(MatmulSpec("tc16f25", of_a, of_b, None, of_out)))
     assert taken == {
-        "unaligned": (1, 1),
-        "odd rows": (1, 1),
-        "every other": (1, 1),
-        "lines 75 elements apart": (8, 1),
-        "few such lines": None,
-        "reversed": None,
+        "unaligned": True,
+        "odd rows": True,
+        "every other": True,
+        "lines 75 elements apart": False,
+        "few such lines": False,
+        "reversed": False,
     }

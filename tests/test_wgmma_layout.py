@@ -19,7 +19,7 @@ pytest.importorskip("cuda.core", reason="needs the cuda13 extra")
 pytest.importorskip("cupy", reason="needs the cuda13 extra")
 
 from bikernels.backend.cupy import compile as compiler
-from bikernels.backend.cupy.matmul import wgmma
+from bikernels.backend.cupy.matmul import wgmma, wgmma_copy
 from bikernels.backend.cupy.matmul.problem import Problem
 from bikernels.backend.cupy.matmul.wgmma import Schedule
 from bikernels.contract import ARITHMETIC
@@ -34,7 +34,7 @@ EIGHT = 8
 PROBE = """
 template <int ROWS, bool K_CONTIGUOUS>
 __device__ void probe() {
-    using O = Operand<ROWS, K_CONTIGUOUS, 1>;
+    using O = Operand<ROWS, K_CONTIGUOUS>;
     const MatrixDescriptor first = O::descriptor(0);
     asm volatile("OPERAND %0 %1 %2 %3 %4 %5 %6 %7;" ::"r"(ROWS), "r"((int)K_CONTIGUOUS), "r"(O::WIDTH), "r"(O::SLABS),
                  "r"(O::LINES), "r"(O::SLAB_BYTES), "r"(first.low), "r"(first.high));
@@ -85,10 +85,10 @@ def ptx(source: str) -> str:
 @functools.cache
 def operands(k: int) -> dict[tuple[int, bool], Operand]:
     """By rows and whether they are contiguous along K, of all tiles of that length along K."""
-    schedules = [schedule for schedule in wgmma.SCHEDULES if schedule.k == k]
+    schedules = [schedule for schedule in wgmma.SCHEDULES + wgmma_copy.SCHEDULES if schedule.k == k]
     rows = sorted({length for schedule in schedules for length in (schedule.m, schedule.n)})
     calls = "".join(f"probe<{length}, {along}>();" for length in rows for along in ("true", "false"))
-    kernel = schedules[0].kernel("bfloat16", True, True)._replace(source="wgmma.cuh")
+    kernel = schedules[0].kernel("wgmma.cuh", "bfloat16", True, True)
     text = ptx(compiler._program(kernel) + PROBE + f'extern "C" __global__ void probes() {{ {calls} }}')
 
     registers: dict[str, int] = {}
@@ -141,7 +141,6 @@ class Recorded(NamedTuple):
     strides: tuple[int, ...]
     box: tuple[int, ...]
     swizzle: int
-    parts: int
 
 
 class Side(NamedTuple):
@@ -150,10 +149,9 @@ class Side(NamedTuple):
     schedule: Schedule
     name: str
     k_contiguous: bool
-    parts: int = 1
 
     def __str__(self) -> str:
-        return "-".join(map(str, (*self.schedule, self.name, "k" if self.k_contiguous else "mn", self.parts)))
+        return "-".join(map(str, (*self.schedule, self.name, "k" if self.k_contiguous else "mn")))
 
     @property
     def rows(self) -> int:
@@ -166,19 +164,15 @@ class Side(NamedTuple):
 
 def sides() -> Iterator[Side]:
     for schedule in wgmma.SCHEDULES:
-        for name, parts in (("a", (wgmma.PARTS, 1)), ("b", (1, wgmma.PARTS))):
+        for name in "ab":
             for k_contiguous in (True, False):
                 yield Side(schedule, name, k_contiguous)
-                if schedule.brings(parts):
-                    yield Side(schedule, name, k_contiguous, wgmma.PARTS)
 
 
 def brought(side: Side, length: int) -> tuple[Recorded, int]:
     """The map of an operand of that many rows, and the bytes that a stage waits for."""
     k = 8 * side.schedule.k
     line = k if side.k_contiguous else -(-length // wgmma.ELEMENTS) * wgmma.ELEMENTS
-    if side.parts > 1:
-        line += 3
     strides = (line, 1) if side.k_contiguous else (1, line)
     rows, columns = Layout("bfloat16", (length, k), strides), Layout("bfloat16", (k, length), strides[::-1])
     out = Layout("bfloat16", (length, length), (length, 1))
@@ -186,34 +180,8 @@ def brought(side: Side, length: int) -> tuple[Recorded, int]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(wgmma, "TensorMaps", Recorded)
         maps: Any
-        maps, of_operand = wgmma._maps(problem, side.schedule, side.k_contiguous, side.parts, side.name)
+        maps, of_operand = wgmma._maps(problem, side.schedule, side.k_contiguous, side.name)
     return maps, int(of_operand["bytes"])
-
-
-def boxes(side: Side, operand: Operand, lines: int) -> Iterator[tuple[int, int, int]]:
-    """As `bring` of matmul_wgmma.cu copies them: the line of shared memory, the first line of the tile, and how many
-    lines of the tile lie between those of the box.
-    """
-    if side.parts == 1:
-        share = operand.lines // side.sharers
-        for begin in range(0, operand.lines, share):
-            for at in range(begin, begin + share, min(share, wgmma.LONGEST_BOX)):
-                yield at, at, 1
-    elif side.k_contiguous:
-        for part in range(side.parts):
-            yield part * lines, part, side.parts
-    else:
-        assert lines == 1
-        for at in range(operand.lines):
-            yield at, at, 1
-
-
-def position(side: Side, place: Any) -> Any:
-    """As `Operand::position` of wgmma.cuh: which row of the tile lies at a place."""
-    if side.parts == 1 or not side.k_contiguous:
-        return place
-    rows = side.rows // side.parts
-    return place % rows * side.parts + place // rows
 
 
 @pytest.mark.parametrize("side", list(sides()), ids=str)
@@ -232,17 +200,19 @@ def test_wgmma_reads_what_the_tma_wrote(side: Side) -> None:
         tile = 64 * 1024
         shared = np.full(tile + side.rows * tile_k * 2 + BLOCK * 128 * 2, -1)
         arrived = 0
+        part = operand.lines // side.sharers
         inner, line = np.meshgrid(np.arange(width), np.arange(lines))
         for slab in range(operand.slabs):
-            for to, first, step in boxes(side, operand, lines):
-                box = tile + slab * operand.slab_bytes + to * operand.width * 2
-                assert box % 128 == 0
-                address = swizzled(box + (line * width + inner) * 2, maps.swizzle)
-                assert (shared[address] == -1).all()
-                along, across = inner + slab * width, first + line * step
-                row, k = (across, along) if side.k_contiguous else (along, across)
-                shared[address] = row * tile_k + k
-                arrived += address.size * 2
+            for begin in range(0, operand.lines, part):
+                for outer in range(begin, begin + part, min(part, wgmma.LONGEST_BOX)):
+                    box = tile + slab * operand.slab_bytes + outer * operand.width * 2
+                    assert box % (8 * maps.swizzle or 128) == 0
+                    address = swizzled(box + (line * width + inner) * 2, maps.swizzle)
+                    assert (shared[address] == -1).all()
+                    along, across = inner + slab * width, line + outer
+                    row, k = (across, along) if side.k_contiguous else (along, across)
+                    shared[address] = row * tile_k + k
+                    arrived += address.size * 2
         assert arrived == expected_bytes
 
         instruction = min(side.rows, BLOCK) if side.name == "a" else side.rows
@@ -254,12 +224,12 @@ def test_wgmma_reads_what_the_tma_wrote(side: Side) -> None:
                 low = operand.low + (tile + operand.offsets[block * groups + group] >> 4)
                 address = read(low, operand.high, side.k_contiguous, instruction)
                 row, k = np.ogrid[:instruction, :GROUP]
-                row = position(side, row + block * instruction)
+                row = row + block * instruction
                 wanted = row * tile_k + group * GROUP + k
                 assert (shared[address] == wanted)[(row < existing)[:, 0]].all(), (length, block, group)
 
 
-@pytest.mark.parametrize("schedule", wgmma.SCHEDULES, ids=str)
+@pytest.mark.parametrize("schedule", wgmma.SCHEDULES + wgmma_copy.SCHEDULES, ids=str)
 def test_shared_memory(schedule: Schedule) -> None:
     """A CTA fits, and rows of an instruction that a narrow tile does not have lie within its memory."""
     assert schedule.resident >= 1

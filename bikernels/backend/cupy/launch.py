@@ -18,7 +18,7 @@ import cupy
 import numpy as np
 
 from . import compile as compiler
-from . import driver, tensor_map
+from . import driver
 from .compile import Kernel
 
 MAX_GRID = 2**31 - 1
@@ -105,9 +105,7 @@ def _parameter_sizes(function: Function) -> list[int]:
 # ----------------------------------------------------------------------------------------------------------- launching
 
 # The arguments that a call gives, as codes of the module struct.
-ADDRESS, FLOAT32, FLOAT64 = "Q", "f", "d"
-TENSOR_MAPS = {number: f"{number * tensor_map.BYTES}s" for number in (1, 8)}
-"""By their number."""
+ADDRESS, FLOAT32, FLOAT64, TENSOR_MAP = "Q", "f", "d", "128s"
 
 SCALAR = {"float32": FLOAT32, "float64": FLOAT64}
 
@@ -210,7 +208,7 @@ def shaped(
         block: threads of a CTA.
         shared_bytes: of dynamic shared memory.
         arguments: of the kernel, in its order. Those that are codes are given at each call: an int for ADDRESS, a float
-            for FLOAT32 and FLOAT64, bytes (of `TensorMaps`) for TENSOR_MAPS.
+            for FLOAT32 and FLOAT64, bytes (of `TensorMaps`) for TENSOR_MAP.
         cluster: neighbouring CTAs that form a cluster (from compute capability 9.0 on).
         overlapping: the kernel may start before the stream's previous one has ended (programmatic dependent launch); it
             waits itself (griddepcontrol.wait) before it touches memory that others write or still read.

@@ -22,6 +22,9 @@ __device__ __forceinline__ void fence_barrier_init() {
     asm volatile("fence.proxy.async;" ::: "memory");
 }
 
+// Let asynchronous instructions read what threads wrote to shared memory before a barrier.
+__device__ __forceinline__ void fence_written() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Arrive once.
 __device__ __forceinline__ void arrive(unsigned barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");

@@ -1,5 +1,5 @@
 // Products of bfloat16 and float16 with wgmma m64nNk16 and a float32 accumulator (sm_90a), but for how the operands come
-// to shared memory: matmul_wgmma.cu has the producers and the kernel.
+// to shared memory: matmul_wgmma.cu and matmul_wgmma_copy.cu have producers and kernels.
 //
 // The order that the contract fixes: K is folded into one accumulator, in order, in groups of 16, starting at +0.
 // Whatever lies past the end of K is zeros in shared memory, and groups of zeros leave an accumulator as it is.
@@ -10,8 +10,7 @@
 // lies in slabs of 64 elements of K (128 bytes) times its rows, else in slabs of up to 64 of its rows times TILE_K.
 //
 // CTAS: that a multiprocessor holds. ELEMENT: bfloat16 or float16. TILE_M, TILE_N, TILE_K: of a CTA. A_K_CONTIGUOUS, B_K_CONTIGUOUS: how the operands lie in
-// global memory. A_PARTS, B_PARTS: 1, or 8 where rows that are walked along K lie part by part in shared memory, every
-// eighth of a tile in each. Which row is which decides only where a result is written.
+// global memory.
 #pragma once
 #define WGMMA_N TILE_N
 #include "hopper.cuh"
@@ -20,9 +19,7 @@ constexpr int GROUP_K = 16;
 constexpr int SLAB_K = 64;
 constexpr int CLUSTER = CLUSTER_M * CLUSTER_N;
 constexpr int CONSUMER_THREADS = 128 * CONSUMERS;
-constexpr int PRODUCERS = 2;  // threads, one for each operand
-constexpr bool IN_PARTS = A_PARTS * B_PARTS > 1;  // producers then have more to compute
-constexpr int PRODUCER_REGISTERS = IN_PARTS ? 40 : 24, CONSUMER_REGISTERS = IN_PARTS ? 232 : 240;
+constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 constexpr int BLOCKS = TILE_M > 64 * CONSUMERS ? TILE_M / (64 * CONSUMERS) : 1;  // of 64 rows, of a warpgroup
 
 static_assert(sizeof(ELEMENT) == 2 && GROUP_K % TENSOR_CORE_GROUP == 0);
@@ -51,7 +48,7 @@ __host__ __device__ constexpr int widest_slab(int rows) {
 }
 
 // ROWS x TILE_K elements of an operand in shared memory: slabs of lines of WIDTH elements, swizzled as wgmma reads them.
-template <int ROWS, bool K_CONTIGUOUS, int PARTS>
+template <int ROWS, bool K_CONTIGUOUS>
 struct Operand {
     static constexpr bool ALONG_K = K_CONTIGUOUS;
     static constexpr int BYTES = ROWS * TILE_K * 2;
@@ -60,12 +57,6 @@ struct Operand {
     static constexpr int LINES = K_CONTIGUOUS ? ROWS : TILE_K;  // of a slab
     static constexpr int SLAB_BYTES = LINES * WIDTH * 2;
     static constexpr int SWIZZLE = WIDTH == 8 ? 0 : WIDTH * 2;
-    static constexpr bool IN_ORDER = PARTS == 1 || !K_CONTIGUOUS;
-
-    // Which row of the tile lies at this place.
-    static __device__ __forceinline__ constexpr int position(int place) {
-        return IN_ORDER ? place : place % (ROWS / PARTS) * PARTS + place / (ROWS / PARTS);
-    }
 
     // Of the first group of K and the first 64 rows of a tile.
     static __device__ __forceinline__ MatrixDescriptor descriptor(unsigned tile) {
@@ -86,8 +77,8 @@ struct Operand {
     }
 };
 
-using OperandA = Operand<TILE_M, A_K_CONTIGUOUS, A_PARTS>;
-using OperandB = Operand<TILE_N, B_K_CONTIGUOUS, B_PARTS>;
+using OperandA = Operand<TILE_M, A_K_CONTIGUOUS>;
+using OperandB = Operand<TILE_N, B_K_CONTIGUOUS>;
 
 // Shared memory: all stages of a, all stages of b, a pair of barriers for each stage.
 constexpr int B_OFFSET = STAGES * OperandA::BYTES;
@@ -199,8 +190,7 @@ __device__ __forceinline__ void write_block(const Wgmma& p, void* out, const voi
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const int first = block * 64 + warp * 16;
     if (first >= TILE_M) return;
-    const bool in_order = OperandA::IN_ORDER && OperandB::IN_ORDER;
-    const unsigned vectors = in_order && is_vector_aligned(out) ? p.vectors : VECTORS_NONE;
+    const unsigned vectors = is_vector_aligned(out) ? p.vectors : VECTORS_NONE;
     const int column = lane % 4 * 2;
 
     if (alpha != 1) {
@@ -208,18 +198,17 @@ __device__ __forceinline__ void write_block(const Wgmma& p, void* out, const voi
         for (int i = 0; i < TILE_N / 2; i++) acc[i] = alpha * acc[i];
     }
     // Visit the elements of a thread's row h that exist, with their distance in columns from the thread's first. `begin`
-    // makes of their place along m and of `column` what visits then share.
+    // makes of where that lies what visits then share.
     auto each = [&](int h, auto begin, auto visit) {
-        const int place = first + lane / 4 + 8 * h;
-        const long long m = tile.m + OperandA::position(place);
-        const int left = place < TILE_M && m < p.m ? static_cast<int>(p.n) - tile.n - column : 0;
+        const int row = first + lane / 4 + 8 * h;
+        const long long m = tile.m + row;
+        const int left = row < TILE_M && m < p.m ? static_cast<int>(p.n) - tile.n - column : 0;
         const auto line = begin(m, tile.n + column);
 #pragma unroll
         for (int i = 0; i < OCTETS; i++) {
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                const int n = OperandB::IN_ORDER ? 8 * i + e : OperandB::position(column + 8 * i + e) - column;
-                if (n < left) visit(line, acc[4 * i + 2 * h + e], n);
+                if (8 * i + e < left) visit(line, acc[4 * i + 2 * h + e], 8 * i + e);
             }
         }
     };
@@ -304,6 +293,8 @@ __device__ __forceinline__ void write_block(const Wgmma& p, void* out, const voi
 
 // ----------------------------------------------------------------------------------------------------------- consumers
 
+// WRITTEN: whether threads wrote the stages, and not the TMA.
+template <bool WRITTEN>
 __device__ __forceinline__ void consume(unsigned shared, const Wgmma& p, void* out, const void* c, float alpha,
                                         float beta) {
     const unsigned rank = CLUSTER > 1 ? cluster_rank() : 0;
@@ -331,6 +322,7 @@ __device__ __forceinline__ void consume(unsigned shared, const Wgmma& p, void* o
 #pragma unroll 1
         for (int step = 0; step < p.steps; step++, ring.advance()) {
             wait_barrier(full_barrier(shared, ring.stage), ring.parity);
+            if constexpr (WRITTEN) fence_written();
             MatrixDescriptor a = first_a, b = first_b;
             a.low += ring.stage * (OperandA::BYTES / 16);
             b.low += ring.stage * (OperandB::BYTES / 16);
@@ -364,16 +356,17 @@ __device__ __forceinline__ void consume(unsigned shared, const Wgmma& p, void* o
 // -------------------------------------------------------------------------------------------------------------- kernel
 
 // What every kernel does: `prepare` runs in the consumers while kernels before this one end, `produce` in the threads
-// behind the consumers', and with several consumers registers move from the producers to them.
+// behind the consumers'. Each stage waits for FULL_ARRIVALS of the producers, and with several consumers registers move
+// from the producers to them.
 //
 // CTAs of a cluster set up their barriers without waiting for one another: a consumer waits before it first arrives at
 // another CTA's barrier, and a producer's second round of stages waits for arrivals of all consumers.
-template <class Prepare, class Produce>
+template <int FULL_ARRIVALS, bool WRITTEN, class Prepare, class Produce>
 __device__ __forceinline__ void multiply(unsigned shared, const Wgmma& p, void* out, const void* c, float alpha,
                                          float beta, Prepare prepare, Produce produce) {
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; stage++) {
-            init_barrier(full_barrier(shared, stage), PRODUCERS);
+            init_barrier(full_barrier(shared, stage), FULL_ARRIVALS);
             init_barrier(empty_barrier(shared, stage), CONSUMERS * 4 * CLUSTER);
         }
         fence_barrier_init();
@@ -390,7 +383,7 @@ __device__ __forceinline__ void multiply(unsigned shared, const Wgmma& p, void* 
     } else {
         if constexpr (CONSUMERS > 1) take_registers<CONSUMER_REGISTERS>();
         if constexpr (CLUSTER > 1) wait_for_cluster();
-        consume(shared, p, out, c, alpha, beta);
+        consume<WRITTEN>(shared, p, out, c, alpha, beta);
     }
     if constexpr (CLUSTER > 1) {
         arrive_at_cluster();  // no CTA leaves while another may still write to its shared memory

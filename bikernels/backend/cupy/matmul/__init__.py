@@ -13,7 +13,7 @@ from ....views import Device
 from ... import MatmulLaunch
 from ..compile import Kernel
 from ..launch import gpu
-from . import choice, dmma, fma, mma, wgmma
+from . import choice, dmma, fma, mma, wgmma, wgmma_copy
 from .problem import Problem
 
 
@@ -28,20 +28,18 @@ def prepare(spec: MatmulSpec, device: Device) -> MatmulLaunch:
         chosen = fma.choose(problem, properties.multiprocessors, properties.compute_capability)
         return fma.prepare(problem, chosen, index)
 
-    if properties.compute_capability != wgmma.COMPUTE_CAPABILITY:
+    def any_address() -> MatmulLaunch:
+        if hopper and wgmma_copy.takes(problem):
+            return wgmma_copy.prepare(problem, wgmma_copy.choose(problem, properties.multiprocessors), index)
         return mma.prepare(problem, mma.choose(problem, properties.multiprocessors), index)
 
-    def with_wgmma(*, aligned: bool) -> MatmulLaunch:
-        parts = wgmma.parts(problem, aligned=aligned)
-        if parts is None:
-            return mma.prepare(problem, mma.choose(problem, properties.multiprocessors), index)
-        chosen = choice.choose(problem, properties, parts)
-        return wgmma.prepare(problem, chosen, parts, index, lambda: with_wgmma(aligned=False))
-
-    return with_wgmma(aligned=True)
+    hopper = properties.compute_capability == wgmma.COMPUTE_CAPABILITY
+    if hopper and wgmma.takes(problem):
+        return wgmma.prepare(problem, choice.choose(problem, properties), index, any_address)
+    return any_address()
 
 
 def kernels(compute_capability: int) -> Iterator[Kernel]:
     """Every kernel that may be launched on a GPU of this compute capability (90 for 9.0)."""
-    for family in (wgmma, mma, dmma, fma):
+    for family in (wgmma, wgmma_copy, mma, dmma, fma):
         yield from family.kernels(compute_capability)

@@ -16,7 +16,7 @@ from pathlib import Path
 from ....contract import ARITHMETIC
 from ..launch import GPU
 from .problem import Problem, along_k
-from .wgmma import ALIGNED, SCHEDULES, SLAB, Choice, Parts, Schedule
+from .wgmma import SCHEDULES, Choice, Schedule
 
 ENVIRONMENT_TABLE = "BIKERNELS_SCHEDULES"
 GROUP = ARITHMETIC["tc16f25"].group
@@ -27,27 +27,24 @@ BAND, BANDS = 4, (2, 4, 8, 16)
 """Where nothing was measured, and what is worth a try."""
 
 
-def choose(problem: Problem, gpu: GPU, parts: Parts = ALIGNED) -> Choice:
-    """The choice for a product on a GPU. Tables hold products of operands that are brought as one."""
+def choose(problem: Problem, gpu: GPU) -> Choice:
+    """The choice for a product on a GPU."""
     for table in (os.environ.get(ENVIRONMENT_TABLE), TABLES / table_name(gpu)):
         measured = _read(table).get(key(problem))
-        if measured is not None and parts == ALIGNED:
+        if measured is not None:
             return measured
-    return min(choices(problem, gpu, parts), key=lambda choice: predicted_us(problem, choice, gpu))
+    return min(choices(problem, gpu), key=lambda choice: predicted_us(problem, choice, gpu))
 
 
-def choices(problem: Problem, gpu: GPU, parts: Parts = ALIGNED) -> list[Choice]:
-    """Every schedule, straight and swapped, whose tile is not mostly outside of the product, unless it has to be."""
+def choices(problem: Problem, gpu: GPU) -> list[Choice]:
+    """Every schedule, straight and swapped, whose tile is not mostly outside of the product."""
     early = _memory_us(problem, gpu) > EARLY * _flops_us(problem)
     found = []
     for swap in (False, True):
         m, n = (problem.n, problem.m) if swap else (problem.m, problem.n)
-        of_operands = parts[::-1] if swap else parts
-        least_m, least_n = (FEWEST_ROWS if part == 1 else SLAB for part in of_operands)
         for schedule in SCHEDULES:
             rows, columns = schedule.m * schedule.cluster_m, schedule.n * schedule.cluster_n
-            small = rows < 2 * max(m, least_m) and columns < 2 * max(n, least_n)
-            if small and schedule.brings(of_operands):
+            if rows < 2 * max(m, FEWEST_ROWS) and columns < 2 * max(n, FEWEST_ROWS):
                 found.append(Choice(schedule, swap, early, BAND))
     return found
 

@@ -1,11 +1,10 @@
-"""Products of bfloat16 and float16 with wgmma (matmul_wgmma.cu): Hopper, operands in lines of neighbouring elements."""
+"""Products of bfloat16 and float16 with wgmma (matmul_wgmma.cu): Hopper, operands that the TMA can bring."""
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ from ....contract import ARITHMETIC
 from ....views import View
 from ... import MatmulLaunch
 from ..compile import Kernel
-from ..launch import ADDRESS, FLOAT32, TENSOR_MAPS, gpu, load, shaped
+from ..launch import ADDRESS, FLOAT32, TENSOR_MAP, gpu, load, shaped
 from ..parameters import C_TYPE, DTYPE_CODE
 from ..tensor_map import TensorMaps
 from .problem import Problem, along_k
@@ -22,9 +21,6 @@ from .problem import Problem, along_k
 COMPUTE_CAPABILITY = (9, 0)
 ALIGNMENT = 16
 """Bytes, of what the TMA reads: of addresses and of every stride but the one between neighbours."""
-
-PARTS = 8
-"""Of an operand that is not aligned: every eighth line begins at the same place of a vector."""
 
 STRIDES = 2**38
 """Elements of a stride are fewer."""
@@ -62,7 +58,7 @@ PARAMETERS = np.dtype(
 NO_VECTORS, VECTORS_ALONG_N, VECTORS_ALONG_M = range(3)
 """Of wgmma.cuh."""
 
-BROUGHT = np.dtype([("line", "i8"), ("batch", "u4", (2,)), ("bytes", "u4")], align=True)
+BROUGHT = np.dtype([("batch", "u4", (2,)), ("bytes", "u4")])
 """The struct `Brought` of matmul_wgmma.cu."""
 
 AHEAD = np.dtype([("line", "i8"), ("rows", "u4"), ("depth", "u4"), ("steps", "u4"), ("is_b", "u4")], align=True)
@@ -76,12 +72,6 @@ LONGEST_BOX = 256
 
 SHARED_BYTES = 227 * 1024
 """That a CTA may have."""
-
-
-Parts = tuple[int, int]
-"""In how many parts the TMA brings a and b: 1, or PARTS where lines are not aligned."""
-
-ALIGNED: Parts = (1, 1)
 
 
 class Schedule(NamedTuple):
@@ -123,9 +113,9 @@ class Schedule(NamedTuple):
             tiles = min(tiles, max(1, multiprocessors * self.resident // self.cluster))
         return tiles * self.cluster
 
-    def kernel(self, dtype: str, a_k_contiguous: bool, b_k_contiguous: bool, parts: Parts = ALIGNED) -> Kernel:
+    def kernel(self, source: str, dtype: str, a_k_contiguous: bool, b_k_contiguous: bool) -> Kernel:
         return Kernel(
-            "matmul_wgmma.cu",
+            source,
             (
                 ("ELEMENT", C_TYPE[dtype]),
                 ("TILE_M", self.m),
@@ -138,15 +128,8 @@ class Schedule(NamedTuple):
                 ("CTAS", self.resident),
                 ("A_K_CONTIGUOUS", int(a_k_contiguous)),
                 ("B_K_CONTIGUOUS", int(b_k_contiguous)),
-                ("A_PARTS", parts[0]),
-                ("B_PARTS", parts[1]),
             ),
         )
-
-    def brings(self, parts: Parts) -> bool:
-        """Whether it takes operands in parts, whose lines of 64 elements and eighths of a tile it moves one by one."""
-        whole_lines = all(part == 1 or tile % SLAB == 0 for part, tile in zip(parts, self[:2], strict=True))
-        return parts == ALIGNED or (self in IN_PARTS and whole_lines)
 
     def tiles(self, m: int, n: int) -> tuple[int, int]:
         """How many clusters an m x n matrix takes along each of its dimensions."""
@@ -192,16 +175,6 @@ SCHEDULES = (
     Schedule(256, 192, 64, 4, 2),
 )
 
-IN_PARTS = (
-    Schedule(64, 8, 256, 5),
-    Schedule(64, 16, 256, 4),
-    Schedule(64, 32, 128, 9),
-    Schedule(64, 64, 128, 7),
-    Schedule(64, 128, 64, 9),
-    Schedule(128, 128, 64, 7, 2),
-)
-"""Those for operands that are not aligned."""
-
 
 def fits(problem: Problem) -> bool:
     """Whether the kernels' counters hold the product: coordinates have a sign, and tiles may go past the end."""
@@ -211,24 +184,22 @@ def fits(problem: Problem) -> bool:
     return len(problem.batch) <= 2 and 0 < tiles < 2**31 and 0 < min(lengths) <= max(lengths) < 2**31 - 2**16
 
 
-def parts(problem: Problem, *, aligned: bool = True) -> Parts | None:
-    """In how many parts the TMA can bring the operands, None if not at all; `aligned`: whether their addresses are."""
-    if not fits(problem):
-        return None
-    of_a = _parts(problem.a, problem.m, problem.k, problem.batch_a, aligned)
-    of_b = _parts(problem.b, problem.n, problem.k, problem.batch_b, aligned)
-    return None if of_a is None or of_b is None else (of_a, of_b)
+def takes(problem: Problem) -> bool:
+    """Whether the TMA can bring the operands, wherever they lie aligned."""
+    return fits(problem) and all(
+        _brought(strides, length, problem.k)
+        and all(0 <= stride < STRIDES and stride % ELEMENTS == 0 for stride in batch)
+        for strides, length, batch in (
+            (problem.a, problem.m, problem.batch_a),
+            (problem.b, problem.n, problem.batch_b),
+        )
+    )
 
 
-def _parts(strides: tuple[int, int], length: int, k: int, batch: tuple[int, ...], aligned: bool) -> int | None:
-    """Of a matrix of length x k: one of its strides is 1, lines do not overlap, matrices are whole vectors apart."""
-    line, inner, lines = (max(strides), k, length) if along_k(strides) else (max(strides), length, k)
-    in_lines = min(strides) == 1 and inner <= line < STRIDES // PARTS
-    if not in_lines or not all(0 <= stride < STRIDES and stride % ELEMENTS == 0 for stride in batch):
-        return None
-    if aligned and line % ELEMENTS == 0:
-        return 1
-    return PARTS if lines >= PARTS else None
+def _brought(strides: tuple[int, int], length: int, k: int) -> bool:
+    """Whether the TMA can bring a matrix of length x k: one of its strides is 1, and lines do not overlap."""
+    line, inner = max(strides), k if along_k(strides) else length
+    return min(strides) == 1 and inner <= line < STRIDES and line % ELEMENTS == 0
 
 
 class Choice(NamedTuple):
@@ -246,54 +217,42 @@ class Choice(NamedTuple):
     """Clusters along m that are walked before the next ones along n."""
 
 
-def prepare(
-    problem: Problem, choice: Choice, of_operands: Parts, index: int, otherwise: Callable[[], MatmulLaunch]
-) -> MatmulLaunch:
-    """A launch of that choice on device `index`, of operands that the TMA brings in `of_operands` parts.
+def prepare(problem: Problem, choice: Choice, index: int, otherwise: Callable[[], MatmulLaunch]) -> MatmulLaunch:
+    """A launch of that choice on device `index`.
 
-    `otherwise` prepares the launch for operands that are to be brought as one, and whose addresses are not aligned.
+    `otherwise` prepares the launch for operands whose addresses are not aligned.
     """
     schedule = choice.schedule
     if choice.swap:
-        problem, of_operands = problem.swap(), of_operands[::-1]
+        problem = problem.swap()
     along = along_k(problem.a), along_k(problem.b)
-    kernel = schedule.kernel(problem.dtype, *along, of_operands)
-    a_maps, of_a = _maps(problem, schedule, along[0], of_operands[0], "a")
-    b_maps, of_b = _maps(problem, schedule, along[1], of_operands[1], "b")
+    kernel = schedule.kernel("matmul_wgmma.cu", problem.dtype, *along)
+    a_maps, of_a = _maps(problem, schedule, along[0], "a")
+    b_maps, of_b = _maps(problem, schedule, along[1], "b")
+    ahead = _ahead(problem, schedule, choice.early)
     shared_parameters, tiles = parameters(problem, schedule, choice.early, choice.band)
     function = load(kernel, "matmul_wgmma", index, schedule.shared_bytes)
+    pointers = (ADDRESS,) * 4
     run = shaped(
         function,
         schedule.grid(tiles, gpu(index).multiprocessors),
         schedule.threads,
         schedule.shared_bytes,
-        (
-            TENSOR_MAPS[of_operands[0]],
-            TENSOR_MAPS[of_operands[1]],
-            of_a,
-            of_b,
-            _ahead(problem, schedule, choice.early),
-            shared_parameters,
-            ADDRESS,
-            ADDRESS,
-            ADDRESS,
-            ADDRESS,
-            FLOAT32,
-            FLOAT32,
-        ),
+        (TENSOR_MAP, TENSOR_MAP, of_a, of_b, ahead, shared_parameters, *pointers, FLOAT32, FLOAT32),
         cluster=schedule.cluster,
         overlapping=True,
     )
     swapped, unaligned = problem.swapped, functools.cache(otherwise)
-    of_first, of_second = (ALIGNMENT - 1 if part == 1 else 1 for part in of_operands)
 
     def launch(out: View, c: View | None, a: View, b: View, alpha: float, beta: float) -> None:
-        first, second = (b.pointer, a.pointer) if swapped else (a.pointer, b.pointer)
-        if first & of_first or second & of_second:
+        a_pointer, b_pointer = a.pointer, b.pointer
+        if (a_pointer | b_pointer) % ALIGNMENT:
             unaligned()(out, c, a, b, alpha, beta)
             return
+        if swapped:
+            a_pointer, b_pointer = b_pointer, a_pointer
         c_pointer = 0 if c is None else c.pointer
-        run(out.stream, a_maps[first], b_maps[second], out.pointer, c_pointer, first, second, alpha, beta)
+        run(out.stream, a_maps[a_pointer], b_maps[b_pointer], out.pointer, c_pointer, a_pointer, b_pointer, alpha, beta)
 
     return launch
 
@@ -340,7 +299,7 @@ def _ahead(problem: Problem, schedule: Schedule, early: bool) -> Any:
     return ahead
 
 
-def _maps(problem: Problem, schedule: Schedule, k_contiguous: bool, parts: int, operand: str) -> tuple[TensorMaps, Any]:
+def _maps(problem: Problem, schedule: Schedule, k_contiguous: bool, operand: str) -> tuple[TensorMaps, Any]:
     """How the TMA reads an operand, and the struct `Brought`.
 
     The dimensions are the contiguous one, the other one, and the batch's two.
@@ -351,25 +310,25 @@ def _maps(problem: Problem, schedule: Schedule, k_contiguous: bool, parts: int, 
         length, strides, batch, tile, sharers = problem.n, problem.b, problem.batch_b, schedule.n, schedule.cluster_m
     if k_contiguous:
         inner, outer, width = problem.k, length, SLAB
-        lines = min(tile, length) if sharers == 1 and parts == 1 else tile
-        pieces, box = schedule.k // width, lines // (parts * sharers)
+        lines = min(tile, length) if sharers == 1 else tile
+        pieces = schedule.k // width
     else:
         inner, outer, width, lines = length, problem.k, math.gcd(tile, SLAB), schedule.k
-        pieces, box = tile // width, lines // sharers if parts == 1 else 1
+        pieces = tile // width
     itemsize, narrowest_swizzle = 2, 32
     steps, lengths = last_two(batch), (1, 1, *problem.batch)[-2:]
-    line, swizzle = max(strides), width * itemsize
+    shape = (inner, outer, *(length if step else 1 for length, step in zip(lengths, steps, strict=True)))
+    strides_bytes = tuple(max(step * itemsize, ALIGNMENT) for step in (max(strides), *steps))
+    swizzle = width * itemsize
     maps = TensorMaps(
         problem.dtype,
-        (inner, outer, *(length if step else 1 for length, step in zip(lengths, steps, strict=True))),
-        tuple(max(step * itemsize, ALIGNMENT) for step in (line, *steps)),
-        (width, min(box, LONGEST_BOX), 1, 1),
+        shape,
+        strides_bytes,
+        (width, min(lines // sharers, LONGEST_BOX), 1, 1),
         swizzle if swizzle >= narrowest_swizzle else 0,
-        parts,
     )
     brought = np.zeros((), BROUGHT)
-    brought["line"], brought["batch"] = line, [step != 0 for step in steps]
-    brought["bytes"] = pieces * lines * width * itemsize
+    brought["batch"], brought["bytes"] = [step != 0 for step in steps], pieces * lines * width * itemsize
     return maps, brought
 
 
@@ -379,16 +338,18 @@ def last_two(batch: tuple[int, ...]) -> tuple[int, int]:
     return outer, inner
 
 
-def kernels(compute_capability: int) -> Iterator[Kernel]:
-    """Every kernel that may be launched on a GPU of this compute capability (90 for 9.0)."""
+def instances(compute_capability: int, source: str, schedules: Iterable[Schedule]) -> Iterator[Kernel]:
+    """A source's kernels for these schedules, on GPUs that have wgmma."""
     major, minor = COMPUTE_CAPABILITY
     if compute_capability != 10 * major + minor:
         return
-    for dtype, schedule, along_a, along_b, of_a, of_b in itertools.product(
-        sorted({dtype for kind in ARITHMETIC.values() if kind.is_tensor_core for dtype in kind.covers}),
-        SCHEDULES,
-        *((True, False),) * 2,
-        *((1, PARTS),) * 2,
-    ):
-        if schedule.brings((of_a, of_b)):
-            yield schedule.kernel(dtype, along_a, along_b, (of_a, of_b))
+    for dtype in sorted({dtype for kind in ARITHMETIC.values() if kind.is_tensor_core for dtype in kind.covers}):
+        for schedule in schedules:
+            for a_k_contiguous in (True, False):
+                for b_k_contiguous in (True, False):
+                    yield schedule.kernel(source, dtype, a_k_contiguous, b_k_contiguous)
+
+
+def kernels(compute_capability: int) -> Iterator[Kernel]:
+    """Every kernel that may be launched on a GPU of this compute capability (90 for 9.0)."""
+    return instances(compute_capability, "matmul_wgmma.cu", SCHEDULES)
