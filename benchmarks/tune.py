@@ -13,6 +13,7 @@ model's predictions, to judge the model by, and those of PyTorch's product besid
 from __future__ import annotations
 
 import argparse
+import collections
 import functools
 import json
 import statistics
@@ -149,6 +150,7 @@ def main() -> None:
     if arguments.table.is_file():
         table = json.loads(arguments.table.read_text())
     record = []
+    speeds: dict[str, list[tuple[float, float]]] = collections.defaultdict(list)
     with torch.cuda.stream(torch.cuda.Stream()):
         settle()
         for case in cases:
@@ -157,6 +159,8 @@ def main() -> None:
             problem, times, beside = measure(case, buffer, arguments.most)
             best = min(times, key=times.__getitem__)
             table["products"][key(problem)] = best
+            picked = min(times, key=lambda choice: (predicted_us(problem, choice, gpu(0)), times[choice]))
+            speeds[case.group].append((beside / times[best], beside / times[picked]))
             record += [
                 {
                     "case": case,
@@ -171,6 +175,10 @@ def main() -> None:
     if arguments.record:
         arguments.record.write_text(json.dumps(record))
     print(f"{len(table['products'])} products in {arguments.table} after {time.perf_counter() - start:.1f} s")
+    for group, pairs in speeds.items():
+        for name, values in zip(("the fastest", "the model's choice"), zip(*pairs, strict=True), strict=True):
+            mean, worst = statistics.geometric_mean(values), min(values)
+            print(f"{group}, {len(values)} products: {name} at {mean:.2f} of PyTorch's speed, {worst:.2f} at worst")
 
 
 def _lines(table: dict[str, Any]) -> str:
