@@ -1,0 +1,115 @@
+"""Which schedule a product on Hopper takes: tables, the model, and what is worth measuring. Needs no GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bikernels.specs import Layout, MatmulSpec
+
+pytest.importorskip("cupy", reason='CuPy is not installed; pip install "bikernels[cuda13]"')
+
+from bikernels.backend.cupy.launch import GPU
+from bikernels.backend.cupy.matmul import choice, wgmma
+from bikernels.backend.cupy.matmul.problem import Problem
+from bikernels.backend.cupy.matmul.wgmma import Choice, Schedule
+
+H100 = GPU("NVIDIA H100 80GB HBM3", (9, 0), 132, 3.35e6)
+H200 = GPU("NVIDIA H200", (9, 0), 132, 4.9e6)
+OTHER = GPU("a chip without a table", (9, 0), 78, 2.0e6)
+
+
+def product(m: int, n: int, k: int, batch: tuple[int, ...] = ()) -> Problem:
+    """x (m, k) row-major times the transpose of a row-major n x k weight, of every matrix of a batch."""
+    rows, weights, results = (((*batch, *shape)) for shape in ((m, k), (k, n), (m, n)))
+
+    def outer(size: int) -> tuple[int, ...]:
+        steps = [size]
+        for length in reversed(batch[1:]):
+            steps.append(steps[-1] * length)
+        return tuple(reversed(steps[: len(batch)]))
+
+    return Problem.of(
+        MatmulSpec(
+            "tc16f25",
+            Layout("bfloat16", rows, (*outer(m * k), k, 1)),
+            Layout("bfloat16", weights, (*outer(n * k), 1, k)),
+            None,
+            Layout("bfloat16", results, (*outer(m * n), n, 1)),
+        )
+    )
+
+
+def test_tables_of_the_package() -> None:
+    """Chips that differ in their memory share a table, all of whose schedules exist."""
+    assert choice.table_name(H100) == choice.table_name(H200) != choice.table_name(OTHER)
+    tables = list(choice.TABLES.glob("*.json"))
+    assert choice.TABLES / choice.table_name(H100) in tables
+    for table in tables:
+        written = json.loads(table.read_text())["products"]
+        assert len(written) == len(choice._read(table))
+        for chosen in choice._read(table).values():
+            assert chosen.schedule in wgmma.SCHEDULES
+            assert isinstance(chosen.swap, bool) and isinstance(chosen.early, bool) and chosen.band >= 1
+
+
+def test_a_table_goes_before_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = product(16, 4096, 4096)
+    entry = Choice(Schedule(64, 64, 128, 7), True, False, 2)
+    assert entry not in (choice.choose(problem, H200), choice.choose(problem, OTHER))
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps({"gpu": "any", "products": {choice.key(problem): entry}}))
+    monkeypatch.setenv(choice.ENVIRONMENT_TABLE, str(table))
+    assert choice.choose(problem, H200) == choice.choose(problem, OTHER) == entry
+    assert choice.choose(product(9, 4096, 4096), OTHER) == entry  # of the same power of two
+    assert choice.choose(product(17, 4096, 4096), OTHER) != entry
+
+
+def test_entries_of_schedules_that_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table may be older than the schedules."""
+    problem = product(16, 4096, 4096)
+    table = tmp_path / "table.json"
+    gone = [[24, 24, 64, 2, 1, 1, 1], False, False, 4]
+    table.write_text(json.dumps({"gpu": "any", "products": {choice.key(problem): gone}}))
+    expected = choice.choose(problem, OTHER)
+    monkeypatch.setenv(choice.ENVIRONMENT_TABLE, str(table))
+    assert choice.choose(problem, OTHER) == expected
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "batch"),
+    [
+        (1, 1, 1, ()),
+        (1, 8, 8, ()),
+        (7, 151936, 64, ()),
+        (8192, 8, 4096, ()),
+        (3, 5, 100000, (2, 3)),
+        (128, 2048, 128, (32,)),
+    ],
+)
+def test_every_product_has_a_choice(m: int, n: int, k: int, batch: tuple[int, ...]) -> None:
+    problem = product(m, n, k, batch)
+    found = choice.choices(problem, OTHER)
+    assert choice.choose(problem, OTHER) in found
+    for one in found:
+        assert 0 < choice.predicted_us(problem, one, OTHER) < float("inf")
+        tried = choice.variants(problem, one)
+        assert len(set(tried)) == len(tried) >= 2
+        assert {each.early for each in tried} == {False, True}
+        assert all(each[:2] == one[:2] for each in tried)
+
+
+def test_launches_are_early_where_memory_limits() -> None:
+    assert {one.early for one in choice.choices(product(1, 4096, 4096), H200)} == {True}
+    assert {one.early for one in choice.choices(product(4096, 4096, 4096), H200)} == {False}
+
+
+def test_the_model_knows_the_memory() -> None:
+    """A product of few rows takes as long as its weights, one of many does not."""
+    few, many = product(1, 24576, 4096), product(8192, 4096, 4096)
+    for problem, slower in ((few, 1.2), (many, 1.0)):
+        chosen = choice.choose(problem, H200)
+        ratio = choice.predicted_us(problem, chosen, H100) / choice.predicted_us(problem, chosen, H200)
+        assert slower <= ratio < H200.bytes_per_us / H100.bytes_per_us
