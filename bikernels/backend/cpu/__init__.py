@@ -17,6 +17,7 @@ from .. import MatmulLaunch, ReductionLaunch
 class CpuBackend:
     name = "cpu"
     device_type = "cpu"
+    reductions = frozenset({"mean", "softmax", "log_softmax"})
 
     def unavailable(self) -> str | None:
         return None
