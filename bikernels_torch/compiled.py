@@ -52,7 +52,7 @@ _COPIES = frozenset(
      "empty_permuted", "empty_strided", "eq", "flip", "full", "full_like", "gather", "ge", "gt", "index",
      "index_select", "iota", "isnan", "le", "lift_fresh_copy", "logical_and", "logical_not", "logical_or",
      "logical_xor", "lt", "masked_fill", "ne", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros",
-     "ones", "ones_like", "repeat", "roll", "scalar_tensor", "select_scatter", "slice_scatter", "stack", "tril",
+     "ones", "ones_like", "repeat", "rev", "roll", "scalar_tensor", "select_scatter", "slice_scatter", "stack", "tril",
      "triu", "where", "zeros", "zeros_like"]
 )  # fmt: skip
 """Operators that move values, compare them or make constants."""
