@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 import bikernels
 
@@ -179,8 +180,17 @@ def fused_rms_norm_backward(
 def rms_norm(
     original: Any, x: torch.Tensor, normalized_shape: Sequence[int], weight: Affine = None, eps: float | None = None
 ) -> torch.Tensor:
-    """aten::rms_norm: one operator with a gradient of its own, where PyTorch has one on a GPU and several on a CPU."""
-    if x.device.type not in ("cpu", "cuda") or not _is_plain(x, weight) or not fits(x, normalized_shape, weight):
+    """aten::rms_norm: one operator with a gradient of its own, where PyTorch has one on a GPU and several on a CPU.
+
+    torch.func's transforms and forward-mode derivatives take those several, which are row by row in the mode too.
+    """
+    if (
+        x.device.type not in ("cpu", "cuda")
+        or not _is_plain(x, weight)
+        or not fits(x, normalized_shape, weight)
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    ):
         return original(x, normalized_shape, weight, eps)
     return torch.ops.bikernels.rms_norm(x, normalized_shape, weight, eps)
 
