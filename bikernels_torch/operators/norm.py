@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import bikernels
 
@@ -196,7 +197,11 @@ def rms_norm(
 
 
 def _is_plain(*tensors: Affine) -> bool:
-    return all(one is None or (one.layout is torch.strided and not one.is_nested) for one in tensors)
+    """Whether all are dense; a tensor made of others, such as DTensor, is taken apart by PyTorch's own operators."""
+    given = [one for one in tensors if one is not None]
+    return all(
+        one.layout is torch.strided and not one.is_nested and not is_traceable_wrapper_subclass(one) for one in given
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- gradients
