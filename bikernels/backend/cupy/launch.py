@@ -31,6 +31,8 @@ class GPU(NamedTuple):
     name: str
     compute_capability: tuple[int, int]
     multiprocessors: int
+    shared_bytes: int
+    """Of a CTA, at most."""
 
 
 @functools.cache
@@ -39,7 +41,9 @@ def gpu(index: int) -> GPU:
     device = cupy.cuda.Device(index)
     digits = device.compute_capability  # "90", "120"
     name = cupy.cuda.runtime.getDeviceProperties(index)["name"].decode()
-    return GPU(name, (int(digits[:-1]), int(digits[-1])), device.attributes["MultiProcessorCount"])
+    attributes = device.attributes
+    compute_capability = int(digits[:-1]), int(digits[-1])
+    return GPU(name, compute_capability, attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerBlockOptin"])
 
 
 # ------------------------------------------------------------------------------------------------------------- loading

@@ -14,8 +14,10 @@ from ...specs import ReductionSpec, contiguous_strides, merge_dimensions
 from ...views import Device, View
 from .. import ReductionLaunch
 from . import schedules
+from .compile import Kernel
 from .launch import ADDRESS, Argument, Launch, gpu, load, shaped, workspace
 from .parameters import DTYPE_CODE, REDUCTION, divisor, fill_dims
+from .schedules import ColumnSchedule, RowSchedule
 
 
 class _Rows(NamedTuple):
@@ -50,11 +52,24 @@ class _Rows(NamedTuple):
         return ACCUMULATE[self.out_dtype]
 
     @property
+    def element(self) -> str:
+        """As what x is read: see schedules.py."""
+        return schedules.element_of(self.x_dtype, self.accumulate, self.rounds)
+
+    @property
     def in_columns(self) -> bool:
         """Whether neighbouring rows lie closer than a row's elements, which then lie a fixed step apart."""
         if len(self.row) != 1 or not self.kept or self.kept[-1] < schedules.MIN_COLUMNS:
             return False
         return abs(self.x[0][-1]) < abs(self.x[1][0])
+
+    @property
+    def width(self) -> int:
+        """Columns that a thread takes: those of a vector, if they lie side by side wherever they begin, or 1."""
+        width = schedules.vector_width(self.element)
+        *others, last = self.x[0]
+        lines_up = self.kept[-1] % width == 0 and all(step % width == 0 for step in (*others, *self.x[1]))
+        return width if last == 1 and lines_up else 1
 
     def of_sums(self, kept: tuple[int, ...], step: int) -> _Rows:
         """The next level of the tree: a row's chunk sums, `step` apart, in the accumulate dtype."""
@@ -94,8 +109,7 @@ class _Plan:
     """The kernels of a reduction, in order, and the workspace between them."""
 
     def __init__(self, device: Device) -> None:
-        self.index = device.index
-        self.multiprocessors = gpu(device.index).multiprocessors
+        self.gpu, self.index = gpu(device.index), device.index
         self.steps: list[Step] = []
         self.bytes = 0
 
@@ -105,18 +119,21 @@ class _Plan:
         self.bytes += -(-elements * ITEMSIZE[dtype] // 256) * 256
         return offset
 
-    def load(
+    def shape(
         self,
-        rows: _Rows,
-        source: str,
+        kernel: Kernel,
         name: str,
         grid: int,
         block: int,
+        shared_bytes: int,
         arguments: Sequence[Argument],
-        shared_elements: int = 0,
+        cluster: int = 1,
+        overlapping: bool = False,
     ) -> Launch:
-        function = load(schedules.reduction_kernel(source, rows.x_dtype, rows.accumulate), name, self.index)
-        return shaped(function, grid, block, shared_elements * ITEMSIZE[rows.accumulate], arguments)
+        """See `launch.shaped`."""
+        function = load(kernel, name, self.index, shared_bytes)
+        overlapping = overlapping and self.gpu.compute_capability >= schedules.FIRST_WITH_CLUSTERS
+        return shaped(function, grid, block, shared_bytes, arguments, cluster=cluster, overlapping=overlapping)
 
     def launch(self) -> ReductionLaunch:
         steps, size, index = tuple(self.steps), self.bytes, self.index
@@ -145,17 +162,16 @@ def prepare(spec: ReductionSpec, device: Device) -> ReductionLaunch:
 
 
 def _plan_mean(plan: _Plan, rows: _Rows) -> None:
-    """Levels of the tree through the workspace while rows are to be spread over CTAs, then the mean."""
+    """Levels of the tree through the workspace while rows are to be spread over the GPU, then the mean."""
     source: int | None = None  # the workspace offset of what is summed; None: x
-    in_columns = rows.in_columns
-    if in_columns:
-        while schedules.splits_columns(rows.number, rows.n, plan.multiprocessors, source is None):
+    if rows.in_columns:
+        while schedules.splits_columns(rows.number, rows.n, rows.width, plan.gpu, source is None):
             source, rows = _plan_column_sums(plan, rows, source)
-        run = _column_launch(plan, rows, "mean_columns.cu", "mean_columns", "mean")
+        run = column_launch(plan, rows, "mean", choose_columns(plan, rows))
     else:
-        while schedules.splits_rows(rows.number, rows.n, plan.multiprocessors):
+        while (schedule := _choose_rows(plan, rows, "mean")) is None:
             source, rows = _plan_row_sums(plan, rows, source)
-        run = _row_launch(plan, rows, "mean_rows.cu", "mean_rows", "mean")
+        run = row_launch(plan, rows, "mean", schedule)
 
     def mean(stream: int, out: int, x: int, workspace: int) -> None:
         run(stream, out, x if source is None else workspace + source)
@@ -163,27 +179,59 @@ def _plan_mean(plan: _Plan, rows: _Rows) -> None:
     plan.steps.append(mean)
 
 
-def _row_launch(plan: _Plan, rows: _Rows, source: str, name: str, operation: str) -> Launch:
-    """A kernel that gives a row to a warp or to a CTA, called with the addresses of out and x."""
-    warps = schedules.row_warps(rows.n)
-    teams = schedules.ROWS_PER_CTA if warps == 1 else 1
-    shared = rows.chunks if warps > 1 else 0
-    arguments = (rows.parameters(operation), np.int32(warps), ADDRESS, ADDRESS)
-    return plan.load(rows, source, name, -(-rows.number // teams), warps * teams * 32, arguments, shared)
+def _choose_rows(plan: _Plan, rows: _Rows, operation: str) -> RowSchedule | None:
+    """The schedule of a team for each row; None if chunks are to be spread over the GPU."""
+    kept = schedules.kept(operation, rows.element, rows.accumulate)
+    chosen = schedules.choose_row_schedule(rows.number, rows.n, kept, plan.gpu)
+    return None if schedules.splits_rows(rows.number, rows.n, plan.gpu, chosen is not None) else chosen
 
 
-def _column_launch(plan: _Plan, rows: _Rows, source: str, name: str, operation: str) -> Launch:
-    """A kernel that gives a row to each lane of a CTA's warps, called with the addresses of out and x."""
-    threads = schedules.column_warps(rows.n) * 32
-    return plan.load(rows, source, name, -(-rows.number // 32), threads, (rows.parameters(operation), ADDRESS, ADDRESS))
+def choose_columns(plan: _Plan, rows: _Rows) -> ColumnSchedule:
+    """The schedule for rows side by side."""
+    return schedules.choose_column_schedule(rows.number, rows.n, rows.width, plan.gpu)
+
+
+def row_launch(plan: _Plan, rows: _Rows, operation: str, schedule: RowSchedule) -> Launch:
+    """A launch of rows.cu, called with the addresses of out and x."""
+    kept = schedules.kept(operation, rows.element, rows.accumulate)
+    return plan.shape(
+        schedules.row_kernel(operation, rows.element, rows.out_dtype, schedule.team),
+        "reduce_rows",
+        -(-rows.number // schedule.rows) * schedule.ctas,
+        schedule.warps * 32,
+        kept.bytes(schedule, rows.n),
+        (
+            rows.parameters(operation),
+            np.int32(schedule.lanes),
+            np.int32(kept.of_warp(schedule, rows.n)),
+            ADDRESS,
+            ADDRESS,
+        ),
+        cluster=schedule.ctas,
+        overlapping=True,
+    )
+
+
+def column_launch(plan: _Plan, rows: _Rows, operation: str, schedule: ColumnSchedule) -> Launch:
+    """A launch of columns.cu, called with the addresses of out and x."""
+    return plan.shape(
+        schedules.column_kernel(operation, rows.element, rows.accumulate, schedule.width, schedule.ctas > 1),
+        "reduce_columns",
+        -(-rows.number // schedule.tile) * schedule.ctas,
+        schedule.threads,
+        schedule.bytes(rows.n, rows.accumulate),
+        (rows.parameters(operation), np.int32(schedule.bits), ADDRESS, ADDRESS),
+        cluster=schedule.ctas,
+        overlapping=True,
+    )
 
 
 def _plan_row_sums(plan: _Plan, rows: _Rows, source: int | None) -> tuple[int, _Rows]:
     """One level: the sums of all chunks, row by row. Returns where they are, and their layout."""
     target = plan.reserve(rows.number * rows.chunks, rows.accumulate)
     grid = -(-rows.number * rows.chunks // 4)
-    arguments = (rows.parameters("mean"), ADDRESS, ADDRESS)
-    run = plan.load(rows, "mean_rows.cu", "sum_chunks", grid, 128, arguments)
+    kernel = schedules.chunk_kernel("row_chunks.cu", rows.element, rows.accumulate)
+    run = plan.shape(kernel, "sum_chunks", grid, 128, 0, (rows.parameters("mean"), ADDRESS, ADDRESS))
 
     def sums(stream: int, out: int, x: int, workspace: int) -> None:
         run(stream, workspace + target, x if source is None else workspace + source)
@@ -196,9 +244,15 @@ def _plan_row_sums(plan: _Plan, rows: _Rows, source: int | None) -> tuple[int, _
 def _plan_column_sums(plan: _Plan, rows: _Rows, source: int | None) -> tuple[int, _Rows]:
     """One level: the sums of all chunks, chunk by chunk, those of neighbouring rows side by side."""
     target = plan.reserve(rows.number * rows.chunks, rows.accumulate)
-    blocks, threads = -(-rows.number // 32) * rows.chunks, schedules.column_warps(rows.n) * 32
-    arguments = (rows.parameters("mean"), ADDRESS, ADDRESS)
-    run = plan.load(rows, "mean_columns.cu", "sum_column_chunks", blocks, threads, arguments)
+    schedule = schedules.column_schedules(rows.n, rows.width, plan.gpu)[0]
+    run = plan.shape(
+        schedules.column_chunk_kernel(rows.element, rows.accumulate, schedule.width),
+        "sum_column_chunks",
+        -(-rows.number // schedule.tile) * rows.chunks,
+        schedule.threads,
+        schedule.bytes(SUM_CHUNK, rows.accumulate),
+        (rows.parameters("mean"), np.int32(schedule.bits), ADDRESS, ADDRESS),
+    )
 
     def sums(stream: int, out: int, x: int, workspace: int) -> None:
         run(stream, workspace + target, x if source is None else workspace + source)
@@ -209,16 +263,12 @@ def _plan_column_sums(plan: _Plan, rows: _Rows, source: int | None) -> tuple[int
 
 def _plan_softmax(plan: _Plan, rows: _Rows, operation: str) -> None:
     if rows.in_columns and rows.chunks <= schedules.MAX_COLUMN_CHUNKS:
-        run = _column_launch(plan, rows, "softmax_columns.cu", "softmax_columns", operation)
-    elif schedules.splits_rows(rows.number, rows.n, plan.multiprocessors):
+        run = column_launch(plan, rows, operation, choose_columns(plan, rows))
+    elif (schedule := _choose_rows(plan, rows, operation)) is not None:
+        run = row_launch(plan, rows, operation, schedule)
+    else:
         _plan_split_softmax(plan, rows, operation)
         return
-    elif rows.n <= schedules.SHORT_ROW:
-        grid = -(-rows.number // schedules.ROWS_PER_CTA)
-        arguments = (rows.parameters(operation), ADDRESS, ADDRESS)
-        run = plan.load(rows, "softmax_rows.cu", "softmax_short_rows", grid, schedules.ROWS_PER_CTA * 32, arguments)
-    else:
-        run = _row_launch(plan, rows, "softmax_rows.cu", "softmax_rows", operation)
 
     def softmax(stream: int, out: int, x: int, workspace: int) -> None:
         run(stream, out, x)
@@ -228,8 +278,8 @@ def _plan_softmax(plan: _Plan, rows: _Rows, operation: str) -> None:
 
 def _plan_split_softmax(plan: _Plan, rows: _Rows, operation: str) -> None:
     """The steps of softmax_split_rows.cu."""
-    source, accumulate = "softmax_split_rows.cu", rows.accumulate
-    parameters = rows.parameters(operation)
+    kernel = schedules.chunk_kernel("softmax_split_rows.cu", rows.element, rows.accumulate)
+    accumulate, parameters = rows.accumulate, rows.parameters(operation)
     all_chunks = rows.number * rows.chunks
     maxima = sums = plan.reserve(all_chunks, accumulate)  # the maxima have been read when the sums are written
     counts = plan.reserve(all_chunks, "uint32")
@@ -237,10 +287,10 @@ def _plan_split_softmax(plan: _Plan, rows: _Rows, operation: str) -> None:
     grid, chunks = -(-all_chunks // 4), np.int64(rows.chunks)
 
     def load_for_chunks(name: str, addresses: int) -> Launch:
-        return plan.load(rows, source, name, grid, 128, (parameters, *(ADDRESS,) * addresses))
+        return plan.shape(kernel, name, grid, 128, 0, (parameters, *(ADDRESS,) * addresses))
 
     chunk_maxima = load_for_chunks("chunk_maxima", 2)
-    row_maxima = plan.load(rows, source, "row_maxima", rows.number, 512, (chunks, ADDRESS, ADDRESS))
+    row_maxima = plan.shape(kernel, "row_maxima", rows.number, 512, 0, (chunks, ADDRESS, ADDRESS))
     chunk_exponentials = load_for_chunks("chunk_exponentials", 4)
 
     def maxima_and_sums(stream: int, out: int, x: int, workspace: int) -> None:
@@ -254,8 +304,9 @@ def _plan_split_softmax(plan: _Plan, rows: _Rows, operation: str) -> None:
     while level.chunks > schedules.MAX_ROW_CHUNKS:
         level_sums, level = _plan_row_sums(plan, level, level_sums)
     constants = np.int64(level.n), chunks, np.int64(operation == "log_softmax")
+    shared_bytes = level.chunks * ITEMSIZE[accumulate]
     arguments = (*constants, ADDRESS, ADDRESS, ADDRESS)
-    row_normalisers = plan.load(rows, source, "row_normalisers", rows.number, 512, arguments, level.chunks)
+    row_normalisers = plan.shape(kernel, "row_normalisers", rows.number, 512, shared_bytes, arguments)
     write_chunks = load_for_chunks("write_chunks", 4)
     last_sums = level_sums
 

@@ -68,10 +68,41 @@ __device__ __forceinline__ unsigned cluster_rank() {
     return rank;
 }
 
+__device__ __forceinline__ unsigned cluster_size() {
+    unsigned size;
+    asm volatile("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
+    return size;
+}
+
 // All threads of all CTAs of the cluster.
 __device__ __forceinline__ void sync_cluster() {
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Write to what lies at that address of shared memory in CTA `rank` of the cluster.
+__device__ __forceinline__ void store_in_cluster(unsigned shared, unsigned rank, unsigned value) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "st.shared::cluster.u32 [there], %2;\n"
+        "}" ::"r"(shared),
+        "r"(rank), "r"(value)
+        : "memory");
+}
+__device__ __forceinline__ void store_in_cluster(unsigned shared, unsigned rank, float value) {
+    store_in_cluster(shared, rank, __float_as_uint(value));
+}
+__device__ __forceinline__ void store_in_cluster(unsigned shared, unsigned rank, double value) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "st.shared::cluster.f64 [there], %2;\n"
+        "}" ::"r"(shared),
+        "r"(rank), "d"(value)
+        : "memory");
 }
 
 // ----------------------------------------------------------------------------------------------------------------- TMA

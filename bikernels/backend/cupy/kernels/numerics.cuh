@@ -112,18 +112,24 @@ __device__ __forceinline__ float round_through(float x, int dtype) {
 
 __device__ __forceinline__ double round_through(double x, int) { return x; }  // only float64 accumulates in float64
 
-// out[index] = x, rounded once, every NaN the canonical one.
+// *out = x, rounded once, every NaN the canonical one.
+__device__ __forceinline__ void store(bfloat16* out, float x) { *out = to_bfloat16(x); }
+__device__ __forceinline__ void store(float16* out, float x) { *out = to_float16(x); }
+__device__ __forceinline__ void store(float* out, float x) { *out = __uint_as_float(to_float32_bits(x)); }
+__device__ __forceinline__ void store(double* out, double x) { *out = __longlong_as_double(to_float64_bits(x)); }
+
+// out[index] = x, for a dtype that is known at run time only.
 __device__ __forceinline__ void store(void* out, long long index, int dtype, float x) {
     switch (dtype) {
-        case DTYPE_BFLOAT16: static_cast<bfloat16*>(out)[index] = to_bfloat16(x); break;
-        case DTYPE_FLOAT16: static_cast<float16*>(out)[index] = to_float16(x); break;
-        case DTYPE_FLOAT32: static_cast<unsigned*>(out)[index] = to_float32_bits(x); break;
-        default: static_cast<unsigned long long*>(out)[index] = to_float64_bits(x);
+        case DTYPE_BFLOAT16: store(static_cast<bfloat16*>(out) + index, x); break;
+        case DTYPE_FLOAT16: store(static_cast<float16*>(out) + index, x); break;
+        case DTYPE_FLOAT32: store(static_cast<float*>(out) + index, x); break;
+        default: store(static_cast<double*>(out) + index, static_cast<double>(x));
     }
 }
 
 __device__ __forceinline__ void store(void* out, long long index, int, double x) {
-    static_cast<unsigned long long*>(out)[index] = to_float64_bits(x);
+    store(static_cast<double*>(out) + index, x);
 }
 
 // --------------------------------------------------------------------------------------------------- vectors of 16
@@ -175,34 +181,53 @@ __device__ __forceinline__ void load_8(const X* x, A (&v)[8]) {
 
 __device__ __forceinline__ unsigned pair(unsigned short low, unsigned short high) { return low | (unsigned)high << 16; }
 
-// Eight values to aligned contiguous memory; `out` is the first one's address.
-__device__ __forceinline__ void store_8(void* out, int dtype, const float (&v)[8]) {
-    uint4* vector = static_cast<uint4*>(out);
-    switch (dtype) {
-        case DTYPE_BFLOAT16:
-            *vector = make_uint4(pair(to_bfloat16(v[0]).bits, to_bfloat16(v[1]).bits),
-                                 pair(to_bfloat16(v[2]).bits, to_bfloat16(v[3]).bits),
-                                 pair(to_bfloat16(v[4]).bits, to_bfloat16(v[5]).bits),
-                                 pair(to_bfloat16(v[6]).bits, to_bfloat16(v[7]).bits));
-            break;
-        case DTYPE_FLOAT16:
-            *vector = make_uint4(
-                pair(to_float16(v[0]).bits, to_float16(v[1]).bits), pair(to_float16(v[2]).bits, to_float16(v[3]).bits),
-                pair(to_float16(v[4]).bits, to_float16(v[5]).bits), pair(to_float16(v[6]).bits, to_float16(v[7]).bits));
-            break;
-        default:
-            vector[0] =
-                make_uint4(to_float32_bits(v[0]), to_float32_bits(v[1]), to_float32_bits(v[2]), to_float32_bits(v[3]));
-            vector[1] =
-                make_uint4(to_float32_bits(v[4]), to_float32_bits(v[5]), to_float32_bits(v[6]), to_float32_bits(v[7]));
+// Eight values as 16-byte vectors, rounded once, every NaN the canonical one.
+__device__ __forceinline__ void pack(const float (&v)[8], bfloat16*, uint4 (&raw)[1]) {
+    raw[0] = make_uint4(
+        pair(to_bfloat16(v[0]).bits, to_bfloat16(v[1]).bits), pair(to_bfloat16(v[2]).bits, to_bfloat16(v[3]).bits),
+        pair(to_bfloat16(v[4]).bits, to_bfloat16(v[5]).bits), pair(to_bfloat16(v[6]).bits, to_bfloat16(v[7]).bits));
+}
+
+__device__ __forceinline__ void pack(const float (&v)[8], float16*, uint4 (&raw)[1]) {
+    raw[0] =
+        make_uint4(pair(to_float16(v[0]).bits, to_float16(v[1]).bits), pair(to_float16(v[2]).bits, to_float16(v[3]).bits),
+                   pair(to_float16(v[4]).bits, to_float16(v[5]).bits), pair(to_float16(v[6]).bits, to_float16(v[7]).bits));
+}
+
+__device__ __forceinline__ void pack(const float (&v)[8], float*, uint4 (&raw)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        raw[i] = make_uint4(to_float32_bits(v[4 * i]), to_float32_bits(v[4 * i + 1]), to_float32_bits(v[4 * i + 2]),
+                            to_float32_bits(v[4 * i + 3]));
+}
+
+__device__ __forceinline__ void pack(const double (&v)[8], double*, uint4 (&raw)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const unsigned long long low = to_float64_bits(v[2 * i]), high = to_float64_bits(v[2 * i + 1]);
+        raw[i] = make_uint4(static_cast<unsigned>(low), static_cast<unsigned>(low >> 32), static_cast<unsigned>(high),
+                            static_cast<unsigned>(high >> 32));
     }
 }
 
-__device__ __forceinline__ void store_8(void* out, int, const double (&v)[8]) {
-    ulonglong2* vector = static_cast<ulonglong2*>(out);
+// Eight values to aligned contiguous memory; `out` is the first one's address.
+template <class X, class A>
+__device__ __forceinline__ void store_8(void* out, const A (&v)[8]) {
+    uint4 raw[sizeof(X) / 2];
+    pack(v, static_cast<X*>(nullptr), raw);
 #pragma unroll
-    for (int i = 0; i < 4; i++) vector[i] = make_ulonglong2(to_float64_bits(v[2 * i]), to_float64_bits(v[2 * i + 1]));
+    for (int i = 0; i < static_cast<int>(sizeof(X) / 2); i++) static_cast<uint4*>(out)[i] = raw[i];
 }
+
+__device__ __forceinline__ void store_8(void* out, int dtype, const float (&v)[8]) {
+    switch (dtype) {
+        case DTYPE_BFLOAT16: store_8<bfloat16>(out, v); break;
+        case DTYPE_FLOAT16: store_8<float16>(out, v); break;
+        default: store_8<float>(out, v);
+    }
+}
+
+__device__ __forceinline__ void store_8(void* out, int, const double (&v)[8]) { store_8<double>(out, v); }
 
 // --------------------------------------------------------------------------------------------------------- exp and log
 

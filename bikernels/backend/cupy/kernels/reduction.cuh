@@ -86,6 +86,38 @@ struct RowReader {
         round(v);
     }
 
+    // The sum of 8 neighbouring lanes of a chunk, of which `first` is the position of the first element, with 128 bytes
+    // of a thread on their way.
+    __device__ __forceinline__ A sum_lanes(long long first, long long n) const {
+        if constexpr (HAS_DTYPE) {
+            constexpr int VECTORS = sizeof(X) / 2, AT_ONCE = 8 / VECTORS;
+            if (vectors && !p.rounds && first + SUM_CHUNK - SUM_LANES + THREAD_LANES <= n) {
+                A lane[THREAD_LANES] = {};
+#pragma unroll 1
+                for (int step = 0; step < SUM_CHUNK / SUM_LANES; step += AT_ONCE) {
+                    uint4 raw[AT_ONCE][VECTORS];
+#pragma unroll
+                    for (int i = 0; i < AT_ONCE; i++) {
+                        const X* from = static_cast<const X*>(x) + start + first + (step + i) * SUM_LANES;
+#pragma unroll
+                        for (int j = 0; j < VECTORS; j++) raw[i][j] = reinterpret_cast<const uint4*>(from)[j];
+                    }
+#pragma unroll
+                    for (int i = 0; i < AT_ONCE; i++) {
+                        A v[THREAD_LANES];
+#pragma unroll
+                        for (int j = 0; j < VECTORS; j++)
+                            unpack(raw[i][j], static_cast<X*>(nullptr), v + j * (THREAD_LANES / VECTORS));
+#pragma unroll
+                        for (int j = 0; j < THREAD_LANES; j++) lane[j] += v[j];
+                    }
+                }
+                return fold_thread_lanes(lane);
+            }
+        }
+        return sum_thread_lanes<A, 2>(first, n, [&](long long i, A(&v)[THREAD_LANES]) { read(i, A(0), v); });
+    }
+
   private:
     __device__ __forceinline__ void round(A (&v)[THREAD_LANES]) const {
         if (p.rounds) {
@@ -95,9 +127,11 @@ struct RowReader {
     }
 };
 
-// Writes one row of out.
-template <class A>
+// Writes one row of out, R: its dtype (or any_dtype).
+template <class R, class A>
 struct RowWriter {
+    static constexpr bool HAS_DTYPE = !is_same<R, any_dtype>::value;
+
     const Reduction& p;
     void* out;
     long long start;
@@ -111,28 +145,42 @@ struct RowWriter {
     // Elements i … i+7, those before n.
     __device__ __forceinline__ void write(long long i, A (&v)[THREAD_LANES]) const {
         if (vectors && i + THREAD_LANES <= p.n) {
-            store_8(address(i), static_cast<int>(p.out_dtype), v);
+            if constexpr (HAS_DTYPE) {
+                store_8<R>(address(i), v);
+            } else {
+                store_8(address(i), static_cast<int>(p.out_dtype), v);
+            }
             return;
         }
 #pragma unroll 1
         for (int j = 0; j < THREAD_LANES && i + j < p.n; j++) {  // a queue, as in RowReader::read
             const long long offset =
                 p.has_step() ? (i + j) * p.out_step : p.dims.template offset<1>(i + j, p.kept, p.count);
-            store(out, start + offset, static_cast<int>(p.out_dtype), v[0]);
+            store_at(start + offset, v[0]);
 #pragma unroll
             for (int k = 0; k < THREAD_LANES - 1; k++) v[k] = v[k + 1];
         }
     }
 
+    // The only element of a row.
+    __device__ __forceinline__ void write_one(A v) const { store_at(start, v); }
+
   private:
+    __device__ __forceinline__ void store_at(long long offset, A v) const {
+        if constexpr (HAS_DTYPE) {
+            store(static_cast<R*>(out) + offset, v);
+        } else {
+            store(out, offset, static_cast<int>(p.out_dtype), v);
+        }
+    }
     __device__ __forceinline__ void* address(long long i) const {
-        const int size = p.out_dtype == DTYPE_FLOAT64 ? 8 : p.out_dtype == DTYPE_FLOAT32 ? 4 : 2;
+        int size = p.out_dtype == DTYPE_FLOAT64 ? 8 : p.out_dtype == DTYPE_FLOAT32 ? 4 : 2;
+        if constexpr (HAS_DTYPE) size = sizeof(R);
         return static_cast<char*>(out) + (start + i) * size;
     }
 };
 
-// ------------------------------------------------------------------------------------------- maximum, and its
-// companions
+// --------------------------------------------------------------------------------------------- maximum, exponentials
 
 template <class A>
 __device__ __forceinline__ A lowest();

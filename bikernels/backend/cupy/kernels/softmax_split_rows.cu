@@ -102,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(128, 1)
         long long start[2];
         p.row_offsets(row, start);
         const Reader reader(p, x, start[0]);
-        const RowWriter<A> writer(p, out, start[1]);
+        const RowWriter<any_dtype, A> writer(p, out, start[1]);
         const A m = maximum[row], divisor = normaliser[row];
         const long long end = min(p.n, (chunk + 1) * SUM_CHUNK);
 #pragma unroll 2
