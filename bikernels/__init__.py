@@ -7,10 +7,20 @@ the launch. `bikernels_torch` puts them behind PyTorch's own operators.
 from . import contract
 from .backend import BackendStatus
 from .contract import VERSION as contract_version
-from .errors import ArithmeticUnsupportedError, BackendUnavailableError, BikernelsError
+from .errors import ArithmeticUnsupportedError, BackendUnavailableError, BikernelsError, OperationUnsupportedError
+from .operations.layer_norm import (
+    layer_norm,
+    layer_norm_backward,
+    layer_norm_weight_backward,
+    layer_norm_with_statistics,
+)
+from .operations.logsumexp import logsumexp
 from .operations.matmul import addmm, matmul
 from .operations.mean import mean
-from .operations.softmax import log_softmax, softmax
+from .operations.rms_norm import rms_norm, rms_norm_backward, rms_norm_weight_backward, rms_norm_with_statistics
+from .operations.softmax import log_softmax, log_softmax_backward, softmax, softmax_backward
+from .operations.sum import sum  # noqa: A004  (NumPy's name)
+from .operations.var import std, var
 from .settings import backends, use_arithmetic, use_backend
 from .views import Device, View
 
@@ -22,16 +32,31 @@ __all__ = [
     "BackendUnavailableError",
     "BikernelsError",
     "Device",
+    "OperationUnsupportedError",
     "View",
     "__version__",
     "addmm",
     "backends",
     "contract",
     "contract_version",
+    "layer_norm",
+    "layer_norm_backward",
+    "layer_norm_weight_backward",
+    "layer_norm_with_statistics",
     "log_softmax",
+    "log_softmax_backward",
+    "logsumexp",
     "matmul",
     "mean",
+    "rms_norm",
+    "rms_norm_backward",
+    "rms_norm_weight_backward",
+    "rms_norm_with_statistics",
     "softmax",
+    "softmax_backward",
+    "std",
+    "sum",
     "use_arithmetic",
     "use_backend",
+    "var",
 ]

@@ -11,5 +11,9 @@ class BackendUnavailableError(BikernelsError):
     """A backend was asked for that cannot run here; the message says what to install."""
 
 
+class OperationUnsupportedError(BikernelsError):
+    """An operation was asked for that the backend does not have."""
+
+
 class ArithmeticUnsupportedError(BikernelsError):
     """An arithmetic class was asked for that the device or the operands' dtype does not have."""

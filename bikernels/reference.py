@@ -257,12 +257,40 @@ def _rows(x: Array, dtype: str | None, kept: int) -> tuple[Array, str]:
     return cast(x, name).astype(NUMPY_DTYPE[contract.ACCUMULATE[name]]).reshape(count, n), name
 
 
-def mean(x: Array, kept: int = 0, dtype: str | None = None) -> Array:
-    """The mean over all axes but the first `kept`."""
+def _tree_mean(rows: Array) -> Array:
+    return tree_sum(rows) / rows.dtype.type(rows.shape[1])
+
+
+def _for_a_row(compute: Callable[[Array, str], Array], x: Array, kept: int, dtype: str | None) -> Array:
+    """One element for each of the rows, which `compute` is given in the accumulate dtype, with the result's dtype."""
     rows, name = _rows(x, dtype, kept)
     with np.errstate(all="ignore"):
-        result = tree_sum(rows) / rows.dtype.type(rows.shape[1])
-    return write(result, name).reshape(x.shape[:kept])
+        return write(compute(rows, name), name).reshape(x.shape[:kept])
+
+
+def mean(x: Array, kept: int = 0, dtype: str | None = None) -> Array:
+    """The mean over all axes but the first `kept`."""
+    return _for_a_row(lambda rows, _: _tree_mean(rows), x, kept, dtype)
+
+
+def sum(x: Array, kept: int = 0, dtype: str | None = None) -> Array:  # noqa: A001
+    """The sum over all axes but the first `kept`."""
+    return _for_a_row(lambda rows, _: tree_sum(rows), x, kept, dtype)
+
+
+def _variance(rows: Array, correction: float) -> Array:
+    y = rows - _tree_mean(rows)[:, None]
+    return tree_sum(y * y) / rows.dtype.type(max(0.0, rows.shape[1] - correction))
+
+
+def var(x: Array, kept: int = 0, dtype: str | None = None, correction: float = 0.0) -> Array:
+    """The variance over all axes but the first `kept`."""
+    return _for_a_row(lambda rows, _: _variance(rows, correction), x, kept, dtype)
+
+
+def std(x: Array, kept: int = 0, dtype: str | None = None, correction: float = 0.0) -> Array:
+    """The square root of the variance."""
+    return _for_a_row(lambda rows, _: np.sqrt(_variance(rows, correction)), x, kept, dtype)
 
 
 def _sum_and_error(x: Array, y: Array) -> tuple[Array, Array]:
@@ -272,11 +300,15 @@ def _sum_and_error(x: Array, y: Array) -> tuple[Array, Array]:
     return total, (x - (total - b)) + (y - b)
 
 
+def _maximum(rows: Array) -> Array:
+    return rows.max(1, initial=-np.inf)  # NumPy's max propagates NaN
+
+
 def _softmax_terms(rows: Array, dtype: str) -> tuple[Array, Array, Array, Array]:
     """t = x - max, its exponentials, and their sum as u and the error e of its last addition."""
     real = rows.dtype.type
     with np.errstate(all="ignore"):
-        t, d = _sum_and_error(rows, -rows.max(1, keepdims=True))  # NumPy's max propagates NaN
+        t, d = _sum_and_error(rows, -_maximum(rows)[:, None])
         exponentials = exp(t, d if dtype == str(rows.dtype) else 0.0)
         count = (t == 0).sum(1).astype(rows.dtype)
         u, e = _sum_and_error(count, tree_sum(np.where(t == 0, real(0), exponentials)))
@@ -309,3 +341,174 @@ def log_softmax(x: Array, kept: int = 0, dtype: str | None = None) -> Array:
         return t - (log(u) + e / u)
 
     return _row_by_row(compute, x, kept, dtype)
+
+
+def logsumexp(x: Array, kept: int = 0, dtype: str | None = None) -> Array:
+    """The logarithm of the sum of the exponentials over all axes but the first `kept`."""
+
+    def compute(rows: Array, name: str) -> Array:
+        _, _, u, e = _softmax_terms(rows, name)
+        m = _maximum(rows)
+        return np.where(np.isinf(m), m, m + (log(u) + e / u)[:, 0])
+
+    return _for_a_row(compute, x, kept, dtype)
+
+
+def softmax_backward(grad: Array, y: Array, kept: int = 0, dtype: str | None = None) -> Array:
+    """The gradient of softmax, from that of its result y."""
+
+    def compute(g: Array, y: Array) -> Array:
+        return y * (g - tree_sum(g * y)[:, None])
+
+    return _backward(compute, grad, y, (), kept, dtype)
+
+
+def log_softmax_backward(grad: Array, y: Array, kept: int = 0, dtype: str | None = None) -> Array:
+    """The gradient of log_softmax, from that of its result y."""
+
+    def compute(g: Array, y: Array) -> Array:
+        return fma(-exp(y), tree_sum(g)[:, None], g)
+
+    return _backward(compute, grad, y, (), kept, dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------- norms
+
+
+def _along_row(x: Array | None, rows: Array) -> Array | None:
+    """A weight or a bias, one element for each place of a row, in the dtype of the rows."""
+    with np.errstate(all="ignore"):
+        return None if x is None else x.astype(rows.dtype).reshape(1, rows.shape[1])
+
+
+def _reciprocal_root(mean_square: Array, eps: float | None) -> Array:
+    real = mean_square.dtype.type
+    return real(1) / np.sqrt(mean_square + real(np.finfo(mean_square.dtype).eps if eps is None else eps))
+
+
+def rms_norm_with_statistics(
+    x: Array, weight: Array | None = None, kept: int = 0, dtype: str | None = None, eps: float | None = None
+) -> tuple[Array, Array]:
+    """rms_norm over all axes but the first `kept`, and each row's rstd."""
+    rows, name = _rows(x, dtype, kept)
+    w = _along_row(weight, rows)
+    with np.errstate(all="ignore"):
+        r = _reciprocal_root(_tree_mean(rows * rows), eps)
+        h = rows * r[:, None]
+        result = h if w is None else h * w
+    return write(result, name).reshape(x.shape), write(r, str(r.dtype)).reshape(x.shape[:kept])
+
+
+def rms_norm(
+    x: Array, weight: Array | None = None, kept: int = 0, dtype: str | None = None, eps: float | None = None
+) -> Array:
+    """rms_norm over all axes but the first `kept`."""
+    return rms_norm_with_statistics(x, weight, kept, dtype, eps)[0]
+
+
+def layer_norm_with_statistics(
+    x: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    kept: int = 0,
+    dtype: str | None = None,
+    eps: float = 1e-5,
+) -> tuple[Array, Array, Array]:
+    """layer_norm over all axes but the first `kept`, and each row's mean and rstd."""
+    rows, name = _rows(x, dtype, kept)
+    w, b = _along_row(weight, rows), _along_row(bias, rows)
+    with np.errstate(all="ignore"):
+        m = _tree_mean(rows)
+        r = _reciprocal_root(_variance(rows, 0.0), eps)
+        result = (rows - m[:, None]) * r[:, None]
+        if w is not None and b is not None:
+            result = fma(result, w, b)
+        elif w is not None:
+            result = result * w
+        elif b is not None:
+            result = result + b
+    m, r = (write(one, str(one.dtype)).reshape(x.shape[:kept]) for one in (m, r))
+    return write(result, name).reshape(x.shape), m, r
+
+
+def layer_norm(
+    x: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    kept: int = 0,
+    dtype: str | None = None,
+    eps: float = 1e-5,
+) -> Array:
+    """layer_norm over all axes but the first `kept`."""
+    return layer_norm_with_statistics(x, weight, bias, kept, dtype, eps)[0]
+
+
+def _backward(
+    compute: Callable[..., Array],
+    grad: Array,
+    x: Array,
+    statistics: tuple[Array, ...],
+    kept: int,
+    dtype: str | None,
+    weight: Array | None = None,
+) -> Array:
+    """compute(grad, x, *statistics, weight if there is one): rows in the accumulate dtype of the result's."""
+    name = dtype or dtype_name(x.dtype)
+    count, n = (int(np.prod(lengths, dtype=np.int64)) for lengths in (x.shape[:kept], x.shape[kept:]))
+    accumulate = NUMPY_DTYPE[contract.ACCUMULATE[name]]
+    with np.errstate(all="ignore"):
+        rows = [one.astype(accumulate).reshape(count, n) for one in (grad, x)]
+        of_rows = [one.astype(accumulate).reshape(count, 1) for one in statistics]
+        w = _along_row(weight, rows[0])
+        result = write(compute(*rows, *of_rows, *(() if w is None else (w,))), name)
+    return result.reshape(x.shape if result.ndim > 1 else x.shape[kept:])
+
+
+def rms_norm_backward(
+    grad: Array, x: Array, rstd: Array, weight: Array | None = None, kept: int = 0, dtype: str | None = None
+) -> Array:
+    """The gradient of rms_norm with respect to x."""
+
+    def compute(g: Array, x: Array, r: Array, w: Array | None = None) -> Array:
+        h, p = x * r, g if w is None else g * w
+        return fma(-h, _tree_mean(p * h)[:, None], p) * r
+
+    return _backward(compute, grad, x, (rstd,), kept, dtype, weight)
+
+
+def rms_norm_weight_backward(grad: Array, x: Array, rstd: Array, kept: int = 0, dtype: str | None = None) -> Array:
+    """The gradient of rms_norm with respect to the weight: over the first `kept` axes."""
+
+    def compute(g: Array, x: Array, r: Array) -> Array:
+        return tree_sum((g * (x * r)).T)
+
+    return _backward(compute, grad, x, (rstd,), kept, dtype)
+
+
+def layer_norm_backward(
+    grad: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    weight: Array | None = None,
+    kept: int = 0,
+    dtype: str | None = None,
+) -> Array:
+    """The gradient of layer_norm with respect to x."""
+
+    def compute(g: Array, x: Array, m: Array, r: Array, w: Array | None = None) -> Array:
+        h, p = (x - m) * r, g if w is None else g * w
+        return fma(-h, _tree_mean(p * h)[:, None], p - _tree_mean(p)[:, None]) * r
+
+    return _backward(compute, grad, x, (mean, rstd), kept, dtype, weight)
+
+
+def layer_norm_weight_backward(
+    grad: Array, x: Array, mean: Array, rstd: Array, kept: int = 0, dtype: str | None = None
+) -> Array:
+    """The gradient of layer_norm with respect to the weight: over the first `kept` axes."""
+
+    def compute(g: Array, x: Array, m: Array, r: Array) -> Array:
+        return tree_sum((g * ((x - m) * r)).T)
+
+    return _backward(compute, grad, x, (mean, rstd), kept, dtype)

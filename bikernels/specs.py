@@ -48,18 +48,54 @@ class MatmulSpec(NamedTuple):
         return self.out.shape[-2], self.out.shape[-1], self.a.shape[-1]
 
 
+ONE_FOR_A_ROW = ("mean", "sum", "var", "std", "logsumexp", "rms_norm_weight_backward", "layer_norm_weight_backward")
+"""The reductions that write one element for a row."""
+
+A_ROW_FOR_A_ROW = (
+    "softmax", "log_softmax", "rms_norm", "layer_norm",
+    "softmax_backward", "log_softmax_backward", "rms_norm_backward", "layer_norm_backward",
+)  # fmt: skip
+"""The reductions that write a row for a row."""
+
+REDUCTIONS = ONE_FOR_A_ROW + A_ROW_FOR_A_ROW
+"""Every `ReductionSpec.operation`."""
+
+
 class ReductionSpec(NamedTuple):
     """A reduction of every row of x. A row is one index of the first `kept` dimensions of x; its elements are the
     remaining dimensions in C order.
 
-    x is cast to out.dtype before anything else. `operation` "mean" writes one element a row (out has the `kept`
-    dimensions only); "softmax" and "log_softmax" write a row for a row (out has the shape of x).
+    Of a forward operation x is cast to out.dtype before anything else; the other operands, and x of a backward one, are
+    cast to the accumulate dtype of out.dtype. The layouts have the shape of x, with stride 0 along the dimensions that
+    an operand does not have; only `out` has no more than the `kept` dimensions where it gets one element for a row.
+
+    A launch takes out, x, and those of the other layouts that are not None, in the order in which they stand here.
     """
 
     operation: str
     kept: int
     x: Layout
+    """Of a backward operation the forward one's x; of the softmax family's the forward one's result."""
     out: Layout
+    grad: Layout | None = None
+    """Of a backward operation: the gradient of the forward one's result."""
+    weight: Layout | None = None
+    """Of a norm, which may have none: broadcast over the `kept` dimensions."""
+    bias: Layout | None = None
+    """Of layer_norm, which may have none: broadcast over the `kept` dimensions."""
+    mean: Layout | None = None
+    """Of layer_norm's rows. layer_norm writes it, if it is there, in the accumulate dtype; the backward forms read it.
+    Broadcast along the rows; in layer_norm_weight_backward over the `kept` dimensions."""
+    rstd: Layout | None = None
+    """1 / sqrt(mean square or variance + eps) of a norm's rows, as `mean`."""
+    correction: float = 0.0
+    """Of var and std: subtracted from the number of elements that divides."""
+    eps: float = 0.0
+    """Of rms_norm and layer_norm."""
+
+    @property
+    def one_for_a_row(self) -> bool:
+        return self.operation in ONE_FOR_A_ROW
 
 
 Spec = MatmulSpec | ReductionSpec

@@ -15,8 +15,9 @@ from ..views import Device, View
 MatmulLaunch = Callable[[View, View | None, View, View, float, float], None]
 """launch(out, c, a, b, alpha, beta): queue the product on out.stream. Only addresses are read from the views."""
 
-ReductionLaunch = Callable[[View, View], None]
-"""launch(out, x): queue the reduction on out.stream. Only addresses are read from the views."""
+ReductionLaunch = Callable[..., None]
+"""launch(out, x, *others): queue the reduction on out.stream; `others` are those that the spec has, in its order. Only
+addresses are read from the views."""
 
 
 class Backend(Protocol):
@@ -25,6 +26,8 @@ class Backend(Protocol):
     name: str
     device_type: str
     """Where its operands lie: "cpu" or "cuda"."""
+    reductions: frozenset[str]
+    """The operations of `specs.REDUCTIONS` that it computes."""
 
     def unavailable(self) -> str | None:
         """None if the backend can run here; otherwise why not, and what to install."""

@@ -25,8 +25,10 @@ class Result(NamedTuple):
 
     dtype: str
     shape: tuple[int, ...]
-    prepare: Callable[[tuple[int, ...]], Launch]
-    """From the strides of the result, which has elements, to the launch."""
+    prepare: Callable[..., Launch]
+    """From the strides of the results, of which one at least has elements, to the launch."""
+    more: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """Dtype and shape of the results beside the first."""
 
 
 class Operation(NamedTuple):
@@ -38,6 +40,8 @@ class Operation(NamedTuple):
     """result(device, *layouts, *settings): checks the operands; its errors name the arguments."""
     in_place: str | None = None
     """The operand that `out` may be, element for element."""
+    results: tuple[str, ...] = ("out",)
+    """The names of the results; several are returned, and taken as `out`, in a tuple."""
 
 
 class _Plan(NamedTuple):
@@ -45,11 +49,11 @@ class _Plan(NamedTuple):
 
     device: Device
     launch: Launch | None
-    """None where the result has no elements."""
-    allocate: Allocate | None
-    """None where the caller gives `out`."""
+    """None where no result has elements."""
+    allocate: tuple[Allocate, ...]
+    """Of each result; empty where the caller gives `out`."""
     extents: tuple[tuple[int, int], ...]
-    """What `out`, if the caller gives it, and the operands may touch: offsets from their addresses, in bytes."""
+    """What the results and the operands may touch: offsets from their addresses, in bytes."""
 
 
 def run(operation: Operation, arrays: Sequence[Any], settings: tuple[Any, ...], out: Any, *factors: float) -> Any:
@@ -59,42 +63,58 @@ def run(operation: Operation, arrays: Sequence[Any], settings: tuple[Any, ...], 
         operation: which.
         arrays: its operands.
         settings: what else decides about the plan; hashable.
-        out: the caller's array for the result, or None.
+        out: the caller's array for the result (a tuple for several), or None.
         factors: passed to the launch.
 
     Returns:
-        out, or a new array.
+        out, or a new array (a tuple of several).
     """
     views = views_of(arrays, operation.names)
     stream = views[0].stream
     forms = tuple([view.form for view in views])
     if out is None:
-        plan = _plan(operation, settings, forms, kind_of(arrays[0], operation.names[0]), None)
-        assert plan.allocate is not None
-        out, view_out = plan.allocate(stream)
+        plan = _plan(operation, settings, forms, kind_of(arrays[0], operation.names[0]), ())
+        allocated = [allocate(stream) for allocate in plan.allocate]
+        outs = [view for _, view in allocated]
+        out = allocated[0][0] if len(allocated) == 1 else tuple([array for array, _ in allocated])
     else:
-        view_out = view_of(out, "out")
-        plan = _plan(operation, settings, forms, None, view_out.form)
-        _check_memory(operation, plan, view_out, views)
+        outs = _views_of_out(operation, out)
+        plan = _plan(operation, settings, forms, None, tuple([one.form for one in outs]))
+        _check_memory(operation, plan, outs, views)
     if plan.launch is None:
         return out
     for view in views:
         if view.stream != stream:
             order_streams(view.stream, stream, plan.device)
-    if view_out.stream == stream:
-        plan.launch(view_out, *views, *factors)
-    else:
-        order_streams(view_out.stream, stream, plan.device)
-        plan.launch(FormView(view_out.form, view_out.pointer, stream), *views, *factors)
-        order_streams(stream, view_out.stream, plan.device)
+    elsewhere = [one.stream for one in outs if one.stream != stream]
+    if elsewhere:
+        for other in elsewhere:
+            order_streams(other, stream, plan.device)
+        outs = [FormView(one.form, one.pointer, stream) for one in outs]
+    plan.launch(*outs, *views, *factors)
+    for other in elsewhere:
+        order_streams(stream, other, plan.device)
     return out
+
+
+def _views_of_out(operation: Operation, out: Any) -> list[View]:
+    names = operation.results
+    if len(names) == 1:
+        return [view_of(out, "out")]
+    if not isinstance(out, tuple) or len(out) != len(names):
+        raise TypeError(f"out is {type(out).__name__}; pass a tuple of {len(names)} arrays: {', '.join(names)}")
+    return [view_of(one, name) for one, name in zip(out, names, strict=True)]
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    operation: Operation, settings: tuple[Any, ...], forms: tuple[Form, ...], kind: Kind | None, out_form: Form | None
+    operation: Operation,
+    settings: tuple[Any, ...],
+    forms: tuple[Form, ...],
+    kind: Kind | None,
+    out_forms: tuple[Form, ...],
 ) -> _Plan:
-    """The plan; `kind` is that of the array to allocate, or `out_form` the form of the one given."""
+    """The plan; `kind` is that of the arrays to allocate, or `out_forms` the forms of those given."""
     operands = [described(form, name) for form, name in zip(forms, operation.names, strict=True)]
     first = operands[0]
     for name, operand in zip(operation.names, operands, strict=True):
@@ -103,48 +123,62 @@ def _plan(
                 f"{name} lies on {operand.device} and {operation.names[0]} on {first.device}; move them to one device"
             )
     result = operation.result(first.device, *(operand.layout for operand in operands), *settings)
-    allocate = None
-    if out_form is None:
-        assert kind is not None
-        allocate = kind.allocator(result.dtype, result.shape, first.device)
-        out = Description(result.dtype, result.shape, contiguous_strides(result.shape), first.device)
+    results = ((result.dtype, result.shape), *result.more)
+    allocate: tuple[Allocate, ...] = ()
+    if kind is not None:
+        allocate = tuple(kind.allocator(dtype, shape, first.device) for dtype, shape in results)
+        outs = [Description(dtype, shape, contiguous_strides(shape), first.device) for dtype, shape in results]
     else:
-        out = described(out_form, "out")
-        _check_out(out, result, first.device)
-    launch = result.prepare(out.strides) if out.size else None
-    return _Plan(first.device, launch, allocate, tuple(one.extent() for one in (out, *operands)))
+        outs = [described(form, name) for form, name in zip(out_forms, operation.results, strict=True)]
+        for out, name, (dtype, shape) in zip(outs, operation.results, results, strict=True):
+            _check_out(out, name, dtype, shape, first.device)
+    launch = result.prepare(*(out.strides for out in outs)) if any(out.size for out in outs) else None
+    return _Plan(first.device, launch, allocate, tuple(one.extent() for one in (*outs, *operands)))
 
 
-def _check_out(out: Description, result: Result, device: Device) -> None:
-    """The checks of the caller's `out` that its address does not enter into."""
-    if out.dtype != result.dtype:
-        raise TypeError(f"out is {out.dtype} and the result is {result.dtype}; pass an out of that dtype, or dtype=")
-    if out.shape != result.shape:
-        raise ValueError(f"out has shape {out.shape} and the result has {result.shape}")
+def _check_out(out: Description, name: str, dtype: str, shape: tuple[int, ...], device: Device) -> None:
+    """The checks of a result that the caller gives that its address does not enter into."""
+    if out.dtype != dtype:
+        raise TypeError(f"{name} is {out.dtype} and the result is {dtype}; pass an out of that dtype, or dtype=")
+    if out.shape != shape:
+        raise ValueError(f"{name} has shape {out.shape} and the result has {shape}")
     if out.device != device:
-        raise ValueError(f"out lies on {out.device} and the operands on {device}; move them to one device")
+        raise ValueError(f"{name} lies on {out.device} and the operands on {device}; move them to one device")
     if out.read_only:
-        raise ValueError("out is read-only; pass a writable array")
+        raise ValueError(f"{name} is read-only; pass a writable array")
     if out.overlaps_itself():
-        raise ValueError(f"out has elements that share memory (strides {out.strides}); pass an array that owns each")
+        raise ValueError(f"{name} has elements that share memory (strides {out.strides}); pass an array that owns each")
 
 
-def _check_memory(operation: Operation, plan: _Plan, out: View, views: Sequence[View]) -> None:
-    """The check that `out` shares no memory with the operands."""
-    (low, high), *extents = plan.extents
-    start, end = out.pointer + low, out.pointer + high
-    for name, view, (low, high) in zip(operation.names, views, extents, strict=True):
-        if start >= view.pointer + high or view.pointer + low >= end:
-            continue
-        in_place = name == operation.in_place
-        if in_place and view.pointer == out.pointer and view.description.layout == out.description.layout:
-            continue
-        if share_memory(out, view):
-            allowed = f"; only {operation.in_place} itself may be overwritten" if operation.in_place else ""
-            raise ValueError(f"out shares memory with {name}{allowed}; pass a separate array or out=None")
+def _check_memory(operation: Operation, plan: _Plan, outs: Sequence[View], views: Sequence[View]) -> None:
+    """The check that the results share no memory with the operands, nor with each other."""
+    others = (*outs, *views)
+    names = operation.results + operation.names
+    for i, (out, out_name) in enumerate(zip(outs, operation.results, strict=True)):
+        low, high = plan.extents[i]
+        start, end = out.pointer + low, out.pointer + high
+        for name, view, (low, high) in zip(names[i + 1 :], others[i + 1 :], plan.extents[i + 1 :], strict=True):
+            if start >= view.pointer + high or view.pointer + low >= end:
+                continue
+            in_place = name == operation.in_place
+            if in_place and view.pointer == out.pointer and view.description.layout == out.description.layout:
+                continue
+            if share_memory(out, view):
+                allowed = f"; only {operation.in_place} itself may be overwritten" if operation.in_place else ""
+                raise ValueError(f"{out_name} shares memory with {name}{allowed}; pass a separate array or out=None")
 
 
-# ------------------------------------------------------------------------------------------------------------- dtypes
+# ------------------------------------------------------------------------------------------- numbers and dtypes
+
+
+def real(value: Any, argument: str) -> float:
+    """A real number as a float; TypeError and ValueError, naming the argument, for what is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{argument} is {value!r}; pass a real number") from None
+    except OverflowError:
+        raise ValueError(f"{argument} is too large for float64; pass a smaller number or math.inf") from None
 
 
 def floating(dtype: str, argument: str, *, or_integer: bool = False) -> str:

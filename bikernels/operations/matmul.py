@@ -13,7 +13,7 @@ from ..contract import ACCUMULATE
 from ..settings import choose_arithmetic, choose_backend, current_arithmetic, current_backend
 from ..specs import Layout, MatmulSpec, merge_dimensions
 from ..views import Device, View
-from ._common import Launch, Operation, Result, at_least, floating, result_dtype, run
+from ._common import Launch, Operation, Result, at_least, floating, real, result_dtype, run
 
 
 def matmul(
@@ -84,7 +84,7 @@ def addmm(
     """
     if c is None:
         raise TypeError("c is None; pass an array, or call matmul")
-    factors = _real(alpha, "alpha"), _real(beta, "beta")
+    factors = real(alpha, "alpha"), real(beta, "beta")
     return run(_ADDMM, (a, b, c), _settings(dtype, backend, arithmetic), out, *factors)
 
 
@@ -93,15 +93,6 @@ def _settings(dtype: Any, backend: str | None, arithmetic: str | None) -> tuple[
     context_backend = None if backend else current_backend()
     context_arithmetic = None if arithmetic else current_arithmetic()
     return result_dtype(dtype), backend, context_backend, arithmetic, context_arithmetic
-
-
-def _real(value: Any, argument: str) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{argument} is {value!r}; pass a real number") from None
-    except OverflowError:
-        raise ValueError(f"{argument} is too large for float64; pass a smaller number or math.inf") from None
 
 
 def _rounded(value: float, accumulate: str) -> float:

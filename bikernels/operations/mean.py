@@ -7,7 +7,7 @@ from typing import Any
 
 from ._reduction import reduce, reduction
 
-_MEAN = reduction("mean")
+_MEAN = reduction("mean", "x")
 
 
 def mean(
@@ -43,4 +43,4 @@ def mean(
 
     The sum tree is section 3 of docs/contract.md; the sum is divided by the number of elements, rounded once.
     """
-    return reduce(_MEAN, x, axis, dtype=dtype, keepdims=bool(keepdims), out=out, backend=backend)
+    return reduce(_MEAN, (x,), axis, dtype=dtype, keepdims=bool(keepdims), out=out, backend=backend)

@@ -1,7 +1,8 @@
 """The CPU backend: Numba kernels for NumPy arrays and other memory of the host. It computes every arithmetic class.
 
 `matmul.py` drives matrix products, with the inner loops of `fma.py` and `tensor_core.py`, and of `stream.py` for few
-rows; `mean.py` and `softmax.py` are the reductions, on the rows of `rows.py` and the sums of `sum_tree.py`.
+rows; `softmax.py` and `sums.py` are the reductions, the latter by the formulas of `formulas.py`, on the rows of
+`rows.py` and the sums of `sum_tree.py`.
 `convert.py` reads and writes operands of every dtype; `numerics.py`, `elementary.py` and `vectors.py` have the
 operations all of them are made of; `compile.py` says how they are compiled and `threads.py` in which threads they run.
 """
@@ -9,7 +10,7 @@ operations all of them are made of; `compile.py` says how they are compiled and 
 from __future__ import annotations
 
 from ... import contract
-from ...specs import MatmulSpec, ReductionSpec
+from ...specs import REDUCTIONS, MatmulSpec, ReductionSpec
 from ...views import CPU, Device
 from .. import MatmulLaunch, ReductionLaunch
 
@@ -17,6 +18,7 @@ from .. import MatmulLaunch, ReductionLaunch
 class CpuBackend:
     name = "cpu"
     device_type = "cpu"
+    reductions = frozenset(REDUCTIONS)
 
     def unavailable(self) -> str | None:
         return None
@@ -36,9 +38,9 @@ class CpuBackend:
         return matmul.prepare(spec)
 
     def prepare_reduction(self, spec: ReductionSpec, device: Device) -> ReductionLaunch:
-        from . import mean, softmax
+        from . import softmax, sums
 
-        return mean.prepare(spec) if spec.operation == "mean" else softmax.prepare(spec)
+        return (softmax if spec.operation in softmax.OPERATIONS else sums).prepare(spec)
 
 
 backend = CpuBackend()

@@ -1,4 +1,4 @@
-"""exp and log: the contract's sequences of operations, with its constants, in float32 and float64."""
+"""exp and log: the contract's sequences of operations, with its constants, in float32 and float64; fma and sqrt."""
 
 from __future__ import annotations
 
@@ -82,3 +82,33 @@ def log(typing_context: Any, u: Any) -> Any:
         return builder.select(builder.fcmp_ordered("==", u, zero), constant(real, float("-inf")), r)
 
     return u(u), codegen
+
+
+@primitive
+def fma(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c with one rounding, float32 or float64."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return _fma(builder, *values)
+
+    return a(a, b, c), codegen
+
+
+@primitive
+def sqrt(typing_context: Any, x: Any) -> Any:
+    """The square root of x, correctly rounded, float32 or float64."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return call_intrinsic(builder, "sqrt", values[0])
+
+    return x(x), codegen
+
+
+@primitive
+def zero(typing_context: Any, x: Any) -> Any:
+    """+0 in the type of x."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return constant(values[0].type, 0.0)
+
+    return x(x), codegen

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...contract import ACCUMULATE, ITEMSIZE, SUM_CHUNK, SUM_LANES
-from ...specs import ReductionSpec
+from ...specs import Layout, ReductionSpec
 from .compile import inner, invoke
 from .convert import reader, rounder, writer
 from .numerics import pointer
@@ -23,6 +23,16 @@ _WIDTH = 16
 
 _SHORT = SUM_LANES
 """Rows shorter than this are taken in groups."""
+
+OUT, X, GRAD, WEIGHT, BIAS, MEAN, RSTD = range(7)
+"""The operands by their places in the tables: those of `ReductionSpec`, whether there or not."""
+
+OPERANDS = ("out", "x", "grad", "weight", "bias", "mean", "rstd")
+
+_FIELDS = 6
+_ROW, _INNER, _ITEMSIZE, _READ, _ROUND, _WRITE = range(_FIELDS)
+"""Of an operand: its strides, in elements, from row to row of a group and along the last dimension of a row; and
+addresses of functions, 0 for what is not done with it."""
 
 Table = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -37,126 +47,157 @@ class Rows(NamedTuple):
     width: int
     neighbours: int
     """Rows along the dimension in which they are grouped."""
-    x_row: int
-    out_row: int
     groups: int
     """In all."""
     kept: int
     """Other kept dimensions."""
     inner: int
     """Length of the last dimension of a row."""
-    x_inner: int
-    out_inner: int
     outer: int
     """Other dimensions of a row."""
-    table: int
-    """Address of (length, x's stride, out's stride) of each of the `kept`, then of the `outer` dimensions, int64."""
-    x_itemsize: int
-    out_itemsize: int
+    dimensions: int
+    """Address of each of the `kept`, then of the `outer` dimensions, int64: its length, and the operands' strides."""
+    operands: int
+    """Address of each operand's `_FIELDS`, int64."""
     itemsize: int
     """Of the accumulate dtype."""
-    read: int
-    round: int
-    """Address of the rounding to the result's dtype, or 0 where x is exact in it."""
-    write: int
 
 
-def describe(spec: ReductionSpec) -> tuple[Rows, Table]:
-    """The rows of a reduction, and the table to which `Rows.table` points."""
-    kept = spec.kept
+def describe(spec: ReductionSpec) -> tuple[Rows, tuple[Table, Table]]:
+    """The rows of a reduction, and the tables to which they point."""
+    kept, shape = spec.kept, spec.x.shape
     accumulate = ACCUMULATE[spec.out.dtype]
-    out_strides = spec.out.strides + (0,) * (len(spec.x.shape) - len(spec.out.strides))
-    dimensions = list(zip(spec.x.shape, spec.x.strides, out_strides, strict=True))
-    kept_dimensions, row = dimensions[:kept] or [(1, 0, 0)], dimensions[kept:] or [(1, 1, 1)]
+    layouts: list[Layout | None] = [getattr(spec, name) for name in OPERANDS]
+    strides = [(0,) * len(shape) if one is None else one.strides for one in layouts]
+    strides[OUT] += (0,) * (len(shape) - len(strides[OUT]))
+    dimensions = list(zip(shape, *strides, strict=True))
+    nothing = (0,) * len(OPERANDS)
+    kept_dimensions, row = dimensions[:kept] or [(1, *nothing)], dimensions[kept:] or [(1, *nothing)]
     n = 1
-    for length, _, _ in row:
+    for length, *_ in row:
         n *= length
-    inner_length, x_inner, out_inner = row[-1]
     # Group rows along the dimension in which they are closest.
-    closest = min(range(len(kept_dimensions)), key=lambda i: (abs(kept_dimensions[i][1]) or 1 << 62, -i))
-    neighbours, x_row, out_row = kept_dimensions.pop(closest)
-    width = _WIDTH if neighbours > 1 and (n < _SHORT or 0 < abs(x_row) < abs(x_inner)) else 1
+    x = 1 + X
+    closest = min(range(len(kept_dimensions)), key=lambda i: (abs(kept_dimensions[i][x]) or 1 << 62, -i))
+    neighbours, *rows_apart = kept_dimensions.pop(closest)
+    inner_length, *elements_apart = row[-1]
+    width = _WIDTH if neighbours > 1 and (n < _SHORT or 0 < abs(rows_apart[X]) < abs(elements_apart[X])) else 1
     groups = -(-neighbours // width)
-    for length, _, _ in kept_dimensions:
+    for length, *_ in kept_dimensions:
         groups *= length
-    table = np.array(kept_dimensions + row[:-1], np.int64).reshape(-1, 3)
-    exact = spec.x.dtype == spec.out.dtype or spec.out.dtype == accumulate
+    tables = (
+        np.array(kept_dimensions + row[:-1], np.int64).reshape(-1, 1 + len(OPERANDS)),
+        np.zeros((len(OPERANDS), _FIELDS), np.int64),
+    )
+    rounds = spec.grad is None and spec.x.dtype != spec.out.dtype and spec.out.dtype != accumulate
+    for i, (name, layout) in enumerate(zip(OPERANDS, layouts, strict=True)):
+        if layout is None:
+            continue
+        is_read = name != "out" and not (name in ("mean", "rstd") and spec.grad is None)
+        tables[1][i] = (
+            rows_apart[i],
+            elements_apart[i],
+            ITEMSIZE[layout.dtype],
+            reader(layout.dtype, accumulate) if is_read else 0,
+            rounder(spec.out.dtype) if name == "x" and rounds else 0,
+            0 if is_read else writer(accumulate, layout.dtype),
+        )
     rows = Rows(
         n=n,
         chunks=max(1, -(-n // SUM_CHUNK)),
         width=width,
         neighbours=neighbours,
-        x_row=x_row,
-        out_row=out_row,
         groups=groups,
         kept=len(kept_dimensions),
         inner=inner_length,
-        x_inner=x_inner,
-        out_inner=out_inner,
         outer=len(row) - 1,
-        table=table.ctypes.data,
-        x_itemsize=ITEMSIZE[spec.x.dtype],
-        out_itemsize=ITEMSIZE[spec.out.dtype],
+        dimensions=tables[0].ctypes.data,
+        operands=tables[1].ctypes.data,
         itemsize=ITEMSIZE[accumulate],
-        read=reader(spec.x.dtype, accumulate),
-        round=0 if exact else rounder(spec.out.dtype),
-        write=writer(accumulate, spec.out.dtype),
     )
-    return rows, table
+    return rows, tables
 
 
 @inner
-def offset(table, index, first, dimensions, operand):  # type: ignore[no-untyped-def]
-    """Elements to position `index`, in C order, of the table's dimensions from `first` on; operand 1 is x, 2 is out."""
-    place = pointer(table, np.int64)
+def _field(g, operand, field):  # type: ignore[no-untyped-def]
+    return pointer(g.operands, np.int64)[_FIELDS * operand + field]
+
+
+@inner
+def _offset(g, index, first, dimensions, operand):  # type: ignore[no-untyped-def]
+    """Elements to position `index`, in C order, of the table's dimensions from `first` on."""
+    place = pointer(g.dimensions, np.int64)
+    columns = 1 + len(OPERANDS)
     total = 0
     for dimension in range(first + dimensions - 1, first - 1, -1):
-        length = place[3 * dimension]
-        total += (index % length) * place[3 * dimension + operand]
+        length = place[columns * dimension]
+        total += (index % length) * place[columns * dimension + 1 + operand]
         index //= length
     return total
 
 
 @inner
-def group_start(g, group, operand):  # type: ignore[no-untyped-def]
+def _group_start(g, group, operand):  # type: ignore[no-untyped-def]
     """Elements to the first row of a group."""
     blocks = (g.neighbours + g.width - 1) // g.width
-    stride = g.x_row if operand == 1 else g.out_row
-    return offset(g.table, group // blocks, 0, g.kept, operand) + group % blocks * g.width * stride
+    return _offset(g, group // blocks, 0, g.kept, operand) + group % blocks * g.width * _field(g, operand, _ROW)
 
 
 @inner
-def group_rows(g, group):  # type: ignore[no-untyped-def]
+def _group_rows(g, group):  # type: ignore[no-untyped-def]
     """Rows in a group."""
     blocks = (g.neighbours + g.width - 1) // g.width
     return min(g.width, g.neighbours - group % blocks * g.width)
 
 
 @inner
-def read_stretch(g, x, group, first, length, target):  # type: ignore[no-untyped-def]
+def read_stretch(g, operand, address, group, first, length, target):  # type: ignore[no-untyped-def]
     """Elements first ... first + length - 1 of the rows of a group, in the accumulate dtype, to `target`."""
-    start, columns = group_start(g, group, 1), group_rows(g, group)
+    start, columns = _group_start(g, group, operand), _group_rows(g, group)
+    row, step, itemsize = _field(g, operand, _ROW), _field(g, operand, _INNER), _field(g, operand, _ITEMSIZE)
     done = 0
     while done < length:
         position = (first + done) % g.inner
         run = min(length - done, g.inner - position)
-        place = start + offset(g.table, (first + done) // g.inner, g.kept, g.outer, 1) + position * g.x_inner
-        source = x + place * g.x_itemsize
-        invoke(g.read, (target + done * g.width * g.itemsize, g.width, source, g.x_inner, g.x_row, run, columns))
+        place = start + _offset(g, (first + done) // g.inner, g.kept, g.outer, operand) + position * step
+        source = address + place * itemsize
+        invoke(
+            _field(g, operand, _READ), (target + done * g.width * g.itemsize, g.width, source, step, row, run, columns)
+        )
         done += run
-    if g.round != 0:
-        invoke(g.round, (target, length * g.width))
+    if _field(g, operand, _ROUND) != 0:
+        invoke(_field(g, operand, _ROUND), (target, length * g.width))
 
 
 @inner
-def write_stretch(g, out, group, first, length, source):  # type: ignore[no-untyped-def]
-    """The reverse of `read_stretch`, to out; NaNs become canonical."""
-    start, columns = group_start(g, group, 2), group_rows(g, group)
+def write_stretch(g, operand, address, group, first, length, source):  # type: ignore[no-untyped-def]
+    """The reverse of `read_stretch`; NaNs become canonical."""
+    start, columns = _group_start(g, group, operand), _group_rows(g, group)
+    row, step, itemsize = _field(g, operand, _ROW), _field(g, operand, _INNER), _field(g, operand, _ITEMSIZE)
     done = 0
     while done < length:
         position = (first + done) % g.inner
         run = min(length - done, g.inner - position)
-        place = start + offset(g.table, (first + done) // g.inner, g.kept, g.outer, 2) + position * g.out_inner
-        target = out + place * g.out_itemsize
-        invoke(g.write, (target, g.out_inner, g.out_row, source + done * g.width * g.itemsize, g.width, run, columns))
+        place = start + _offset(g, (first + done) // g.inner, g.kept, g.outer, operand) + position * step
+        target = address + place * itemsize
+        invoke(
+            _field(g, operand, _WRITE), (target, step, row, source + done * g.width * g.itemsize, g.width, run, columns)
+        )
         done += run
+
+
+@inner
+def write_scalars(g, operand, address, group, values):  # type: ignore[no-untyped-def]
+    """One element for each row of a group; NaNs become canonical."""
+    target = address + _group_start(g, group, operand) * _field(g, operand, _ITEMSIZE)
+    row = _field(g, operand, _ROW)
+    invoke(_field(g, operand, _WRITE), (target, 0, row, values, g.width, 1, _group_rows(g, group)))
+
+
+@inner
+def repeat_scalars(kind, g, values, target):  # type: ignore[no-untyped-def]
+    """One value for each row of a group, once for each lane of the sum tree that is used."""
+    value, place = pointer(values, kind), pointer(target, kind)
+    for i in range(min(g.n, SUM_LANES)):
+        for c in range(g.width):
+            place[i * g.width + c] = value[c]

@@ -1,10 +1,11 @@
-"""softmax and log_softmax: the exact maximum, the sum tree of the exponentials, then the results.
+"""softmax, log_softmax and logsumexp: the exact maximum, the sum tree of the exponentials, then the results.
 
 Per row, with m the maximum and t = x - m: c counts the elements with t = 0, r is the tree sum of exp(t) over the
-others, u = c + r and e the error of that addition. softmax is exp(t) / u, log_softmax is t - (log(u) + e / u). Where
-the result is as precise as the arithmetic (`precise`), exp(t) makes up for the rounding of t.
+others, u = c + r and e the error of that addition. softmax is exp(t) / u, log_softmax is t - (log(u) + e / u) and
+logsumexp m + (log(u) + e / u). Where the result is as precise as the arithmetic (`precise`), exp(t) makes up for the
+rounding of t.
 
-A piece of the work is a group of rows, with all three passes. Where there are too few groups to go round, each pass is
+A piece of the work is a group of rows, with all passes. Where there are too few groups to go round, each pass is
 shared out by chunks, and between the passes the chunks' maxima and sums are gathered.
 """
 
@@ -20,18 +21,22 @@ from . import threads
 from .compile import inner, kernel
 from .elementary import exp, log
 from .numerics import FLOAT, pointer, take
-from .rows import Table, describe, read_stretch, write_stretch
+from .rows import OUT, X, describe, read_stretch, repeat_scalars, write_scalars, write_stretch
 from .sum_tree import sum_chunk, sum_tree
 
 _NANOSECONDS_PER_ELEMENT = 1.0
 """A rough cost, by which `threads.run` judges whether another thread pays."""
 
 _MAXIMUM, _SUM, _WRITE = 0, 1, 2
-"""The passes."""
+"""The passes; logsumexp has nothing left to do after the second."""
+
+OPERATIONS = ("softmax", "log_softmax", "logsumexp")
+_SOFTMAX, _LOG_SOFTMAX, _LOGSUMEXP = range(3)
 
 
 # A group's state is, one after another: each chunk's maxima, each chunk's sums, each chunk's counts (int64), `width` of
-# each. The first maxima become the rows' m, the first sums become u (softmax) or log(u) + e / u (log_softmax).
+# each. The first maxima become the rows' m, the first sums become u (softmax), log(u) + e / u
+# (log_softmax) or the result (logsumexp).
 
 
 @inner
@@ -44,7 +49,7 @@ def _state_bytes(g):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _groups(kind, logarithm, precise, g, x, out, state, workspace, counter):  # type: ignore[no-untyped-def]
+def _groups(kind, operation, precise, g, x, out, state, workspace, counter):  # type: ignore[no-untyped-def]
     """Take whole groups; `state` and `workspace` are this thread's own."""
     while True:
         group = take(counter)
@@ -55,13 +60,14 @@ def _groups(kind, logarithm, precise, g, x, out, state, workspace, counter):  # 
         _finish_maximum(kind, g, state)
         for chunk in range(g.chunks):
             _sum(kind, precise, g, x, group, chunk, state, workspace)
-        _finish_sum(kind, logarithm, g, state, workspace)
-        for chunk in range(g.chunks):
-            _write(kind, logarithm, precise, g, x, out, group, chunk, state, workspace)
+        _finish_sum(kind, operation, g, out, group, state, workspace)
+        if operation != _LOGSUMEXP:
+            for chunk in range(g.chunks):
+                _write(kind, operation, precise, g, x, out, group, chunk, state, workspace)
 
 
 @kernel
-def _chunks(kind, logarithm, precise, step, g, x, out, state, workspace, counter):  # type: ignore[no-untyped-def]
+def _chunks(kind, operation, precise, step, g, x, out, state, workspace, counter):  # type: ignore[no-untyped-def]
     """Take chunks of any group, for one pass; `state` holds that of all groups."""
     while True:
         piece = take(counter)
@@ -74,18 +80,18 @@ def _chunks(kind, logarithm, precise, step, g, x, out, state, workspace, counter
         elif step == _SUM:
             _sum(kind, precise, g, x, group, chunk, own, workspace)
         else:
-            _write(kind, logarithm, precise, g, x, out, group, chunk, own, workspace)
+            _write(kind, operation, precise, g, x, out, group, chunk, own, workspace)
 
 
 @kernel
-def _finish_pass(kind, logarithm, step, g, state, workspace):  # type: ignore[no-untyped-def]
+def _finish_pass(kind, operation, step, g, out, state, workspace):  # type: ignore[no-untyped-def]
     """What follows a pass, for all groups."""
     for group in range(g.groups):
         own = state + group * _state_bytes(g)
         if step == _MAXIMUM:
             _finish_maximum(kind, g, own)
         else:
-            _finish_sum(kind, logarithm, g, own, workspace)
+            _finish_sum(kind, operation, g, out, group, own, workspace)
 
 
 @inner
@@ -101,15 +107,6 @@ def _lanes(g, workspace):  # type: ignore[no-untyped-def]
 @inner
 def _chunk(g, workspace, which):  # type: ignore[no-untyped-def]
     return _repeated(g, workspace, 4) + which * SUM_CHUNK * g.width * g.itemsize
-
-
-@inner
-def _repeat(kind, g, values, target):  # type: ignore[no-untyped-def]
-    """The rows' values, once for each lane that is used."""
-    value, place = pointer(values, kind), pointer(target, kind)
-    for i in range(min(g.n, SUM_LANES)):
-        for c in range(g.width):
-            place[i * g.width + c] = value[c]
 
 
 @inner
@@ -134,7 +131,7 @@ def _larger(x, y):  # type: ignore[no-untyped-def]
 @inner
 def _maximum(kind, g, x, group, chunk, state, workspace):  # type: ignore[no-untyped-def]
     length, target = _length(g, chunk), _chunk(g, workspace, 0)
-    read_stretch(g, x, group, chunk * SUM_CHUNK, length, target)
+    read_stretch(g, X, x, group, chunk * SUM_CHUNK, length, target)
     values, lanes = pointer(target, kind), pointer(_lanes(g, workspace), kind)
     active = 1
     while active < min(length, SUM_LANES):
@@ -165,8 +162,8 @@ def _finish_maximum(kind, g, state):  # type: ignore[no-untyped-def]
 def _sum(kind, precise, g, x, group, chunk, state, workspace):  # type: ignore[no-untyped-def]
     length, source, target = _length(g, chunk), _chunk(g, workspace, 0), _chunk(g, workspace, 1)
     if g.chunks > 1:
-        read_stretch(g, x, group, chunk * SUM_CHUNK, length, source)
-    _repeat(kind, g, state, _repeated(g, workspace, 0))
+        read_stretch(g, X, x, group, chunk * SUM_CHUNK, length, source)
+    repeat_scalars(kind, g, state, _repeated(g, workspace, 0))
     maximum = pointer(_repeated(g, workspace, 0), kind)
     values, terms = pointer(source, kind), pointer(target, kind)
     equal = pointer(_lanes(g, workspace), np.int32)
@@ -192,11 +189,11 @@ def _sum(kind, precise, g, x, group, chunk, state, workspace):  # type: ignore[n
 
 
 @inner
-def _finish_sum(kind, logarithm, g, state, workspace):  # type: ignore[no-untyped-def]
+def _finish_sum(kind, operation, g, out, group, state, workspace):  # type: ignore[no-untyped-def]
     sums = state + g.chunks * g.width * g.itemsize
     counts = pointer(sums + g.chunks * g.width * g.itemsize, np.int64)
     sum_tree(kind, g.itemsize, sums, g.chunks, g.width, _lanes(g, workspace))
-    result = pointer(sums, kind)
+    maxima, result = pointer(state, kind), pointer(sums, kind)
     for c in range(g.width):
         count = np.int64(0)
         for chunk in range(g.chunks):
@@ -205,43 +202,51 @@ def _finish_sum(kind, logarithm, g, state, workspace):  # type: ignore[no-untype
         u = ones + rest
         b = u - ones
         e = (ones - (u - b)) + (rest - b)
-        result[c] = log(u) + e / u if logarithm else u
+        if operation == _SOFTMAX:
+            result[c] = u
+        else:
+            result[c] = log(u) + e / u
+        if operation == _LOGSUMEXP:
+            m = maxima[c]
+            result[c] = m if np.isinf(m) else m + result[c]
+    if operation == _LOGSUMEXP:
+        write_scalars(g, OUT, out, group, sums)
 
 
 @inner
-def _write(kind, logarithm, precise, g, x, out, group, chunk, state, workspace):  # type: ignore[no-untyped-def]
+def _write(kind, operation, precise, g, x, out, group, chunk, state, workspace):  # type: ignore[no-untyped-def]
     first, length = chunk * SUM_CHUNK, _length(g, chunk)
     source, target = _chunk(g, workspace, 0), _chunk(g, workspace, 1)
     if g.chunks > 1:
-        read_stretch(g, x, group, first, length, source)
-    _repeat(kind, g, state, _repeated(g, workspace, 0))
-    _repeat(kind, g, state + g.chunks * g.width * g.itemsize, _repeated(g, workspace, 1))
+        read_stretch(g, X, x, group, first, length, source)
+    repeat_scalars(kind, g, state, _repeated(g, workspace, 0))
+    repeat_scalars(kind, g, state + g.chunks * g.width * g.itemsize, _repeated(g, workspace, 1))
     maximum, divisor = pointer(_repeated(g, workspace, 0), kind), pointer(_repeated(g, workspace, 1), kind)
     values, results = pointer(source, kind), pointer(target, kind)
     for block in range(0, length, SUM_LANES):
         start = block * g.width
         count = min(length - block, SUM_LANES) * g.width
-        if logarithm:
+        if operation == _LOG_SOFTMAX:
             for i in range(count):
                 results[start + i] = values[start + i] - maximum[i] - divisor[i]
         else:
             for i in range(count):
                 t = values[start + i] - maximum[i]
                 results[start + i] = _exponential(kind, precise, values[start + i], maximum[i], t) / divisor[i]
-    write_stretch(g, out, group, first, length, target)
+    write_stretch(g, OUT, out, group, first, length, target)
 
 
 def prepare(spec: ReductionSpec) -> ReductionLaunch:
-    """The launch for a softmax or log_softmax."""
-    g, table = describe(spec)
+    """The launch for a softmax, log_softmax or logsumexp."""
+    g, tables = describe(spec)
     kind = FLOAT[ACCUMULATE[spec.out.dtype]]
-    logarithm = spec.operation == "log_softmax"
+    operation = OPERATIONS.index(spec.operation)
     precise = spec.out.dtype == ACCUMULATE[spec.out.dtype]
     state_bytes = g.chunks * g.width * (2 * g.itemsize + 8)
     workspace_bytes = (4 * SUM_LANES + 2 * SUM_CHUNK) * g.width * g.itemsize
     cost = g.groups * g.width * max(g.n, SUM_LANES) * _NANOSECONDS_PER_ELEMENT
 
-    def launch(out: View, x: View, table: Table = table) -> None:  # keeps the table alive
+    def launch(out: View, x: View, keep: object = tables) -> None:  # the kernels read the tables
         counters = np.zeros(3, np.int64)
         counter = counters.ctypes.data
 
@@ -252,7 +257,7 @@ def prepare(spec: ReductionSpec) -> ReductionLaunch:
                 workspace = memory.ctypes.data
                 _groups(
                     kind,
-                    logarithm,
+                    operation,
                     precise,
                     g,
                     x.pointer,
@@ -267,17 +272,17 @@ def prepare(spec: ReductionSpec) -> ReductionLaunch:
 
         state = np.empty(g.groups * state_bytes, np.uint8)
 
-        for step in (_MAXIMUM, _SUM, _WRITE):
+        for step in (_MAXIMUM, _SUM) if operation == _LOGSUMEXP else (_MAXIMUM, _SUM, _WRITE):
 
             def finish(step: int = step) -> None:
                 memory = np.empty(workspace_bytes, np.uint8)
-                _finish_pass(kind, logarithm, step, g, state.ctypes.data, memory.ctypes.data)
+                _finish_pass(kind, operation, step, g, out.pointer, state.ctypes.data, memory.ctypes.data)
 
             def work_on_chunks(step: int = step) -> None:
                 memory = np.empty(workspace_bytes, np.uint8)
                 _chunks(
                     kind,
-                    logarithm,
+                    operation,
                     precise,
                     step,
                     g,

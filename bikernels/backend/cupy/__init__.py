@@ -25,6 +25,7 @@ class CupyBackend:
 
     name = "cupy"
     device_type = "cuda"
+    reductions = frozenset({"mean", "softmax", "log_softmax"})
 
     def unavailable(self) -> str | None:
         missing = [module for module in _MODULES if not _exists(module)]
