@@ -14,7 +14,7 @@ import argparse
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from timing import Samples, alternate, capture, rotations
 import bikernels
 from bikernels import reference
 from bikernels.dtypes import NUMPY_DTYPE
+from bikernels_torch.core import view
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 BIKERNELS_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
@@ -62,18 +63,44 @@ class Case(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """The call of the core and that of PyTorch, each of an array and an axis."""
+    """The function of the core and that of PyTorch, each of an array, its weights (see `sides`) and an axis."""
 
-    ours: Callable[..., torch.Tensor]
+    core: Callable[..., object]
     torch: Callable[..., torch.Tensor]
     one_for_a_row: bool
+    sides: int = 0
+    """Arrays of the length of a row beside x."""
+
+    def ours(self, x: torch.Tensor, *sides: torch.Tensor, axis: int, backend: str | None) -> torch.Tensor:
+        """What the core computes of tensors, on the current stream."""
+        shape = list(x.shape)
+        if self.one_for_a_row:
+            del shape[axis]
+        out = torch.empty(shape, dtype=x.dtype, device=x.device)
+        self.core(view(x), *map(view, sides), axis=axis, out=view(out), backend=backend)
+        return out
+
+
+def _layer_norm(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, dim: int) -> torch.Tensor:
+    return torch.nn.functional.layer_norm(x, x.shape[dim:], w, b)
+
+
+def _rms_norm(x: torch.Tensor, w: torch.Tensor, dim: int) -> torch.Tensor:
+    return torch.nn.functional.rms_norm(x, x.shape[dim:], w)
 
 
 OPERATIONS = {
     "log_softmax": Operation(bikernels.log_softmax, torch.log_softmax, False),
     "softmax": Operation(bikernels.softmax, torch.softmax, False),
     "mean": Operation(bikernels.mean, torch.mean, True),
+    "sum": Operation(bikernels.sum, torch.sum, True),
+    "var": Operation(functools.partial(bikernels.var, correction=1), torch.var, True),
+    "logsumexp": Operation(bikernels.logsumexp, torch.logsumexp, True),
+    "rms_norm": Operation(bikernels.rms_norm, _rms_norm, False, 1),
+    "layer_norm": Operation(bikernels.layer_norm, _layer_norm, False, 2),
 }
+REFERENCE = {"var": functools.partial(reference.var, correction=1)}
+NORMS = ("rms_norm", "layer_norm")
 
 SHAPES = ((1024, 151936), (8192, 32000), (8192, 4096), (1, 151936), (8, 151936), (64, 151936))
 """Those that the goals name."""
@@ -81,14 +108,20 @@ SHAPES = ((1024, 151936), (8192, 32000), (8192, 4096), (1, 151936), (8, 151936),
 
 def cases(quick: bool) -> Iterator[Case]:
     """Shapes of language models; without `quick` a sweep of rows and lengths as well."""
-    for operation in OPERATIONS:
-        for dtype in ("bf16", "fp32"):
-            for rows, n in SHAPES:
+    for dtype in ("bf16", "fp32"):
+        for operation in ("log_softmax", "softmax", "mean"):
+            for rows, n in (*SHAPES, (65536, 256)):
                 yield Case(operation, rows, n, dtype, "last")
-            yield Case(operation, 65536, 256, dtype, "last")
             yield Case(operation, 4096, 8192, dtype, "first")
             yield Case(operation, 151936, 1024, dtype, "first")
             yield Case(operation, 4096, 1024, dtype, "middle")
+        for operation in NORMS:
+            for rows, n in ((8192, 4096), (64, 8192)):
+                yield Case(operation, rows, n, dtype, "last")
+        for operation in ("sum", "var", "logsumexp"):
+            yield Case(operation, 8192, 4096, dtype, "last")
+            yield Case(operation, 1024, 151936, dtype, "last")
+            yield Case(operation, 4096, 8192, dtype, "first")
     if quick:
         return
     for operation in OPERATIONS:
@@ -97,7 +130,8 @@ def cases(quick: bool) -> Iterator[Case]:
                 for rows in (1, 16, 256, 4096, 65536):
                     for n in (1, 16, 256, 1024, 4096, 16384, 65536, 262144):
                         case = Case(operation, rows, n, dtype, axis)
-                        if case.moved <= MOST_BYTES and (axis != "middle" or rows >= 64):
+                        has_axis = axis == "last" or operation not in NORMS
+                        if case.moved <= MOST_BYTES and has_axis and (axis != "middle" or rows >= 64):
                             yield case
 
 
@@ -137,25 +171,27 @@ def measure(case: Case, backend: str | None, copied: float) -> Result:
         rotated = [
             torch.randn(case.shape, device="cuda", dtype=DTYPES[case.dtype]) for _ in range(rotations(case.moved))
         ]
-        is_right = check(case, rotated[0], ours(rotated[0]))
-        theirs(rotated[0])
+        sides = [torch.randn(case.n, device="cuda", dtype=DTYPES[case.dtype]) for _ in range(calls.sides)]
+        is_right = check(case, rotated[0], ours(rotated[0], *sides), sides)
+        theirs(rotated[0], *sides)
         results: list[torch.Tensor] = []  # so that each has its memory
         graphs = {}
         for name, call in (("ours", ours), ("torch", theirs)):
-            graphs[name] = capture(functools.partial(_keep, results, call, x) for x in rotated)
+            graphs[name] = capture(functools.partial(_keep, results, call, x, *sides) for x in rotated)
         samples: Samples = alternate(graphs, len(rotated))
     times = {name: spread(samples[name]).median for name in graphs}
     return Result(case, times["ours"], times["torch"], case.moved / copied, is_right)
 
 
-def _keep(results: list[torch.Tensor], call: Callable[..., torch.Tensor], x: torch.Tensor) -> None:
-    results.append(call(x))
+def _keep(results: list[torch.Tensor], call: Callable[..., torch.Tensor], *operands: torch.Tensor) -> None:
+    results.append(call(*operands))
 
 
-def check(case: Case, x: torch.Tensor, out: torch.Tensor) -> bool:
+def check(case: Case, x: torch.Tensor, out: torch.Tensor, sides: Sequence[torch.Tensor] = ()) -> bool:
     """Whether the first and the last row of a result are the reference's, byte for byte."""
     rows = x.movedim(case.dim, -1).reshape(-1, case.n) if case.axis == "last" else _edges(case, x)
-    expected = getattr(reference, case.operation)(_to_numpy(rows[[0, -1]], case.dtype), 1)
+    compute = REFERENCE.get(case.operation, getattr(reference, case.operation))
+    expected = compute(*(_to_numpy(operand, case.dtype) for operand in (rows[[0, -1]], *sides)), kept=1)
     if OPERATIONS[case.operation].one_for_a_row:
         actual = out.reshape(-1)[[0, -1]]
     else:

@@ -16,8 +16,24 @@ from .. import ReductionLaunch
 from . import schedules
 from .compile import Kernel
 from .launch import ADDRESS, Argument, Launch, gpu, load, shaped, workspace
-from .parameters import DTYPE_CODE, REDUCTION, divisor, fill_dims
+from .parameters import DTYPE_CODE, OPERANDS, REDUCTION, divisor, fill_dims
 from .schedules import ColumnSchedule, RowSchedule
+
+SIDES = OPERANDS[2:]
+"""Operands that an operation may have beside x and out."""
+
+Addresses = tuple[int, ...]
+"""Of SIDES; 0 for those that are not there."""
+
+NO_SIDES: Addresses = (0,) * len(SIDES)
+
+
+class _Operand(NamedTuple):
+    """An operand's dtype and its strides along the dimensions `kept` and `row`."""
+
+    dtype: str
+    kept: tuple[int, ...]
+    row: tuple[int, ...]
 
 
 class _Rows(NamedTuple):
@@ -25,13 +41,11 @@ class _Rows(NamedTuple):
 
     kept: tuple[int, ...]
     row: tuple[int, ...]
-    x_dtype: str
-    out_dtype: str
-    x: tuple[tuple[int, ...], tuple[int, ...]]
-    """Strides along kept and row."""
-    out: tuple[tuple[int, ...], tuple[int, ...]]
-    divisor: int
-    """Of a mean: the length of the rows that the caller gave."""
+    operands: dict[str, _Operand]
+    """By their names in OPERANDS."""
+    divisor: float
+    """Of sums, rounded to the accumulate dtype by the kernels."""
+    eps: float
     rounds: bool
     """Whether x has to be rounded to the result's dtype first, where reading it to the accumulate dtype does not."""
 
@@ -48,61 +62,86 @@ class _Rows(NamedTuple):
         return -(-self.n // SUM_CHUNK)
 
     @property
+    def x(self) -> _Operand:
+        return self.operands["x"]
+
+    @property
+    def out_dtype(self) -> str:
+        return self.operands["out"].dtype
+
+    @property
     def accumulate(self) -> str:
         return ACCUMULATE[self.out_dtype]
 
     @property
     def element(self) -> str:
-        """As what x is read: see schedules.py."""
-        return schedules.element_of(self.x_dtype, self.accumulate, self.rounds)
+        """As what x, and the gradient with it, are read: see schedules.py."""
+        differ = "grad" in self.operands and self.operands["grad"].dtype != self.x.dtype
+        return schedules.element_of(self.x.dtype, self.accumulate, self.rounds or differ)
 
     @property
     def in_columns(self) -> bool:
         """Whether neighbouring rows lie closer than a row's elements, which then lie a fixed step apart."""
         if len(self.row) != 1 or not self.kept or self.kept[-1] < schedules.MIN_COLUMNS:
             return False
-        return abs(self.x[0][-1]) < abs(self.x[1][0])
+        return abs(self.x.kept[-1]) < abs(self.x.row[0])
 
     @property
     def width(self) -> int:
         """Columns that a thread takes: those of a vector, if they lie side by side wherever they begin, or 1."""
         width = schedules.vector_width(self.element)
-        *others, last = self.x[0]
-        lines_up = self.kept[-1] % width == 0 and all(step % width == 0 for step in (*others, *self.x[1]))
+        *others, last = self.x.kept
+        lines_up = self.kept[-1] % width == 0 and all(step % width == 0 for step in (*others, *self.x.row))
         return width if last == 1 and lines_up else 1
 
     def of_sums(self, kept: tuple[int, ...], step: int) -> _Rows:
         """The next level of the tree: a row's chunk sums, `step` apart, in the accumulate dtype."""
-        return self._replace(row=(self.chunks,), x_dtype=self.accumulate, x=(kept, (step,)), rounds=False)
+        operands = {"x": _Operand(self.accumulate, kept, (step,)), "out": self.operands["out"]}
+        return self._replace(row=(self.chunks,), operands=operands, rounds=False)
 
     def parameters(self, operation: str) -> Any:
         parameters = np.zeros((), REDUCTION)
-        parameters["rows"], parameters["n"], parameters["divisor"] = self.number, self.n, self.divisor
+        parameters["rows"], parameters["n"] = self.number, self.n
+        parameters["divisor"], parameters["eps"] = self.divisor, self.eps
         parameters["chunks"] = divisor(max(1, self.chunks))
-        parameters["x_dtype"], parameters["out_dtype"] = DTYPE_CODE[self.x_dtype], DTYPE_CODE[self.out_dtype]
         parameters["rounds"] = self.rounds
-        parameters["logarithm"] = operation == "log_softmax"
+        parameters["logarithm"] = operation in ("log_softmax", "std")
         parameters["kept"], parameters["count"] = len(self.kept), len(self.kept) + len(self.row)
-        if len(self.row) == 1:
-            parameters["x_step"], parameters["out_step"] = self.x[1][0], self.out[1][0]
-        fill_dims(parameters["dims"], self.kept + self.row, self.x[0] + self.x[1], self.out[0] + self.out[1])
+        nowhere = (0,) * (len(self.kept) + len(self.row))
+        strides = []
+        for place, name in enumerate(OPERANDS):
+            operand = self.operands.get(name)
+            strides.append(nowhere if operand is None else operand.kept + operand.row)
+            if operand is not None:
+                parameters["dtype"][place] = DTYPE_CODE[operand.dtype]
+                if len(self.row) == 1:
+                    parameters["step"][place] = operand.row[0]
+        fill_dims(parameters["dims"], self.kept + self.row, *strides)
         return parameters
 
 
 def _rows_of(spec: ReductionSpec) -> _Rows:
     """The rows of a spec, in the order in which they lie: which row comes first decides nothing."""
     kept, row = spec.x.shape[: spec.kept], spec.x.shape[spec.kept :]
-    x_kept, x_row = spec.x.strides[: spec.kept], spec.x.strides[spec.kept :]
-    out_kept = spec.out.strides[: spec.kept]
-    out_row = spec.out.strides[spec.kept :] or (0,) * len(row)
-    order = sorted(range(len(kept)), key=lambda axis: -abs(x_kept[axis]))
-    kept, (x_kept, out_kept) = merge_dimensions(*(tuple(v[axis] for axis in order) for v in (kept, x_kept, out_kept)))
-    rounds = ITEMSIZE[spec.out.dtype] == 2 and spec.x.dtype != spec.out.dtype
-    return _Rows(kept, row, spec.x.dtype, spec.out.dtype, (x_kept, x_row), (out_kept, out_row), math.prod(row), rounds)
+    layouts = {name: layout for name in OPERANDS if (layout := getattr(spec, name)) is not None}
+    order = sorted(range(len(kept)), key=lambda axis: -abs(spec.x.strides[axis]))
+    kept, merged = merge_dimensions(
+        tuple(kept[axis] for axis in order),
+        *(tuple(layout.strides[axis] for axis in order) for layout in layouts.values()),
+    )
+    operands = {
+        name: _Operand(layout.dtype, strides, layout.strides[spec.kept :] or (0,) * len(row))
+        for (name, layout), strides in zip(layouts.items(), merged, strict=True)
+    }
+    n = math.prod(row)
+    by = {"sum": 1.0, "var": max(0.0, n - spec.correction), "std": max(0.0, n - spec.correction)}
+    is_forward = not spec.operation.endswith("backward")
+    rounds = is_forward and ITEMSIZE[spec.out.dtype] == 2 and spec.x.dtype != spec.out.dtype
+    return _Rows(kept, row, operands, by.get(spec.operation, float(n)), spec.eps, rounds)
 
 
-Step = Callable[[int, int, int, int], None]
-"""step(stream, out, x, workspace): queue one kernel; the last three are addresses."""
+Step = Callable[[int, int, int, Addresses, int], None]
+"""step(stream, out, x, sides, workspace): queue one kernel; all but the first are addresses."""
 
 
 class _Plan:
@@ -135,95 +174,122 @@ class _Plan:
         overlapping = overlapping and self.gpu.compute_capability >= schedules.FIRST_WITH_CLUSTERS
         return shaped(function, grid, block, shared_bytes, arguments, cluster=cluster, overlapping=overlapping)
 
-    def launch(self) -> ReductionLaunch:
+    def launch(self, sides: list[str]) -> ReductionLaunch:
+        """The launch of an operation that has these of SIDES."""
         steps, size, index = tuple(self.steps), self.bytes, self.index
+        places = [sides.index(name) if name in sides else -1 for name in SIDES]
 
-        def launch(out: View, x: View) -> None:
+        def addresses(others: tuple[View, ...]) -> Addresses:
+            return tuple([0 if place < 0 else others[place].pointer for place in places]) if others else NO_SIDES
+
+        def launch(out: View, x: View, *others: View) -> None:
             (step,) = steps
-            step(out.stream, out.pointer, x.pointer, 0)
+            step(out.stream, out.pointer, x.pointer, addresses(others), 0)
 
-        def launch_with_workspace(out: View, x: View) -> None:
+        def launch_with_workspace(out: View, x: View, *others: View) -> None:
             stream = out.stream
             with cupy.cuda.Device(index), workspace(size, index, stream) as address:
                 for step in steps:
-                    step(stream, out.pointer, x.pointer, address)
+                    step(stream, out.pointer, x.pointer, addresses(others), address)
 
         return launch_with_workspace if size else launch
 
 
 def prepare(spec: ReductionSpec, device: Device) -> ReductionLaunch:
     """See `bikernels.backend.Backend.prepare_reduction`."""
-    rows, plan = _rows_of(spec), _Plan(device)
-    if spec.operation == "mean":
-        _plan_mean(plan, rows)
+    rows, plan, operation = _rows_of(spec), _Plan(device), spec.operation
+    sides = [name for name in SIDES if name in rows.operands]
+    if rows.in_columns and operation in schedules.TERMS:
+        _plan_column_tree(plan, rows, operation)
+    elif rows.in_columns and operation in schedules.COLUMN_OPERATIONS and rows.chunks <= schedules.MAX_COLUMN_CHUNKS:
+        _plan_single(plan, _column_launch(plan, rows, operation))
+    elif operation in schedules.SUMS:
+        _plan_row_tree(plan, rows, operation)
     else:
-        _plan_softmax(plan, rows, spec.operation)
-    return plan.launch()
+        schedule = _choose_rows(plan, rows, operation)
+        if schedule is None and operation in schedules.SPLIT:
+            _plan_split_softmax(plan, rows, operation)
+        else:
+            _plan_single(plan, _row_launch(plan, rows, operation, schedule))
+    return plan.launch(sides)
 
 
-def _plan_mean(plan: _Plan, rows: _Rows) -> None:
-    """Levels of the tree through the workspace while rows are to be spread over the GPU, then the mean."""
-    source: int | None = None  # the workspace offset of what is summed; None: x
-    if rows.in_columns:
-        while schedules.splits_columns(rows.number, rows.n, rows.width, plan.gpu, source is None):
-            source, rows = _plan_column_sums(plan, rows, source)
-        run = column_launch(plan, rows, "mean", choose_columns(plan, rows))
-    else:
-        while (schedule := _choose_rows(plan, rows, "mean")) is None:
-            source, rows = _plan_row_sums(plan, rows, source)
-        run = row_launch(plan, rows, "mean", schedule)
-
-    def mean(stream: int, out: int, x: int, workspace: int) -> None:
-        run(stream, out, x if source is None else workspace + source)
-
-    plan.steps.append(mean)
+def _plan_single(plan: _Plan, run: Launch) -> None:
+    """One kernel, from x to out."""
+    plan.steps.append(lambda stream, out, x, sides, workspace: run(stream, out, x, *sides))
 
 
 def _choose_rows(plan: _Plan, rows: _Rows, operation: str) -> RowSchedule | None:
-    """The schedule of a team for each row; None if chunks are to be spread over the GPU."""
+    """The schedule that keeps rows; None if it does not fit or if chunks are to be spread over the GPU."""
     kept = schedules.kept(operation, rows.element, rows.accumulate)
     chosen = schedules.choose_row_schedule(rows.number, rows.n, kept, plan.gpu)
-    return None if schedules.splits_rows(rows.number, rows.n, plan.gpu, chosen is not None) else chosen
+    may_split = operation in schedules.SPLIT
+    return None if may_split and schedules.splits_rows(rows.number, rows.n, plan.gpu, chosen is not None) else chosen
 
 
-def choose_columns(plan: _Plan, rows: _Rows) -> ColumnSchedule:
-    """The schedule for rows side by side."""
-    return schedules.choose_column_schedule(rows.number, rows.n, rows.width, plan.gpu)
+_ALL = (ADDRESS,) * len(OPERANDS)
 
 
-def row_launch(plan: _Plan, rows: _Rows, operation: str, schedule: RowSchedule) -> Launch:
-    """A launch of rows.cu, called with the addresses of out and x."""
+def _row_launch(plan: _Plan, rows: _Rows, operation: str, schedule: RowSchedule | None) -> Launch:
+    """A launch of rows.cu, called with the addresses of out, x and SIDES. Without a schedule, rows are not kept."""
     kept = schedules.kept(operation, rows.element, rows.accumulate)
+    schedule = schedule or schedules.streaming_schedule(rows.n, kept, plan.gpu)
+    of_warp = np.int32(kept.of_warp(schedule, rows.n))
     return plan.shape(
-        schedules.row_kernel(operation, rows.element, rows.out_dtype, schedule.team),
+        schedules.row_kernel(operation, rows.element, rows.out_dtype, schedule.team, schedule.keeps),
         "reduce_rows",
         -(-rows.number // schedule.rows) * schedule.ctas,
         schedule.warps * 32,
         kept.bytes(schedule, rows.n),
-        (
-            rows.parameters(operation),
-            np.int32(schedule.lanes),
-            np.int32(kept.of_warp(schedule, rows.n)),
-            ADDRESS,
-            ADDRESS,
-        ),
+        (rows.parameters(operation), np.int32(schedule.lanes), np.int32(schedule.batch), of_warp, *_ALL),
         cluster=schedule.ctas,
         overlapping=True,
     )
 
 
-def column_launch(plan: _Plan, rows: _Rows, operation: str, schedule: ColumnSchedule) -> Launch:
-    """A launch of columns.cu, called with the addresses of out and x."""
+def _column_launch(plan: _Plan, rows: _Rows, operation: str) -> Launch:
+    """A launch of columns.cu, called with the addresses of out, x and SIDES."""
+    schedule: ColumnSchedule = schedules.choose_column_schedule(rows.number, rows.n, rows.width, plan.gpu)
     return plan.shape(
         schedules.column_kernel(operation, rows.element, rows.accumulate, schedule.width, schedule.ctas > 1),
         "reduce_columns",
         -(-rows.number // schedule.tile) * schedule.ctas,
         schedule.threads,
         schedule.bytes(rows.n, rows.accumulate),
-        (rows.parameters(operation), np.int32(schedule.bits), ADDRESS, ADDRESS),
+        (rows.parameters(operation), np.int32(schedule.bits), *_ALL),
         cluster=schedule.ctas,
         overlapping=True,
     )
+
+
+# ------------------------------------------------------------------------------------------------- levels of the tree
+
+
+def _plan_last_level(plan: _Plan, run: Launch, source: int | None) -> None:
+    """The result, from x or from the sums at that offset of the workspace."""
+    if source is None:
+        _plan_single(plan, run)
+        return
+    offset = source
+    plan.steps.append(lambda stream, out, x, sides, workspace: run(stream, out, workspace + offset, *NO_SIDES))
+
+
+def _plan_row_tree(plan: _Plan, rows: _Rows, operation: str) -> None:
+    """Levels through the workspace while rows are to be spread over the GPU, then the result."""
+    source: int | None = None
+    while (schedule := _choose_rows(plan, rows, operation)) is None:
+        source, rows = _plan_row_sums(plan, rows, source)
+    _plan_last_level(plan, _row_launch(plan, rows, operation, schedule), source)
+
+
+def _plan_column_tree(plan: _Plan, rows: _Rows, operation: str) -> None:
+    """The same of columns; what is added up is that of the operation at the first level, and then sums."""
+    source: int | None = None
+    while schedules.splits_columns(rows.number, rows.n, rows.width, plan.gpu, source is None):
+        source, rows = _plan_column_sums(plan, rows, operation, source)
+        if operation not in schedules.SUMS:
+            operation, rows = "sum", rows._replace(divisor=1.0)
+    _plan_last_level(plan, _column_launch(plan, rows, operation), source)
 
 
 def _plan_row_sums(plan: _Plan, rows: _Rows, source: int | None) -> tuple[int, _Rows]:
@@ -231,9 +297,9 @@ def _plan_row_sums(plan: _Plan, rows: _Rows, source: int | None) -> tuple[int, _
     target = plan.reserve(rows.number * rows.chunks, rows.accumulate)
     grid = -(-rows.number * rows.chunks // 4)
     kernel = schedules.chunk_kernel("row_chunks.cu", rows.element, rows.accumulate)
-    run = plan.shape(kernel, "sum_chunks", grid, 128, 0, (rows.parameters("mean"), ADDRESS, ADDRESS))
+    run = plan.shape(kernel, "sum_chunks", grid, 128, 0, (rows.parameters("sum"), ADDRESS, ADDRESS))
 
-    def sums(stream: int, out: int, x: int, workspace: int) -> None:
+    def sums(stream: int, out: int, x: int, sides: Addresses, workspace: int) -> None:
         run(stream, workspace + target, x if source is None else workspace + source)
 
     plan.steps.append(sums)
@@ -241,39 +307,29 @@ def _plan_row_sums(plan: _Plan, rows: _Rows, source: int | None) -> tuple[int, _
     return target, rows.of_sums(kept, 1)
 
 
-def _plan_column_sums(plan: _Plan, rows: _Rows, source: int | None) -> tuple[int, _Rows]:
+def _plan_column_sums(plan: _Plan, rows: _Rows, operation: str, source: int | None) -> tuple[int, _Rows]:
     """One level: the sums of all chunks, chunk by chunk, those of neighbouring rows side by side."""
     target = plan.reserve(rows.number * rows.chunks, rows.accumulate)
     schedule = schedules.column_schedules(rows.n, rows.width, plan.gpu)[0]
     run = plan.shape(
-        schedules.column_chunk_kernel(rows.element, rows.accumulate, schedule.width),
+        schedules.column_chunk_kernel(operation, rows.element, rows.accumulate, schedule.width),
         "sum_column_chunks",
         -(-rows.number // schedule.tile) * rows.chunks,
         schedule.threads,
         schedule.bytes(SUM_CHUNK, rows.accumulate),
-        (rows.parameters("mean"), np.int32(schedule.bits), ADDRESS, ADDRESS),
+        (rows.parameters(operation), np.int32(schedule.bits), *(ADDRESS,) * 5),
     )
+    places = [SIDES.index(name) for name in ("grad", "mean", "rstd")]
 
-    def sums(stream: int, out: int, x: int, workspace: int) -> None:
-        run(stream, workspace + target, x if source is None else workspace + source)
+    def sums(stream: int, out: int, x: int, sides: Addresses, workspace: int) -> None:
+        of_terms = [sides[place] for place in places]
+        run(stream, workspace + target, x if source is None else workspace + source, *of_terms)
 
     plan.steps.append(sums)
     return target, rows.of_sums(contiguous_strides(rows.kept), rows.number)
 
 
-def _plan_softmax(plan: _Plan, rows: _Rows, operation: str) -> None:
-    if rows.in_columns and rows.chunks <= schedules.MAX_COLUMN_CHUNKS:
-        run = column_launch(plan, rows, operation, choose_columns(plan, rows))
-    elif (schedule := _choose_rows(plan, rows, operation)) is not None:
-        run = row_launch(plan, rows, operation, schedule)
-    else:
-        _plan_split_softmax(plan, rows, operation)
-        return
-
-    def softmax(stream: int, out: int, x: int, workspace: int) -> None:
-        run(stream, out, x)
-
-    plan.steps.append(softmax)
+# ------------------------------------------------------------------------------------- softmax of few very long rows
 
 
 def _plan_split_softmax(plan: _Plan, rows: _Rows, operation: str) -> None:
@@ -293,7 +349,7 @@ def _plan_split_softmax(plan: _Plan, rows: _Rows, operation: str) -> None:
     row_maxima = plan.shape(kernel, "row_maxima", rows.number, 512, 0, (chunks, ADDRESS, ADDRESS))
     chunk_exponentials = load_for_chunks("chunk_exponentials", 4)
 
-    def maxima_and_sums(stream: int, out: int, x: int, workspace: int) -> None:
+    def maxima_and_sums(stream: int, out: int, x: int, sides: Addresses, workspace: int) -> None:
         chunk_maxima(stream, workspace + maxima, x)
         row_maxima(stream, workspace + maximum, workspace + maxima)
         chunk_exponentials(stream, workspace + sums, workspace + counts, workspace + maximum, x)
@@ -310,7 +366,7 @@ def _plan_split_softmax(plan: _Plan, rows: _Rows, operation: str) -> None:
     write_chunks = load_for_chunks("write_chunks", 4)
     last_sums = level_sums
 
-    def normalise(stream: int, out: int, x: int, workspace: int) -> None:
+    def normalise(stream: int, out: int, x: int, sides: Addresses, workspace: int) -> None:
         row_normalisers(stream, workspace + normaliser, workspace + last_sums, workspace + counts)
         write_chunks(stream, out, workspace + maximum, workspace + normaliser, x)
 

@@ -19,9 +19,6 @@ FIRST_WITH_CLUSTERS = (9, 0)
 MAX_ROW_CHUNKS = SUM_CHUNK
 """Chunks of a row that one CTA may sum: their sums are one chunk of the next level."""
 
-MAX_TEAM_CHUNKS = SUM_LANES
-"""Chunks of a row of a team: their sums are a chunk with one element a lane (team.cuh)."""
-
 MAX_COLUMN_CHUNKS = 32
 """Chunks of a column: their sums are a warp's (columns.cuh)."""
 
@@ -36,8 +33,42 @@ ANY = "any"
 
 ELEMENTS = ("bfloat16", "float16", "float32", "float64")
 
-OPERATIONS = {"mean": "Mean", "log_softmax": "LogSoftmax", "softmax": "Softmax"}
+OPERATIONS = {
+    "sum": "Mean",  # by 1
+    "mean": "Mean",
+    "var": "Variance",
+    "std": "Variance",
+    "softmax": "Softmax",
+    "log_softmax": "LogSoftmax",
+    "logsumexp": "LogSumExp",
+    "softmax_backward": "SoftmaxBackward",
+    "log_softmax_backward": "LogSoftmaxBackward",
+    "rms_norm": "RmsNorm",
+    "layer_norm": "LayerNorm",
+    "rms_norm_backward": "RmsNormBackward",
+    "layer_norm_backward": "LayerNormBackward",
+    "rms_norm_weight_backward": "RmsNormWeightBackward",
+    "layer_norm_weight_backward": "LayerNormWeightBackward",
+}
 """The operations, and the structs in rows.cu and columns.cu that compute them."""
+
+COLUMN_OPERATIONS = frozenset(
+    {
+        *("sum", "mean", "var", "std", "softmax", "log_softmax", "logsumexp"),
+        *("rms_norm_weight_backward", "layer_norm_weight_backward"),
+    }
+)
+"""Those that columns.cu has."""
+
+SUMS = frozenset(("sum", "mean"))
+TERMS = {"sum": 0, "mean": 0, "rms_norm_weight_backward": 1, "layer_norm_weight_backward": 2}
+"""The operations that are a sum along a column, and of what (column_chunks.cu)."""
+
+EXPONENTIALS = frozenset(("softmax", "log_softmax", "logsumexp"))
+"""Their kernels differ by the result's dtype."""
+
+SPLIT = SUMS | {"softmax", "log_softmax"}
+"""Operations that may be spread over the GPU chunk by chunk."""
 
 # --------------------------------------------------------------------------------------------------------------- rows
 
@@ -45,18 +76,22 @@ LANES, CTA, CLUSTER = "LANES", "CTA", "CLUSTER"
 
 CTA_WARPS = 4
 """Of a CTA, where a row is a warp's or part of one's."""
+BATCHES = (8, 4, 2, 1)
+"""How many rows such a team begins to read at a time."""
+BATCH_BYTES = 4096
+"""That a warp reads at a time, if it has several rows."""
 MAX_WARPS = 16
 """Of a CTA."""
 MAX_CTAS = 8
 """Of a cluster, on every GPU that has clusters."""
-MAX_ROUNDS = 4
-"""Chunks that a warp keeps: a bit for each of its steps (rows.cu)."""
-PREFERRED_WARPS = 10
-"""Of a CTA: with more, a multiprocessor holds too few CTAs for one to read while another computes."""
+PREFERRED_WARPS, PREFERRED_BYTES = 8, 48 * 1024
+"""Of a CTA, at most: of larger ones a multiprocessor holds too few for one to read while another computes."""
+ROUNDS = 8
+"""Chunks of a warp, at most, where there is a choice."""
 
 
 class RowSchedule(NamedTuple):
-    """How threads share a row (team.cuh)."""
+    """How threads share rows (team.cuh)."""
 
     team: str
     lanes: int
@@ -65,11 +100,15 @@ class RowSchedule(NamedTuple):
     """Of a CTA."""
     ctas: int
     """Of a team."""
+    batch: int = 1
+    """Rows of a team, where it is a warp or less."""
+    keeps: bool = True
+    """Whether a row is read once."""
 
     @property
     def rows(self) -> int:
         """Of a CTA, or of a cluster."""
-        return self.warps * 32 // self.lanes if self.team == LANES else 1
+        return self.warps * 32 // self.lanes * self.batch if self.team == LANES else 1
 
     def rounds(self, n: int) -> int:
         """Chunks of a warp."""
@@ -79,24 +118,28 @@ class RowSchedule(NamedTuple):
 class Kept(NamedTuple):
     """Bytes of shared memory that a row takes."""
 
-    element: int
-    """For each element."""
+    short: int
+    """For each element of a row that is a warp's."""
+    long: int
+    """For each element of another one."""
     accumulate: int
     """Of a partial sum."""
 
     def of_warp(self, schedule: RowSchedule, n: int) -> int:
-        """For the elements of a warp, in steps of SUM_LANES of them."""
-        elements = -(-n // SUM_LANES) * SUM_LANES if schedule.team == LANES else schedule.rounds(n) * SUM_CHUNK
-        return elements * self.element
+        """For the elements of a warp that belong to one row of each team, in steps of SUM_LANES of them."""
+        if schedule.team == LANES:
+            return -(-n // SUM_LANES) * SUM_LANES * self.short
+        return schedule.rounds(n) * SUM_CHUNK * self.long if schedule.keeps else 0
 
     def bytes(self, schedule: RowSchedule, n: int) -> int:
         """Of a CTA. Behind the elements, where there are several warps: an array of the warps' maxima, two of chunks'
-        sums, one of counts.
+        sums, one of those sums' sums, one of counts.
         """
-        exchanged = 0
+        exchanged, chunks = 0, chunks_of(n)
         if schedule.team != LANES:
-            exchanged = max(schedule.warps * schedule.ctas, chunks_of(n)) * (3 * self.accumulate + 4)
-        return schedule.warps * self.of_warp(schedule, n) + exchanged
+            places = max(schedule.warps * schedule.ctas, min(chunks, SUM_CHUNK))
+            exchanged = places * (3 * self.accumulate + 4) + chunks_of(chunks) * self.accumulate
+        return schedule.warps * schedule.batch * self.of_warp(schedule, n) + exchanged
 
 
 def chunks_of(n: int) -> int:
@@ -107,40 +150,65 @@ def chunks_of(n: int) -> int:
 def kept(operation: str, element: str, accumulate: str) -> Kept:
     """What an operation keeps of rows; those that are read as ANY are kept in the accumulate dtype."""
     stored = ITEMSIZE[accumulate if element == ANY else element]
-    element_bytes = {"mean": 0, "log_softmax": stored}.get(operation, ITEMSIZE[accumulate])
-    return Kept(element_bytes, ITEMSIZE[accumulate])
+    if operation.endswith("backward"):
+        stored *= 2
+    return Kept(stored, 0 if operation in SUMS else stored, ITEMSIZE[accumulate])
 
 
 def row_schedules(n: int, of: Kept, device: GPU) -> list[RowSchedule]:
-    """The schedules for rows of n elements that fit, the fewest CTAs first."""
+    """The schedules for rows of n elements that fit and keep them; of long rows, the fewest CTAs first."""
     if n <= SUM_CHUNK:
         lanes = min(32, 1 << max(0, -(-n // GROUP_LANES) - 1).bit_length())
-        return [RowSchedule(LANES, lanes, CTA_WARPS, 1)]
-    chunks, found = chunks_of(n), []
-    most = MAX_CTAS if device.compute_capability >= FIRST_WITH_CLUSTERS else 1
-    for ctas in (1, 2, 4, 8):
-        if ctas > most or ctas > chunks or chunks > MAX_TEAM_CHUNKS:
-            continue
-        for warps in {min(MAX_WARPS, -(-chunks // ctas)), max(1, -(-chunks // (2 * ctas)))}:
+        shorts = [RowSchedule(LANES, lanes, CTA_WARPS, 1, batch) for batch in BATCHES]
+        return [one for one in shorts if one.batch == 1 or one.batch * of.of_warp(one, n) <= BATCH_BYTES]
+    chunks = chunks_of(n)
+    found: dict[RowSchedule, None] = {}
+    for ctas in _cluster_sizes(device):
+        for rounds in (1, 2, 4, ROUNDS) if of.long else (1, 2, 4, ROUNDS, -(-chunks // (ctas * MAX_WARPS))):
+            warps = -(-chunks // (ctas * rounds))
             schedule = RowSchedule(CTA if ctas == 1 else CLUSTER, 32, warps, ctas)
-            rounds_fit = schedule.rounds(n) <= MAX_ROUNDS or of.element == 0
-            if warps <= MAX_WARPS and rounds_fit and of.bytes(schedule, n) <= device.shared_bytes:
-                found.append(schedule)
-    return sorted(found, key=lambda one: (one.ctas, one.rounds(n), one.warps))
+            fits = of.bytes(schedule, n) <= device.shared_bytes and chunks <= SUM_CHUNK
+            if ctas <= chunks and warps <= MAX_WARPS and fits:
+                found[schedule] = None
+    return list(found)
+
+
+def streaming_schedule(n: int, of: Kept, device: GPU) -> RowSchedule:
+    """The schedule that reads a row anew whenever it is used."""
+    ctas = _cluster_sizes(device)[-1]
+    return RowSchedule(CTA if ctas == 1 else CLUSTER, 32, MAX_WARPS, ctas, keeps=False)
+
+
+def _cluster_sizes(device: GPU) -> tuple[int, ...]:
+    return (1, 2, 4, MAX_CTAS) if device.compute_capability >= FIRST_WITH_CLUSTERS else (1,)
 
 
 def choose_row_schedule(rows: int, n: int, of: Kept, device: GPU) -> RowSchedule | None:
-    """The fewest CTAs that fill the GPU, with few warps each; None if no schedule fits."""
+    """A schedule that keeps rows; None if none fits.
+
+    Where rows fill the GPU, warps have several chunks each if those take little memory, since a CTA of few warps that
+    live long reads better. Of schedules alike, the one of the fewest CTAs that are small enough.
+    """
     found = row_schedules(n, of, device)
-    fewest = [one for one in found if one.rounds(n) == min(other.rounds(n) for other in found)]
-    for one in fewest:
-        if one.warps <= PREFERRED_WARPS and rows * one.ctas >= one.rows * device.multiprocessors:
+    if not found:
+        return None
+    if n <= SUM_CHUNK:
+        return next((one for one in found if rows >= 2 * device.multiprocessors * one.rows), found[-1])
+    chunks = chunks_of(n)
+    wanted = 4 if of.long == 0 else 2 if of.long <= 2 else 1
+    while wanted > 1 and (chunks < 2 * wanted or rows * chunks < 16 * device.multiprocessors * wanted):
+        wanted //= 2
+    closest = min(abs(one.rounds(n) - wanted) for one in found)
+    alike = [one for one in found if abs(one.rounds(n) - wanted) == closest]
+    for one in alike:
+        is_small = one.warps <= PREFERRED_WARPS and of.bytes(one, n) <= PREFERRED_BYTES
+        if is_small and rows * one.ctas >= device.multiprocessors:
             return one
-    return fewest[-1] if fewest else None
+    return alike[-1]
 
 
 def splits_rows(rows: int, n: int, device: GPU, fits: bool) -> bool:
-    """Whether rows are spread over the GPU chunk by chunk: none of `row_schedules` fits, or too few CTAs would work."""
+    """Whether rows are spread over the GPU chunk by chunk: no schedule fits, or too few CTAs would work."""
     if not fits:
         return True
     if device.compute_capability >= FIRST_WITH_CLUSTERS:
@@ -233,16 +301,17 @@ def chunk_kernel(source: str, element: str, accumulate: str) -> Kernel:
     return Kernel(source, (("ELEMENT", _c_type(element)), ("ACCUMULATE", C_TYPE[accumulate])))
 
 
-def row_kernel(operation: str, element: str, out_dtype: str, team: str) -> Kernel:
+def row_kernel(operation: str, element: str, out_dtype: str, team: str, keeps: bool = True) -> Kernel:
     """The kernel of rows.cu."""
     return Kernel(
         "rows.cu",
         (
             ("OPERATION", OPERATIONS[operation]),
             ("ELEMENT", _c_type(element)),
-            ("RESULT", "any_dtype" if operation == "mean" else C_TYPE[out_dtype]),
+            ("RESULT", C_TYPE[out_dtype] if operation in EXPONENTIALS else "any_dtype"),
             ("ACCUMULATE", C_TYPE[ACCUMULATE[out_dtype]]),
             ("TEAM", team),
+            ("KEPT", str(keeps).lower()),
             ("THREADS", MAX_WARPS * 32),
         ),
     )
@@ -260,9 +329,9 @@ def column_kernel(operation: str, element: str, accumulate: str, width: int, in_
     )
 
 
-def column_chunk_kernel(element: str, accumulate: str, width: int) -> Kernel:
+def column_chunk_kernel(operation: str, element: str, accumulate: str, width: int) -> Kernel:
     """The kernel of column_chunks.cu."""
-    return Kernel("column_chunks.cu", _column_macros(element, accumulate, width))
+    return Kernel("column_chunks.cu", (("TERMS", TERMS[operation]), *_column_macros(element, accumulate, width)))
 
 
 def _column_macros(element: str, accumulate: str, width: int) -> tuple[tuple[str, str | int], ...]:
@@ -282,8 +351,9 @@ def reduction_kernels(compute_capability: int) -> Iterator[Kernel]:
         for source in ("row_chunks.cu", "softmax_split_rows.cu"):
             found[chunk_kernel(source, element, accumulate)] = None
         for width in {1, vector_width(element)}:
-            found[column_chunk_kernel(element, accumulate, width)] = None
-            for operation in OPERATIONS:
+            for operation in TERMS:
+                found[column_chunk_kernel(operation, element, accumulate, width)] = None
+            for operation in COLUMN_OPERATIONS:
                 for in_cluster in (False, True) if has_clusters else (False,):
                     found[column_kernel(operation, element, accumulate, width, in_cluster)] = None
         for operation in OPERATIONS:
@@ -291,6 +361,9 @@ def reduction_kernels(compute_capability: int) -> Iterator[Kernel]:
                 if ACCUMULATE[out_dtype] == accumulate and element in (ANY, out_dtype, *_widened_to(out_dtype)):
                     for team in (LANES, CTA, CLUSTER) if has_clusters else (LANES, CTA):
                         found[row_kernel(operation, element, out_dtype, team)] = None
+                    if operation not in SPLIT:
+                        team = CLUSTER if has_clusters else CTA
+                        found[row_kernel(operation, element, out_dtype, team, keeps=False)] = None
     yield from found
 
 

@@ -8,28 +8,91 @@
 using A = ACCUMULATE;
 using Tile = Columns<ELEMENT, A, WIDTH, IN_CLUSTER>;
 
+struct Arrays {
+    void* out;
+    const void* grad;
+    const void* mean;
+    const void* rstd;
+};
+
 __device__ __forceinline__ A add(A a, A b) { return a + b; }
 
+// Share a sum of each chunk, which of_chunk(chunk, sum) writes for the thread's columns and lanes.
+template <class OfChunk>
+__device__ __forceinline__ void share_chunks(const Tile& tile, OfChunk of_chunk) {
+    for (int chunk = tile.rank; chunk < tile.chunks; chunk += tile.ctas) {
+        A sum[WIDTH];
+        of_chunk(chunk, sum);
+        tile.fold_groups(sum, tile.chunk_sums + chunk * tile.tile, add);
+    }
+    tile.meet();
+}
+
+// Write result(at) for each column of the tile.
+template <class Result>
+__device__ __forceinline__ void write_columns(const Tile& tile, long long first, void* out, Result result) {
+    if (tile.rank > 0) return;
+    const Reduction& p = tile.p;
+    for (int at = threadIdx.x; at < tile.tile && first + at < p.rows; at += blockDim.x)
+        store(out, p.row_offset<OF_OUT>(first + at), p.out_dtype(), result(at));
+}
+
 struct Mean {
-    static __device__ __forceinline__ void run(const Tile& tile, const Reduction& p, long long first, void* out) {
-        for (int chunk = tile.rank; chunk < tile.chunks; chunk += tile.ctas) {
-            A sum[WIDTH];
-            tile.sum_elements(chunk, sum);
-            tile.fold_groups(sum, tile.chunk_sums + chunk * tile.tile, add);
-        }
-        tile.meet();
-        if (tile.rank > 0) return;
-        for (int at = threadIdx.x; at < tile.tile && first + at < p.rows; at += blockDim.x) {
-            long long start[2];
-            p.row_offsets(first + at, start);
-            store(out, start[1], static_cast<int>(p.out_dtype), tile.sum_of_chunks(at) / static_cast<A>(p.divisor));
-        }
+    static __device__ __forceinline__ void run(const Tile& tile, const Reduction& p, long long first, const Arrays& arrays) {
+        share_chunks(tile, [&](int chunk, A(&sum)[WIDTH]) { tile.sum_elements(chunk, sum); });
+        write_columns(tile, first, arrays.out,
+                      [&](int at) { return tile.sum_of_chunks(at) / static_cast<A>(p.divisor); });
     }
 };
 
-template <bool LOGARITHM>
+struct Variance {
+    static __device__ __forceinline__ void run(const Tile& tile, const Reduction& p, long long first, const Arrays& arrays) {
+        share_chunks(tile, [&](int chunk, A(&sum)[WIDTH]) { tile.sum_elements(chunk, sum); });
+        A mean[WIDTH];
+#pragma unroll
+        for (int w = 0; w < WIDTH; w++) mean[w] = tile.sum_of_chunks(tile.left + w) / static_cast<A>(p.n);
+        tile.meet();  // every CTA has read what the next sums overwrite
+        share_chunks(tile, [&](int chunk, A(&sum)[WIDTH]) {
+            tile.sum_terms(chunk, sum, [&](int i, A(&lane)[WIDTH]) {
+                A v[WIDTH];
+                tile.read(i, v);
+#pragma unroll
+                for (int w = 0; w < WIDTH; w++) {
+                    const A y = v[w] - mean[w];
+                    lane[w] += y * y;
+                }
+            });
+        });
+        write_columns(tile, first, arrays.out, [&](int at) {
+            const A variance = tile.sum_of_chunks(at) / static_cast<A>(p.divisor);
+            return p.logarithm ? root(variance) : variance;
+        });
+    }
+};
+
+template <bool CENTRED>
+struct WeightBackward {
+    static __device__ __forceinline__ void run(const Tile& tile, const Reduction& p, long long first, const Arrays& arrays) {
+        const WeightTerms<ELEMENT, A, WIDTH, CENTRED> terms(p, tile.column, arrays.grad, arrays.mean, arrays.rstd);
+        share_chunks(tile, [&](int chunk, A(&sum)[WIDTH]) {
+            tile.sum_terms(chunk, sum, [&](int i, A(&lane)[WIDTH]) {
+                A v[WIDTH];
+                tile.read(i, v);
+                terms.add(i, v, lane);
+            });
+        });
+        write_columns(tile, first, arrays.out, [&](int at) { return tile.sum_of_chunks(at); });
+    }
+};
+
+using RmsNormWeightBackward = WeightBackward<false>;
+using LayerNormWeightBackward = WeightBackward<true>;
+
+enum class Form { SOFTMAX, LOG_SOFTMAX, LOGSUMEXP };
+
+template <Form FORM>
 struct SoftmaxFamily {
-    static __device__ __forceinline__ void run(const Tile& tile, const Reduction& p, long long, void* out) {
+    static __device__ __forceinline__ void run(const Tile& tile, const Reduction& p, long long first, const Arrays& arrays) {
         const bool is_precise = p.is_precise();
 
         A maximum[WIDTH];  // it is exact, so its order is free
@@ -51,37 +114,42 @@ struct SoftmaxFamily {
         }
 
         A count[WIDTH] = {};  // exact, and so is their sum: a column has at most 2^16 elements
-        for (int chunk = tile.rank; chunk < tile.chunks; chunk += tile.ctas) {
-            A sum[WIDTH];
+        share_chunks(tile, [&](int chunk, A(&sum)[WIDTH]) {
             tile.sum_terms(chunk, sum, [&](int i, A(&lane)[WIDTH]) {
                 A v[WIDTH];
                 tile.read(i, v);
                 add_terms(v, maximum, is_precise, lane, count);
             });
-            tile.fold_groups(sum, tile.chunk_sums + chunk * tile.tile, add);
-        }
+        });
         tile.fold_groups(count, tile.counts + tile.rank * tile.tile, add);
         tile.meet();
-        A normaliser[WIDTH];
-#pragma unroll 1
-        for (int at = threadIdx.x; at < tile.tile; at += blockDim.x) {
+        const auto normaliser_of = [&](int at) {
             A all = 0;
             for (int cta = 0; cta < tile.ctas; cta++) all += tile.counts[cta * tile.tile + at];
-            tile.partial[at] = softmax_normaliser(all, tile.sum_of_chunks(at), LOGARITHM);
+            return softmax_normaliser(all, tile.sum_of_chunks(at), FORM != Form::SOFTMAX);
+        };
+        if constexpr (FORM == Form::LOGSUMEXP) {
+            write_columns(tile, first, arrays.out, [&](int at) {
+                A m = tile.maxima[at];
+                for (int cta = 1; cta < tile.ctas; cta++) m = larger_nan(m, tile.maxima[cta * tile.tile + at]);
+                return m - m != 0 && m == m ? m : m + normaliser_of(at);
+            });
+            return;
         }
+        A normaliser[WIDTH];
+#pragma unroll 1
+        for (int at = threadIdx.x; at < tile.tile; at += blockDim.x) tile.partial[at] = normaliser_of(at);
         __syncthreads();
 #pragma unroll
         for (int w = 0; w < WIDTH; w++) normaliser[w] = tile.partial[tile.left + w];
 
-        long long start[2];
-        p.row_offsets(min(tile.column, p.rows - WIDTH), start);
-        const ColumnWriter<A, WIDTH> writer(p, out, start[1]);
+        const ColumnWriter<A, WIDTH> writer(p, arrays.out, p.row_offset<OF_OUT>(min(tile.column, p.rows - WIDTH)));
         tile.for_elements([&](int i) {
             A v[WIDTH];
             tile.read(i, v);
 #pragma unroll
             for (int w = 0; w < WIDTH; w++)
-                v[w] = softmax_element(v[w], maximum[w], normaliser[w], LOGARITHM, is_precise);
+                v[w] = softmax_element(v[w], maximum[w], normaliser[w], FORM == Form::LOG_SOFTMAX, is_precise);
             writer.write(i, v);
         });
     }
@@ -117,12 +185,14 @@ struct SoftmaxFamily {
     }
 };
 
-using LogSoftmax = SoftmaxFamily<true>;
-using Softmax = SoftmaxFamily<false>;
+using Softmax = SoftmaxFamily<Form::SOFTMAX>;
+using LogSoftmax = SoftmaxFamily<Form::LOG_SOFTMAX>;
+using LogSumExp = SoftmaxFamily<Form::LOGSUMEXP>;
 
 // `bits`: the logarithm of the number of groups.
 extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS > 0 ? 512 / THREADS : 1)
-    reduce_columns(const __grid_constant__ Reduction p, int bits, void* out, const void* x) {
+    reduce_columns(const __grid_constant__ Reduction p, int bits, void* out, const void* x, const void* grad,
+                   const void*, const void*, void* mean, void* rstd) {
     extern __shared__ __align__(16) unsigned char shared[];
     Tile tile(p, bits, shared);
     if constexpr (IN_CLUSTER) sync_cluster();  // no CTA writes to another that has not started
@@ -133,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS > 0 ? 512 / 
     for (long long first = blockIdx.x / tile.ctas * static_cast<long long>(tile.tile); first < p.rows;
          first += gridDim.x / tile.ctas * static_cast<long long>(tile.tile)) {
         tile.move(first, x);
-        OPERATION::run(tile, p, first, out);
+        OPERATION::run(tile, p, first, Arrays{out, grad, mean, rstd});
         tile.meet();  // shared memory is free for the next tile
     }
 }

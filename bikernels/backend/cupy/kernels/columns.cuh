@@ -56,7 +56,7 @@ struct Columns {
     __device__ __forceinline__ void move(long long first, const void* all) {
         column = first + left;
         is_present = column < p.rows;  // with all WIDE columns
-        start = p.row_offset(min(column, p.rows - WIDE));
+        start = p.row_offset<OF_X>(min(column, p.rows - WIDE));
         x = static_cast<const X*>(all);
         vectors = false;
         if constexpr (WIDE > 1) vectors = is_vector_aligned(x + start);
@@ -65,12 +65,12 @@ struct Columns {
     // Let the columns be one chunk of themselves.
     __device__ __forceinline__ void narrow(long long chunk) {
         n = static_cast<int>(min(p.n - chunk * SUM_CHUNK, static_cast<long long>(SUM_CHUNK)));
-        start += chunk * SUM_CHUNK * p.x_step;
+        start += chunk * SUM_CHUNK * p.step[OF_X];
     }
 
     // Element i of the thread's columns.
     __device__ __forceinline__ void read(int i, A (&v)[WIDE]) const {
-        const long long offset = start + i * p.x_step;
+        const long long offset = start + i * p.step[OF_X];
         if constexpr (WIDE > 1) {
             if (vectors) {
                 unpack(*reinterpret_cast<const uint4*>(x + offset), static_cast<X*>(nullptr), v);
@@ -79,11 +79,11 @@ struct Columns {
                 for (int w = 0; w < WIDE; w++) v[w] = Element<X, A>::load(x, offset + w, 0);
             }
         } else {
-            v[0] = Element<X, A>::load(x, offset, static_cast<int>(p.x_dtype));
+            v[0] = Element<X, A>::load(x, offset, static_cast<int>(p.dtype[OF_X]));
         }
         if (p.rounds) {
 #pragma unroll
-            for (int w = 0; w < WIDE; w++) v[w] = round_through(v[w], static_cast<int>(p.out_dtype));
+            for (int w = 0; w < WIDE; w++) v[w] = round_through(v[w], p.out_dtype());
         }
     }
 
@@ -104,7 +104,7 @@ struct Columns {
 #pragma unroll 1
             for (int i = first; i < min(n, first + SUM_CHUNK); i += SUM_LANES) {
                 if (vectors && !p.rounds && i + THREAD_LANES <= n) {
-                    add_vectors(x + start + i * p.x_step, lane);
+                    add_vectors(x + start + i * p.step[OF_X], lane);
                 } else if (WIDE == 1 && i + THREAD_LANES <= n) {
                     A v[THREAD_LANES][WIDE];
 #pragma unroll
@@ -219,7 +219,7 @@ struct Columns {
         if constexpr (WIDE > 1) {
             uint4 raw[THREAD_LANES];
 #pragma unroll
-            for (int j = 0; j < THREAD_LANES; j++) raw[j] = *reinterpret_cast<const uint4*>(from + j * p.x_step);
+            for (int j = 0; j < THREAD_LANES; j++) raw[j] = *reinterpret_cast<const uint4*>(from + j * p.step[OF_X]);
 #pragma unroll
             for (int j = 0; j < THREAD_LANES; j++) {
                 A v[WIDE];
@@ -228,6 +228,54 @@ struct Columns {
                 for (int w = 0; w < WIDE; w++) lane[j][w] += v[w];
             }
         }
+    }
+};
+
+// What the rows of a batch contribute to the gradient of a norm's weight: g * h, h = (x - mean) * rstd, without the mean in
+// rms_norm. A column has the elements of the batch at one place of the normalised axes.
+template <class X, class A, int WIDE, bool CENTRED>
+struct WeightTerms {
+    const Reduction& p;
+    const X* const grad;
+    const void* const mean;
+    const void* const rstd;
+    long long start;
+    bool vectors;
+
+    __device__ __forceinline__ WeightTerms(const Reduction& p, long long column, const void* grad, const void* mean,
+                                           const void* rstd)
+        : p(p), grad(static_cast<const X*>(grad)), mean(mean), rstd(rstd) {
+        start = p.row_offset<OF_GRAD>(min(column, p.rows - WIDE));
+        vectors = false;
+        if constexpr (WIDE > 1)
+            vectors = p.dims.stride[OF_GRAD][p.kept - 1] == 1 && p.step[OF_GRAD] % WIDE == 0 &&
+                      is_vector_aligned(this->grad + start);
+    }
+
+    // Add those of element i, of which x is given, to `lane`.
+    __device__ __forceinline__ void add(int i, const A (&x)[WIDE], A (&lane)[WIDE]) const {
+        A g[WIDE];
+        const long long offset = start + i * p.step[OF_GRAD];
+        const long long step = p.kept > 0 ? p.dims.stride[OF_GRAD][p.kept - 1] : 0;
+        if constexpr (WIDE > 1) {
+            if (vectors) {
+                unpack(*reinterpret_cast<const uint4*>(grad + offset), static_cast<X*>(nullptr), g);
+            } else {
+#pragma unroll
+                for (int w = 0; w < WIDE; w++) g[w] = Element<X, A>::load(grad, offset + w * step, 0);
+            }
+        } else {
+            g[0] = Element<X, A>::load(grad, offset, static_cast<int>(p.dtype[OF_GRAD]));
+        }
+        const A r = statistic<OF_RSTD>(rstd, i), m = CENTRED ? statistic<OF_MEAN>(mean, i) : A(0);
+#pragma unroll
+        for (int w = 0; w < WIDE; w++) lane[w] += g[w] * ((CENTRED ? x[w] - m : x[w]) * r);
+    }
+
+  private:
+    template <int OPERAND>
+    __device__ __forceinline__ A statistic(const void* of, int i) const {
+        return Element<any_dtype, A>::load(of, i * p.step[OPERAND], static_cast<int>(p.dtype[OPERAND]));
     }
 };
 
@@ -241,27 +289,27 @@ struct ColumnWriter {
     bool vectors;
 
     __device__ __forceinline__ ColumnWriter(const Reduction& p, void* out, long long start)
-        : p(p), out(out), start(start), size(p.out_dtype == DTYPE_FLOAT64 ? 8 : p.out_dtype == DTYPE_FLOAT32 ? 4 : 2) {
-        vectors = WIDE * size % 16 == 0 && p.dims.stride[1][p.kept - 1] == 1 &&
+        : p(p), out(out), start(start), size(p.out_dtype() == DTYPE_FLOAT64 ? 8 : p.out_dtype() == DTYPE_FLOAT32 ? 4 : 2) {
+        vectors = WIDE * size % 16 == 0 && p.dims.stride[OF_OUT][p.kept - 1] == 1 &&
                   is_vector_aligned(static_cast<char*>(out) + start * size);
     }
 
     __device__ __forceinline__ void write(int i, const A (&v)[WIDE]) const {
-        const long long offset = start + i * p.out_step;
+        const long long offset = start + i * p.step[OF_OUT];
         if constexpr (WIDE > 1) {
-            if (vectors && p.out_step * size % 16 == 0) {
+            if (vectors && p.step[OF_OUT] * size % 16 == 0) {
                 store_vectors(static_cast<char*>(out) + offset * size, v);
                 return;
             }
         }
-        const long long step = p.dims.stride[1][p.kept - 1];
+        const long long step = p.dims.stride[OF_OUT][p.kept - 1];
 #pragma unroll
-        for (int w = 0; w < WIDE; w++) store(out, offset + w * step, static_cast<int>(p.out_dtype), v[w]);
+        for (int w = 0; w < WIDE; w++) store(out, offset + w * step, p.out_dtype(), v[w]);
     }
 
   private:
     __device__ __forceinline__ void store_vectors(void* at, const float (&v)[8]) const {
-        store_8(at, static_cast<int>(p.out_dtype), v);
+        store_8(at, p.out_dtype(), v);
     }
     __device__ __forceinline__ void store_vectors(void* at, const float (&v)[4]) const {  // of float32
         *static_cast<uint4*>(at) =

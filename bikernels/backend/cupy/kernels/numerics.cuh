@@ -18,6 +18,8 @@ struct any_dtype {};
 
 __device__ __forceinline__ float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ __forceinline__ double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
+__device__ __forceinline__ float root(float x) { return __fsqrt_rn(x); }
+__device__ __forceinline__ double root(double x) { return __dsqrt_rn(x); }
 
 // ------------------------------------------------------------------------------------------------------------ widening
 
@@ -177,6 +179,24 @@ __device__ __forceinline__ void load_8(const X* x, A (&v)[8]) {
 #pragma unroll
     for (int i = 0; i < 8 / VECTOR; i++)
         unpack(reinterpret_cast<const uint4*>(x)[i], static_cast<X*>(nullptr), v + i * VECTOR);
+}
+
+// The same from index on, for a floating-point dtype that is known at run time only.
+template <class X, class W, class A>
+__device__ __forceinline__ void load_8_as(const void* x, long long index, A (&v)[8]) {
+    W wide[8];
+    load_8(static_cast<const X*>(x) + index, wide);
+#pragma unroll
+    for (int j = 0; j < 8; j++) v[j] = static_cast<A>(wide[j]);
+}
+template <class A>
+__device__ __forceinline__ void load_8(const void* x, long long index, int dtype, A (&v)[8]) {
+    switch (dtype) {
+        case DTYPE_BFLOAT16: load_8_as<bfloat16, float>(x, index, v); break;
+        case DTYPE_FLOAT16: load_8_as<float16, float>(x, index, v); break;
+        case DTYPE_FLOAT32: load_8_as<float, float>(x, index, v); break;
+        default: load_8_as<double, double>(x, index, v);
+    }
 }
 
 __device__ __forceinline__ unsigned pair(unsigned short low, unsigned short high) { return low | (unsigned)high << 16; }

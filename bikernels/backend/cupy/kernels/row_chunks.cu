@@ -14,7 +14,7 @@ extern "C" __global__ void __launch_bounds__(128, 1)
          i < p.rows * p.chunks.number; i += step) {
         long long chunk = i;
         const long long row = p.chunks.divide(chunk);
-        const Reader reader(p, x, p.row_offset(row));
+        const Reader reader(p, x, p.row_offset<OF_X>(row));
         const A sum = sum_warp(reader.sum_lanes(chunk * SUM_CHUNK + lane_id() * THREAD_LANES, p.n));
         if (lane_id() == 0) sums[i] = sum;
     }

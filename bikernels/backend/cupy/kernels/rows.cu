@@ -1,169 +1,391 @@
-// Reductions of rows, each by a team of threads that reads it once and keeps it in shared memory.
+// Reductions of rows, each by a team of threads.
 //
 // OPERATION: a struct below. ELEMENT, RESULT: dtypes of x and of the result (or any_dtype); ACCUMULATE: float or double.
-// TEAM: a kind of team. THREADS: of a CTA, at most.
+// TEAM: a kind of team. KEPT: whether rows are read once and kept in shared memory. THREADS: of a CTA, at most.
 #include "row.cuh"
 #include "softmax.cuh"
 
 using A = ACCUMULATE;
-using Stored = stored_type<ELEMENT, A>::type;
 constexpr bool IS_PRECISE = !is_same<RESULT, bfloat16>::value && !is_same<RESULT, float16>::value;
+using Elements = A[THREAD_LANES];
 
-struct Mean {
-    static constexpr int PLANES = 0;  // nothing is kept
+// The arrays of an operation; null where it has none.
+struct Arrays {
+    void* out;
+    const void* x;
+    const void* grad;
+    const void* weight;
+    const void* bias;
+    void* mean;
+    void* rstd;
+};
+
+template <int OPERANDS_KEPT>
+using RowOf = Row<TEAM, ELEMENT, RESULT, A, OPERANDS_KEPT>;
+
+// What most operations have in common.
+struct OfX {
+    static constexpr int OPERANDS_KEPT = KEPT;
+    static __device__ __forceinline__ A absent() { return 0; }
+};
+struct OfXAndGrad : OfX {
+    static constexpr int OPERANDS_KEPT = KEPT ? 2 : 0;
+};
+
+// ---------------------------------------------------------------------------------------------------------------- sums
+
+// The sum of a row, or its mean: one pass, so that only short rows, of which a warp has many, are kept.
+struct Mean : OfX {
+    static constexpr int OPERANDS_KEPT = TEAM == LANES;
 
     template <class R>
-    static __device__ __forceinline__ void run(const R& row, const Reduction& p, int turn) {
+    static __device__ __forceinline__ void run(const R& row, const Arrays& arrays) {
         A sum = 0;
-        row.for_chunks([&](int chunk, uint4*, int) {
-            sum = row.team.sum_in_warp(row.reader.sum_lanes(chunk * SUM_CHUNK + row.position, row.n));
-            row.team.share(row.team.sums(turn), chunk, sum);
-        });
-        if constexpr (TEAM != LANES) {
+        if constexpr (R::IS_KEPT) {
+            sum = row.sum(0, [&](auto i, Octet octet, Elements& v) { row.read_x(i, octet, v); });
+        } else {
+            row.for_chunks(0, row.team.chunks, [&](int chunk, int) {
+                const A of_chunk = sum_warp(row.x.sum_lanes(static_cast<long long>(chunk) * SUM_CHUNK + row.position, row.n));
+                row.team.share(row.team.sums(0), chunk, of_chunk);
+            });
             row.team.meet();
             if (row.team.warp > 0) return;
-            sum = row.team.sum_of_chunks(turn);
+            sum = sum_shared(row.team.sums(0), row.team.chunks);
         }
-        if (row.position == 0 && row.is_present) row.writer.write_one(sum / static_cast<A>(p.divisor));
+        if (row.position == 0 && row.is_present)
+            row.writer(arrays.out).write_one(sum / static_cast<A>(row.p.divisor));
     }
 };
 
-template <bool LOGARITHM>
-struct SoftmaxFamily {
-    // A division takes the exponentials, which are kept where the elements were; a logarithm the elements.
-    static constexpr int PLANES = (LOGARITHM ? sizeof(Stored) : sizeof(A)) / 2;
+// The mean of y * y, y = x - mean, of which `mean` becomes that of x.
+template <class R>
+__device__ __forceinline__ A variance(const R& row, A& mean, A divisor) {
+    const A n = static_cast<A>(row.p.n);
+    mean = row.sum(0, [&](auto i, Octet octet, Elements& v) { row.read_x(i, octet, v); }) / n;
+    const A m = mean;
+    const A sum = row.sum(1, [&](auto i, Octet octet, Elements& v) {
+        row.read_x(i, octet, v);
+#pragma unroll
+        for (int j = 0; j < THREAD_LANES; j++) {
+            const A y = v[j] - m;
+            v[j] = y * y;
+        }
+    });
+    return sum / divisor;
+}
+
+struct Variance : OfX {
+    template <class R>
+    static __device__ __forceinline__ void run(const R& row, const Arrays& arrays) {
+        A mean;
+        const A result = variance(row, mean, static_cast<A>(row.p.divisor));
+        if (row.team.warp == 0 && row.position == 0 && row.is_present)
+            row.writer(arrays.out).write_one(row.p.logarithm ? root(result) : result);
+    }
+};
+
+// ------------------------------------------------------------------------------------------------------------- softmax
+
+enum class Form { SOFTMAX, LOG_SOFTMAX, LOGSUMEXP };
+
+template <Form FORM>
+struct SoftmaxFamily : OfX {
+    static __device__ __forceinline__ A absent() { return lowest<A>(); }
 
     template <class R>
-    static __device__ __forceinline__ void run(const R& row, const Reduction& p, int) {
+    static __device__ __forceinline__ void run(const R& row, const Arrays& arrays) {
+        using Stored = typename R::Stored;
         constexpr int VECTORS = R::VECTORS;
         const auto& team = row.team;
-        row.load(lowest<A>());
 
         Maximum<Stored, A> thread_maximum;  // it is exact, so its order is free
-        row.for_chunks([&](int chunk, uint4* vectors, int) {
-            row.for_chunk(chunk, vectors, [&](int, uint4* at, int) {
-                uint4 raw[VECTORS];
-                A v[THREAD_LANES];
-                row.raw(at, raw);
-                row.values(raw, v);
-                thread_maximum.add(raw, v);
-            });
+        row.for_octets([&](auto i, Octet octet) {
+            uint4 raw[VECTORS];
+            Elements v;
+            row.read_x(i, octet, absent(), raw, v);
+            thread_maximum.add(raw, v);
         });
-        const A maximum = team.team_max(team.max_in_warp(thread_maximum.value()));
+        const A maximum = team.max_of_warps(team.max_in_warp(thread_maximum.value()));
 
-        A sum = 0;
-        unsigned count = 0, near = 0;
-        row.for_chunks([&](int chunk, uint4* vectors, int round) {
-            A lane[THREAD_LANES] = {};
-            row.for_chunk(chunk, vectors, [&](int, uint4* at, int step) {
-                uint4 raw[VECTORS];
-                A v[THREAD_LANES];
-                row.raw(at, raw);
-                row.values(raw, v);
-                const bool are_near = add_exponentials<IS_PRECISE, Stored>(raw, v, maximum, lane, count);
-                if constexpr (!LOGARITHM) {
-                    near |= static_cast<unsigned>(are_near) << (round * CHUNK_STEPS + step);
-                    keep(at, v);
-                }
-            });
-            sum = team.sum_in_warp(fold_thread_lanes(lane));
-            team.share(team.sums(0), chunk, sum);
+        unsigned count = 0;
+        const A sum = row.sum(0, [&](auto i, Octet octet, Elements& v) {
+            uint4 raw[VECTORS];
+            row.read_x(i, octet, absent(), raw, v);
+            exponentials<IS_PRECISE, Stored>(raw, v, maximum, count);
         });
-        count = team.count_in_warp(count);
+        count = team.sum_in_warp(count);
         if constexpr (TEAM != LANES) {
             team.share(team.counts, team.warp, count);
             team.meet();
-            sum = team.sum_of_chunks(0);
             count = team.sum_of_counts();
         }
-        const A normaliser = softmax_normaliser(static_cast<A>(count), sum, LOGARITHM);
+        const A normaliser = softmax_normaliser(static_cast<A>(count), sum, FORM != Form::SOFTMAX);
 
-        if constexpr (LOGARITHM) {
-            row.for_chunks([&](int chunk, uint4* vectors, int) {
-                row.for_chunk(chunk, vectors, [&](int i, uint4* at, int) {
-                    uint4 raw[VECTORS];
-                    A v[THREAD_LANES];
-                    row.raw(at, raw);
-                    row.values(raw, v);
+        const auto writer = row.writer(arrays.out);
+        if constexpr (FORM == Form::LOGSUMEXP) {
+            const bool is_infinite = maximum - maximum != 0 && maximum == maximum;
+            if (team.warp == 0 && row.position == 0 && row.is_present)
+                writer.write_one(is_infinite ? maximum : maximum + normaliser);
+        } else if constexpr (FORM == Form::LOG_SOFTMAX) {
+            row.for_octets([&](auto i, Octet octet) {
+                Elements v;
+                row.read_x(i, octet, v);
 #pragma unroll
-                    for (int j = 0; j < THREAD_LANES; j++) v[j] = v[j] - maximum - normaliser;
-                    row.writer.write(i, v);
-                });
+                for (int j = 0; j < THREAD_LANES; j++) v[j] = v[j] - maximum - normaliser;
+                writer.write(i, v);
             });
         } else {
             const A reciprocal = 1 / normaliser;
-            if (!(normaliser <= FEW)) near = 0;
-            row.for_chunks([&](int chunk, uint4* vectors, int round) {
-                row.for_chunk(chunk, vectors, [&](int i, uint4* at, int step) {
-                    A v[THREAD_LANES];
-                    kept(at, v);
-                    bool is_near = false;
-                    if constexpr (is_same<A, float>::value) {
-                        is_near = near >> (round * CHUNK_STEPS + step) & 1;
-                        if (is_near) {
-#pragma unroll
-                            for (int j = 0; j < THREAD_LANES; j++) v[j] = divide_near(v[j], normaliser, reciprocal);
-                        }
-                    }
-                    if (!is_near) {
-#pragma unroll
-                        for (int j = 0; j < THREAD_LANES; j++) v[j] = v[j] / normaliser;
-                    }
-                    row.writer.write(i, v);
-                });
+            const bool is_few = normaliser <= FEW;
+            row.for_octets([&](auto i, Octet octet) {
+                uint4 raw[VECTORS];
+                Elements v;
+                row.read_x(i, octet, absent(), raw, v);
+                quotients<IS_PRECISE, Stored>(raw, v, maximum, normaliser, reciprocal, is_few);
+                writer.write(i, v);
             });
         }
     }
+};
 
-  private:
-    static __device__ __forceinline__ void keep(uint4* at, const float (&v)[THREAD_LANES]) {
+using Softmax = SoftmaxFamily<Form::SOFTMAX>;
+using LogSoftmax = SoftmaxFamily<Form::LOG_SOFTMAX>;
+using LogSumExp = SoftmaxFamily<Form::LOGSUMEXP>;
+
+// x is the forward result y.
+struct SoftmaxBackward : OfXAndGrad {
+    template <class R>
+    static __device__ __forceinline__ void run(const R& row, const Arrays& arrays) {
+        const A sum = row.sum(0, [&](auto i, Octet octet, Elements& v) {
+            Elements y;
+            row.read_x(i, octet, y);
+            row.read_grad(arrays.grad, i, octet, v);
 #pragma unroll
-        for (int plane = 0; plane < 2; plane++)
-            at[plane * WARP] = make_uint4(__float_as_uint(v[4 * plane]), __float_as_uint(v[4 * plane + 1]),
-                                          __float_as_uint(v[4 * plane + 2]), __float_as_uint(v[4 * plane + 3]));
-    }
-    static __device__ __forceinline__ void keep(uint4* at, const double (&v)[THREAD_LANES]) {
-        uint4 raw[4];
-        pack(v, static_cast<double*>(nullptr), raw);
+            for (int j = 0; j < THREAD_LANES; j++) v[j] = v[j] * y[j];
+        });
+        const auto writer = row.writer(arrays.out);
+        row.for_octets([&](auto i, Octet octet) {
+            Elements y, g;
+            row.read_x(i, octet, y);
+            row.read_grad(arrays.grad, i, octet, g);
 #pragma unroll
-        for (int plane = 0; plane < 4; plane++) at[plane * WARP] = raw[plane];
-    }
-    static __device__ __forceinline__ void kept(const uint4* at, A (&v)[THREAD_LANES]) {
-        constexpr int VECTORS = sizeof(A) / 2;
-#pragma unroll
-        for (int plane = 0; plane < VECTORS; plane++)
-            unpack(at[plane * WARP], static_cast<A*>(nullptr), v + plane * (THREAD_LANES / VECTORS));
+            for (int j = 0; j < THREAD_LANES; j++) y[j] = y[j] * (g[j] - sum);
+            writer.write(i, y);
+        });
     }
 };
 
-using LogSoftmax = SoftmaxFamily<true>;
-using Softmax = SoftmaxFamily<false>;
+struct LogSoftmaxBackward : OfXAndGrad {
+    template <class R>
+    static __device__ __forceinline__ void run(const R& row, const Arrays& arrays) {
+        const A sum = row.sum(0, [&](auto i, Octet octet, Elements& v) { row.read_grad(arrays.grad, i, octet, v); });
+        const auto writer = row.writer(arrays.out);
+        row.for_octets([&](auto i, Octet octet) {
+            Elements y, g;
+            row.read_x(i, octet, y);
+            row.read_grad(arrays.grad, i, octet, g);
+#pragma unroll
+            for (int j = 0; j < THREAD_LANES; j++) g[j] = fused(-exponential(y[j], A(0)), sum, g[j]);
+            writer.write(i, g);
+        });
+    }
+};
 
-// `lanes`: threads of a row, where TEAM is LANES. `kept`: bytes of dynamic shared memory for the elements of a warp; what
-// the team exchanges follows behind those of all warps.
+// --------------------------------------------------------------------------------------------------------------- norms
+
+template <class R>
+__device__ __forceinline__ A reciprocal_root(const R& row, A mean_square) {
+    return 1 / root(mean_square + static_cast<A>(row.p.eps));
+}
+
+// Write a statistic of the row, in the accumulate dtype, if the caller wants it.
+template <int OPERAND, class R>
+__device__ __forceinline__ void write_statistic(const R& row, void* to, A value) {
+    if (to != nullptr && row.team.warp == 0 && row.position == 0 && row.is_present)
+        store(static_cast<A*>(to) + row.p.template row_offset<OPERAND>(row.number), value);
+}
+
+struct RmsNorm : OfX {
+    template <class R>
+    static __device__ __forceinline__ void run(const R& row, const Arrays& arrays) {
+        const A sum = row.sum(0, [&](auto i, Octet octet, Elements& v) {
+            row.read_x(i, octet, v);
+#pragma unroll
+            for (int j = 0; j < THREAD_LANES; j++) v[j] = v[j] * v[j];
+        });
+        const A r = reciprocal_root(row, sum / static_cast<A>(row.p.divisor));
+        write_statistic<OF_RSTD>(row, arrays.rstd, r);
+
+        const SideReader<A, OF_WEIGHT> weight(row.p, arrays.weight, row.number);
+        const auto writer = row.writer(arrays.out);
+        row.for_octets([&](auto i, Octet octet) {
+            Elements v;
+            row.read_x(i, octet, v);
+#pragma unroll
+            for (int j = 0; j < THREAD_LANES; j++) v[j] = v[j] * r;
+            if (weight) {
+                Elements w;
+                weight.read(i, w);
+#pragma unroll
+                for (int j = 0; j < THREAD_LANES; j++) v[j] = v[j] * w[j];
+            }
+            writer.write(i, v);
+        });
+    }
+};
+
+struct LayerNorm : OfX {
+    template <class R>
+    static __device__ __forceinline__ void run(const R& row, const Arrays& arrays) {
+        A mean;
+        const A r = reciprocal_root(row, variance(row, mean, static_cast<A>(row.p.divisor)));
+        const A m = mean;
+        write_statistic<OF_MEAN>(row, arrays.mean, m);
+        write_statistic<OF_RSTD>(row, arrays.rstd, r);
+
+        const SideReader<A, OF_WEIGHT> weight(row.p, arrays.weight, row.number);
+        const SideReader<A, OF_BIAS> bias(row.p, arrays.bias, row.number);
+        const auto writer = row.writer(arrays.out);
+        row.for_octets([&](auto i, Octet octet) {
+            Elements v, w, b;
+            row.read_x(i, octet, v);
+#pragma unroll
+            for (int j = 0; j < THREAD_LANES; j++) v[j] = (v[j] - m) * r;
+            if (weight) weight.read(i, w);
+            if (bias) bias.read(i, b);
+            if (weight && bias) {
+#pragma unroll
+                for (int j = 0; j < THREAD_LANES; j++) v[j] = fused(v[j], w[j], b[j]);
+            } else if (weight) {
+#pragma unroll
+                for (int j = 0; j < THREAD_LANES; j++) v[j] = v[j] * w[j];
+            } else if (bias) {
+#pragma unroll
+                for (int j = 0; j < THREAD_LANES; j++) v[j] = v[j] + b[j];
+            }
+            writer.write(i, v);
+        });
+    }
+};
+
+// The gradient with respect to x of rms_norm, or of layer_norm (CENTRED).
+template <bool CENTRED>
+struct NormBackward : OfXAndGrad {
+    template <class R>
+    static __device__ __forceinline__ void run(const R& row, const Arrays& arrays) {
+        const SideReader<A, OF_WEIGHT> weight(row.p, arrays.weight, row.number);
+        const A r = SideReader<A, OF_RSTD>(row.p, arrays.rstd, row.number).read_one();
+        A m = 0;
+        if constexpr (CENTRED) m = SideReader<A, OF_MEAN>(row.p, arrays.mean, row.number).read_one();
+        const A n = static_cast<A>(row.p.divisor);
+
+        const auto read = [&](auto i, Octet octet, Elements& h, Elements& p) {
+            row.read_x(i, octet, h);
+            row.read_grad(arrays.grad, i, octet, p);
+#pragma unroll
+            for (int j = 0; j < THREAD_LANES; j++) h[j] = (CENTRED ? h[j] - m : h[j]) * r;
+            if (weight) {
+                Elements w;
+                weight.read(i, w);
+#pragma unroll
+                for (int j = 0; j < THREAD_LANES; j++) p[j] = p[j] * w[j];
+            }
+        };
+        A of_p = 0;
+        if constexpr (CENTRED) {
+            of_p = row.sum(0, [&](auto i, Octet octet, Elements& p) {
+                Elements h;
+                read(i, octet, h, p);
+            }) / n;
+        }
+        const A of_ph = row.sum(1, [&](auto i, Octet octet, Elements& p) {
+            Elements h;
+            read(i, octet, h, p);
+#pragma unroll
+            for (int j = 0; j < THREAD_LANES; j++) p[j] = p[j] * h[j];
+        }) / n;
+        const auto writer = row.writer(arrays.out);
+        row.for_octets([&](auto i, Octet octet) {
+            Elements h, p;
+            read(i, octet, h, p);
+#pragma unroll
+            for (int j = 0; j < THREAD_LANES; j++) p[j] = fused(-h[j], of_ph, CENTRED ? p[j] - of_p : p[j]) * r;
+            writer.write(i, p);
+        });
+    }
+};
+
+using RmsNormBackward = NormBackward<false>;
+using LayerNormBackward = NormBackward<true>;
+
+// The gradient with respect to the weight: a row has the elements of the batch at one place of the normalised axes.
+template <bool CENTRED>
+struct WeightBackward : OfXAndGrad {
+    template <class R>
+    static __device__ __forceinline__ void run(const R& row, const Arrays& arrays) {
+        const SideReader<A, OF_MEAN> mean(row.p, arrays.mean, row.number);
+        const SideReader<A, OF_RSTD> rstd(row.p, arrays.rstd, row.number);
+        const A sum = row.sum(0, [&](auto i, Octet octet, Elements& v) {
+            Elements h, m, r;
+            row.read_x(i, octet, h);
+            row.read_grad(arrays.grad, i, octet, v);
+            if constexpr (CENTRED) mean.read(i, m);
+            rstd.read(i, r);
+#pragma unroll
+            for (int j = 0; j < THREAD_LANES; j++) v[j] = v[j] * ((CENTRED ? h[j] - m[j] : h[j]) * r[j]);
+        });
+        if (row.team.warp == 0 && row.position == 0 && row.is_present) row.writer(arrays.out).write_one(sum);
+    }
+};
+
+using RmsNormWeightBackward = WeightBackward<false>;
+using LayerNormWeightBackward = WeightBackward<true>;
+
+// -------------------------------------------------------------------------------------------------------------- kernel
+
+// Where TEAM is LANES: `lanes` threads have a row, and a warp `batch` times as many rows as it has such teams, one after
+// the other; it begins to read all of them first. `kept`: bytes of dynamic shared memory for the elements of a warp at one
+// time; what the team exchanges follows behind those of all warps.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    reduce_rows(const __grid_constant__ Reduction p, int lanes, int kept, void* out, const void* x) {
+    reduce_rows(const __grid_constant__ Reduction p, int lanes, int batch, int kept, void* out, const void* x,
+                const void* grad, const void* weight, const void* bias, void* mean, void* rstd) {
     extern __shared__ __align__(16) unsigned char shared[];
+    using R = RowOf<OPERATION::OPERANDS_KEPT>;
+    const Arrays arrays{out, x, grad, weight, bias, mean, rstd};
     const int warps = blockDim.x / WARP;
     const Team<TEAM, A> team(lanes, p.n, shared + warps * kept);
-    uint4* const of_warp = reinterpret_cast<uint4*>(shared + warp_id() * kept);
-    constexpr int PLANES = OPERATION::PLANES > 0 ? OPERATION::PLANES : sizeof(Stored) / 2;
-
     team.start();
 #if __CUDA_ARCH__ >= 900
     launch_dependents();  // they wait for this kernel's end
     wait_for_predecessors();
 #endif
-    const int rows = TEAM == LANES ? WARP / lanes : 1;  // of a warp
-    const int own = TEAM == LANES ? lane_id() / lanes : 0;
-    const long long team_number = TEAM == LANES ? static_cast<long long>(blockIdx.x) * warps + warp_id() : blockIdx.x / team.ctas;
-    const long long teams = TEAM == LANES ? static_cast<long long>(gridDim.x) * warps : gridDim.x / team.ctas;
-    int turn = 0;
-    for (long long first = team_number * rows; first < p.rows; first += teams * rows, turn ^= 1) {
-        const long long row = first + own;
-        long long start[2];
-        p.row_offsets(min(row, p.rows - 1), start);
-        const Row<TEAM, ELEMENT, RESULT, A, PLANES> r(team, p, out, x, start, row < p.rows, of_warp);
-        OPERATION::run(r, p, turn);
+    if constexpr (TEAM == LANES) {
+        const int rows = WARP / lanes, own = lane_id() / lanes;  // of a warp at a time
+        const long long step = static_cast<long long>(gridDim.x) * warps * batch * rows;
+        long long first = (static_cast<long long>(blockIdx.x) * warps + warp_id()) * batch * rows;
+        uint4* const of_warp = reinterpret_cast<uint4*>(shared + warp_id() * batch * kept);
+        for (; first < p.rows; first += step) {
+#pragma unroll 1
+            for (int i = 0; i < batch; i++) {
+                const R row(p, team, first + i * rows + own, x, of_warp + i * kept / 16);
+                row.load(grad, OPERATION::absent());
+            }
+            wait_for_rows();
+#pragma unroll 1
+            for (int i = 0; i < batch; i++) {
+                const R row(p, team, first + i * rows + own, x, of_warp + i * kept / 16);
+                OPERATION::run(row, arrays);
+            }
+        }
+    } else {
+        const long long teams = gridDim.x / team.ctas;
+        uint4* const of_warp = reinterpret_cast<uint4*>(shared + warp_id() * kept);
+        for (long long first = blockIdx.x / team.ctas; first < p.rows; first += teams) {
+            const R row(p, team, first, x, of_warp);
+            row.load(grad, OPERATION::absent());
+            wait_for_rows();
+            OPERATION::run(row, arrays);
+            if (first + teams < p.rows) team.meet();  // shared memory is free for the next row
+        }
     }
 }

@@ -98,12 +98,13 @@ struct Maximum {
     __device__ __forceinline__ A value() const { return maximum; }
 };
 
-// Whether all of eight lie in (maximum + NEAR, maximum); false if the maximum is a NaN, and in float64.
-template <class X>
-__device__ __forceinline__ bool are_near(const uint4*, const double (&)[8], double, X*) {
-    return false;
+// Whether all of eight lie above maximum + NEAR, and BELOW the maximum; false if the maximum is a NaN. An element that is
+// a NaN makes it one, so that here it may be overlooked.
+template <bool BELOW>
+__device__ __forceinline__ bool are_near(float least, float most, float maximum) {
+    return least - maximum > NEAR && (!BELOW || most < maximum);
 }
-template <class X>
+template <bool BELOW, class X>
 __device__ __forceinline__ bool are_near(const uint4*, const float (&v)[8], float maximum, X*) {
     float least = v[0], most = v[0];
 #pragma unroll
@@ -111,7 +112,7 @@ __device__ __forceinline__ bool are_near(const uint4*, const float (&v)[8], floa
         least = fminf(least, v[j]);
         most = fmaxf(most, v[j]);
     }
-    return most < maximum && least - maximum > NEAR;
+    return are_near<BELOW>(least, most, maximum);
 }
 
 #if __CUDA_ARCH__ >= 800
@@ -140,48 +141,45 @@ struct Maximum<float16, float> : PairMaximum<float16> {
     __device__ __forceinline__ Maximum() : PairMaximum(0xFC00FC00u) {}
 };
 
-template <class X>
+template <bool BELOW, class X>
 __device__ __forceinline__ bool are_pairs_near(uint4 raw, float maximum, X* x) {
     float least, least_high, most, most_high;
     unpair(min_pair(min_pair(raw.x, raw.y, x), min_pair(raw.z, raw.w, x), x), x, least, least_high);
     unpair(max_pair(max_pair(raw.x, raw.y, x), max_pair(raw.z, raw.w, x), x), x, most, most_high);
-    return fmaxf(most, most_high) < maximum && fminf(least, least_high) - maximum > NEAR;
+    return are_near<BELOW>(fminf(least, least_high), fmaxf(most, most_high), maximum);
 }
+template <bool BELOW>
 __device__ __forceinline__ bool are_near(const uint4* raw, const float (&)[8], float maximum, bfloat16* x) {
-    return are_pairs_near(*raw, maximum, x);
+    return are_pairs_near<BELOW>(*raw, maximum, x);
 }
+template <bool BELOW>
 __device__ __forceinline__ bool are_near(const uint4* raw, const float (&)[8], float maximum, float16* x) {
-    return are_pairs_near(*raw, maximum, x);
+    return are_pairs_near<BELOW>(*raw, maximum, x);
 }
 #endif
 
 // --------------------------------------------------------------------------------------------------------------- terms
 
-// Adds the terms of eight elements to the lanes of softmax's sum, and those that are the maximum to `count`. v becomes
-// exp(x - maximum); returns whether all of them are near.
+// v becomes the terms of eight elements in softmax's sum; those that are the maximum are counted. X: as they are stored.
 template <bool PRECISE, class X, class A>
-__device__ __forceinline__ bool add_exponentials(const uint4* raw, A (&v)[8], A maximum, A (&lane)[8], unsigned& count) {
-    const bool near = are_near(raw, v, maximum, static_cast<X*>(nullptr));
-    if (near) {
-        if constexpr (is_same<A, float>::value) {
+__device__ __forceinline__ void exponentials(const uint4* raw, A (&v)[8], A maximum, unsigned& count) {
+    if constexpr (is_same<A, float>::value) {
+        if (are_near<true>(raw, v, maximum, static_cast<X*>(nullptr))) {
 #pragma unroll
             for (int j = 0; j < 8; j++) {
                 float error = 0;
                 const float t = PRECISE ? difference(v[j], maximum, error) : v[j] - maximum;
                 v[j] = exponential_near<PRECISE>(t, error);
-                lane[j] += v[j];
             }
-        }
-    } else {
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const bool is_maximum = v[j] - maximum == 0;
-            v[j] = exponential_anywhere<PRECISE>(v[j], maximum);
-            count += is_maximum;
-            lane[j] += is_maximum ? A(0) : v[j];
+            return;
         }
     }
-    return near;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        const bool is_maximum = v[j] - maximum == 0;
+        count += is_maximum;
+        v[j] = is_maximum ? A(0) : exponential_anywhere<PRECISE>(v[j], maximum);
+    }
 }
 
 // Divides by one divisor, given its correctly rounded reciprocal, where nothing is subnormal: the first quotient is within
@@ -190,4 +188,22 @@ __device__ __forceinline__ float divide_near(float a, float divisor, float recip
     float q = a * reciprocal;
     q = fused(fused(-divisor, q, a), reciprocal, q);
     return fused(fused(-divisor, q, a), reciprocal, q);
+}
+
+// v becomes softmax of eight elements; `is_few`: divisor <= FEW.
+template <bool PRECISE, class X, class A>
+__device__ __forceinline__ void quotients(const uint4* raw, A (&v)[8], A maximum, A divisor, A reciprocal, bool is_few) {
+    if constexpr (is_same<A, float>::value) {
+        if (is_few && are_near<false>(raw, v, maximum, static_cast<X*>(nullptr))) {
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                float error = 0;
+                const float t = PRECISE ? difference(v[j], maximum, error) : v[j] - maximum;
+                v[j] = divide_near(exponential_near<PRECISE>(t, error), divisor, reciprocal);
+            }
+            return;
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++) v[j] = exponential_anywhere<PRECISE>(v[j], maximum) / divisor;
 }
