@@ -179,12 +179,12 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
         for n in (0, 1, 2, 8, 9, 100, 256, 257, 2048, 2049, 4096, 32000, 50257, 151936, 262144, 600_000, 10_000_000):
             chosen = schedules.choose_row_schedule(rows, n, of, gpu)
             if chosen is None:
-                assert n * of.long > 100_000 or n > 4_000_000
+                assert n * of.element[schedules.CTA] > 100_000 or n > 4_000_000
                 chosen = schedules.streaming_schedule(n, of, gpu)
             assert of.bytes(chosen, n) <= gpu.shared_bytes
             assert chosen.ctas == 1 or (gpu is H100 and chosen.team == schedules.CLUSTER)
             if chosen.team == schedules.LANES:
-                assert chosen.lanes * 8 >= min(n, 256)
+                assert chosen.lanes * chosen.octets * 8 >= min(n, 256)
             else:
                 assert chosen.warps * chosen.ctas * chosen.rounds(n) * schedules.SUM_CHUNK >= n
             for width in {1, schedules.vector_width(element)}:

@@ -236,7 +236,7 @@ def _row_launch(plan: _Plan, rows: _Rows, operation: str, schedule: RowSchedule 
     schedule = schedule or schedules.streaming_schedule(rows.n, kept, plan.gpu)
     of_warp = np.int32(kept.of_warp(schedule, rows.n))
     return plan.shape(
-        schedules.row_kernel(operation, rows.element, rows.out_dtype, schedule.team, schedule.keeps),
+        schedules.row_kernel(operation, rows.element, rows.out_dtype, schedule.team, schedule.keeps, schedule.octets),
         "reduce_rows",
         -(-rows.number // schedule.rows) * schedule.ctas,
         schedule.warps * 32,

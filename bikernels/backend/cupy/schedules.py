@@ -76,6 +76,9 @@ LANES, CTA, CLUSTER = "LANES", "CTA", "CLUSTER"
 
 CTA_WARPS = 4
 """Of a CTA, where a row is a warp's or part of one's."""
+OCTETS, MANY_OCTETS = 4, (64, 512)
+"""Of a thread, where rows are longer than the first and not longer than the second: what a row costs beside its
+elements is then shared by four of them."""
 BATCHES = (8, 4, 2, 1)
 """How many rows such a team begins to read at a time."""
 BATCH_BYTES = 4096
@@ -104,6 +107,8 @@ class RowSchedule(NamedTuple):
     """Rows of a team, where it is a warp or less."""
     keeps: bool = True
     """Whether a row is read once."""
+    octets: int = 1
+    """Of 8 elements, that a thread has of every 256 (row.cuh)."""
 
     @property
     def rows(self) -> int:
@@ -118,18 +123,17 @@ class RowSchedule(NamedTuple):
 class Kept(NamedTuple):
     """Bytes of shared memory that a row takes."""
 
-    short: int
-    """For each element of a row that is a warp's."""
-    long: int
-    """For each element of another one."""
+    element: dict[str, int]
+    """For each element, by the kind of team."""
     accumulate: int
     """Of a partial sum."""
 
     def of_warp(self, schedule: RowSchedule, n: int) -> int:
         """For the elements of a warp that belong to one row of each team, in steps of SUM_LANES of them."""
+        element = self.element[schedule.team]
         if schedule.team == LANES:
-            return -(-n // SUM_LANES) * SUM_LANES * self.short
-        return schedule.rounds(n) * SUM_CHUNK * self.long if schedule.keeps else 0
+            return -(-n // SUM_LANES) * SUM_LANES * schedule.octets * element
+        return schedule.rounds(n) * SUM_CHUNK * element if schedule.keeps else 0
 
     def bytes(self, schedule: RowSchedule, n: int) -> int:
         """Of a CTA. Behind the elements, where there are several warps: an array of the warps' maxima, two of chunks'
@@ -152,7 +156,11 @@ def kept(operation: str, element: str, accumulate: str) -> Kept:
     stored = ITEMSIZE[accumulate if element == ANY else element]
     if operation.endswith("backward"):
         stored *= 2
-    return Kept(stored, 0 if operation in SUMS else stored, ITEMSIZE[accumulate])
+    results = ITEMSIZE[accumulate] if operation == "softmax" else stored
+    of_team = {LANES: results, CTA: results, CLUSTER: stored}
+    if operation in SUMS:
+        of_team |= {CTA: 0, CLUSTER: 0}
+    return Kept(of_team, ITEMSIZE[accumulate])
 
 
 def row_schedules(n: int, of: Kept, device: GPU) -> list[RowSchedule]:
@@ -160,11 +168,13 @@ def row_schedules(n: int, of: Kept, device: GPU) -> list[RowSchedule]:
     if n <= SUM_CHUNK:
         lanes = min(32, 1 << max(0, -(-n // GROUP_LANES) - 1).bit_length())
         shorts = [RowSchedule(LANES, lanes, CTA_WARPS, 1, batch) for batch in BATCHES]
+        if MANY_OCTETS[0] < n <= MANY_OCTETS[1]:
+            shorts = [one._replace(lanes=32 // OCTETS, octets=OCTETS) for one in shorts] + shorts
         return [one for one in shorts if one.batch == 1 or one.batch * of.of_warp(one, n) <= BATCH_BYTES]
     chunks = chunks_of(n)
     found: dict[RowSchedule, None] = {}
     for ctas in _cluster_sizes(device):
-        for rounds in (1, 2, 4, ROUNDS) if of.long else (1, 2, 4, ROUNDS, -(-chunks // (ctas * MAX_WARPS))):
+        for rounds in (1, 2, 4, ROUNDS) if of.element[CTA] else (1, 2, 4, ROUNDS, -(-chunks // (ctas * MAX_WARPS))):
             warps = -(-chunks // (ctas * rounds))
             schedule = RowSchedule(CTA if ctas == 1 else CLUSTER, 32, warps, ctas)
             fits = of.bytes(schedule, n) <= device.shared_bytes and chunks <= SUM_CHUNK
@@ -195,7 +205,8 @@ def choose_row_schedule(rows: int, n: int, of: Kept, device: GPU) -> RowSchedule
     if n <= SUM_CHUNK:
         return next((one for one in found if rows >= 2 * device.multiprocessors * one.rows), found[-1])
     chunks = chunks_of(n)
-    wanted = 4 if of.long == 0 else 2 if of.long <= 2 else 1
+    element = of.element[CLUSTER]
+    wanted = 4 if element == 0 else 2 if element <= 2 else 1
     while wanted > 1 and (chunks < 2 * wanted or rows * chunks < 16 * device.multiprocessors * wanted):
         wanted //= 2
     closest = min(abs(one.rounds(n) - wanted) for one in found)
@@ -301,7 +312,7 @@ def chunk_kernel(source: str, element: str, accumulate: str) -> Kernel:
     return Kernel(source, (("ELEMENT", _c_type(element)), ("ACCUMULATE", C_TYPE[accumulate])))
 
 
-def row_kernel(operation: str, element: str, out_dtype: str, team: str, keeps: bool = True) -> Kernel:
+def row_kernel(operation: str, element: str, out_dtype: str, team: str, keeps: bool = True, octets: int = 1) -> Kernel:
     """The kernel of rows.cu."""
     return Kernel(
         "rows.cu",
@@ -312,7 +323,8 @@ def row_kernel(operation: str, element: str, out_dtype: str, team: str, keeps: b
             ("ACCUMULATE", C_TYPE[ACCUMULATE[out_dtype]]),
             ("TEAM", team),
             ("KEPT", str(keeps).lower()),
-            ("THREADS", MAX_WARPS * 32),
+            ("OCTETS", octets),
+            ("THREADS", (CTA_WARPS if team == LANES else MAX_WARPS) * 32),
         ),
     )
 
@@ -361,6 +373,7 @@ def reduction_kernels(compute_capability: int) -> Iterator[Kernel]:
                 if ACCUMULATE[out_dtype] == accumulate and element in (ANY, out_dtype, *_widened_to(out_dtype)):
                     for team in (LANES, CTA, CLUSTER) if has_clusters else (LANES, CTA):
                         found[row_kernel(operation, element, out_dtype, team)] = None
+                    found[row_kernel(operation, element, out_dtype, LANES, octets=OCTETS)] = None
                     if operation not in SPLIT:
                         team = CLUSTER if has_clusters else CTA
                         found[row_kernel(operation, element, out_dtype, team, keeps=False)] = None

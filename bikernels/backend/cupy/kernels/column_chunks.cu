@@ -23,7 +23,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS > 0 ? 512 / 
         } else {
             WeightTerms<ELEMENT, A, WIDTH, TERMS == LAYER_NORM_WEIGHT> terms(p, tile.column, grad, mean, rstd);
             const int before = static_cast<int>(chunk * SUM_CHUNK);
-            tile.sum_terms(0, sum, [&](int i, A(&lane)[WIDTH]) {
+            tile.sum_terms<8>(0, sum, [&](int i, A(&lane)[WIDTH]) {
                 A v[WIDTH];
                 tile.read(i, v);
                 terms.add(before + i, v, lane);

@@ -53,7 +53,7 @@ struct Variance {
         for (int w = 0; w < WIDTH; w++) mean[w] = tile.sum_of_chunks(tile.left + w) / static_cast<A>(p.n);
         tile.meet();  // every CTA has read what the next sums overwrite
         share_chunks(tile, [&](int chunk, A(&sum)[WIDTH]) {
-            tile.sum_terms(chunk, sum, [&](int i, A(&lane)[WIDTH]) {
+            tile.sum_terms<8>(chunk, sum, [&](int i, A(&lane)[WIDTH]) {
                 A v[WIDTH];
                 tile.read(i, v);
 #pragma unroll
@@ -75,7 +75,7 @@ struct WeightBackward {
     static __device__ __forceinline__ void run(const Tile& tile, const Reduction& p, long long first, const Arrays& arrays) {
         const WeightTerms<ELEMENT, A, WIDTH, CENTRED> terms(p, tile.column, arrays.grad, arrays.mean, arrays.rstd);
         share_chunks(tile, [&](int chunk, A(&sum)[WIDTH]) {
-            tile.sum_terms(chunk, sum, [&](int i, A(&lane)[WIDTH]) {
+            tile.sum_terms<8>(chunk, sum, [&](int i, A(&lane)[WIDTH]) {
                 A v[WIDTH];
                 tile.read(i, v);
                 terms.add(i, v, lane);
@@ -115,7 +115,7 @@ struct SoftmaxFamily {
 
         A count[WIDTH] = {};  // exact, and so is their sum: a column has at most 2^16 elements
         share_chunks(tile, [&](int chunk, A(&sum)[WIDTH]) {
-            tile.sum_terms(chunk, sum, [&](int i, A(&lane)[WIDTH]) {
+            tile.sum_terms<2>(chunk, sum, [&](int i, A(&lane)[WIDTH]) {
                 A v[WIDTH];
                 tile.read(i, v);
                 add_terms(v, maximum, is_precise, lane, count);

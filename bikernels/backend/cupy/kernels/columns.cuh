@@ -81,7 +81,7 @@ struct Columns {
         } else {
             v[0] = Element<X, A>::load(x, offset, static_cast<int>(p.dtype[OF_X]));
         }
-        if (p.rounds) {
+        if (is_same<X, any_dtype>::value && p.rounds) {
 #pragma unroll
             for (int w = 0; w < WIDE; w++) v[w] = round_through(v[w], p.out_dtype());
         }
@@ -103,7 +103,7 @@ struct Columns {
         if (is_present) {
 #pragma unroll 1
             for (int i = first; i < min(n, first + SUM_CHUNK); i += SUM_LANES) {
-                if (vectors && !p.rounds && i + THREAD_LANES <= n) {
+                if (vectors && i + THREAD_LANES <= n) {
                     add_vectors(x + start + i * p.step[OF_X], lane);
                 } else if (WIDE == 1 && i + THREAD_LANES <= n) {
                     A v[THREAD_LANES][WIDE];
@@ -135,7 +135,8 @@ struct Columns {
     }
 
     // The same of add(i, lane), which adds what element i contributes: a lane after the other, which takes fewer registers.
-    template <class Add>
+    // UNROLL: elements of a lane on their way, where their dtype is known.
+    template <int UNROLL, class Add>
     __device__ __forceinline__ void sum_terms(int chunk, A (&sum)[WIDE], Add add) const {
         A one[WIDE], two[WIDE], four[WIDE];  // sums of as many lanes, which wait for their neighbours'
         const int first = chunk * SUM_CHUNK + group * THREAD_LANES;
@@ -144,7 +145,7 @@ struct Columns {
 #pragma unroll
             for (int w = 0; w < WIDE; w++) sum[w] = 0;
             if (is_present) {
-#pragma unroll 2
+#pragma unroll(is_same<X, any_dtype>::value ? 1 : UNROLL)
                 for (int i = first + j; i < min(n, first + SUM_CHUNK); i += SUM_LANES) add(i, sum);
             }
 #pragma unroll

@@ -14,6 +14,28 @@ struct float16 {
 // An element whose dtype is known at run time only (a DTYPE_ code).
 struct any_dtype {};
 
+// The code of a dtype; -1 for any_dtype.
+template <class X>
+struct dtype_code {
+    static constexpr int value = -1;
+};
+template <>
+struct dtype_code<bfloat16> {
+    static constexpr int value = DTYPE_BFLOAT16;
+};
+template <>
+struct dtype_code<float16> {
+    static constexpr int value = DTYPE_FLOAT16;
+};
+template <>
+struct dtype_code<float> {
+    static constexpr int value = DTYPE_FLOAT32;
+};
+template <>
+struct dtype_code<double> {
+    static constexpr int value = DTYPE_FLOAT64;
+};
+
 // ---------------------------------------------------------------------------------------------------------- arithmetic
 
 __device__ __forceinline__ float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
@@ -170,6 +192,14 @@ __device__ __forceinline__ void unpack(uint4 raw, float*, float* v) {
 __device__ __forceinline__ void unpack(uint4 raw, double*, double* v) {
     v[0] = __hiloint2double(raw.y, raw.x);
     v[1] = __hiloint2double(raw.w, raw.z);
+}
+
+// The bits of as many values as a vector has.
+__device__ __forceinline__ uint4 as_vector(const float* v) {
+    return make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3]));
+}
+__device__ __forceinline__ uint4 as_vector(const double* v) {
+    return make_uint4(__double2loint(v[0]), __double2hiint(v[0]), __double2loint(v[1]), __double2hiint(v[1]));
 }
 
 // Eight values from aligned contiguous memory.

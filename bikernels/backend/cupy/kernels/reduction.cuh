@@ -12,7 +12,7 @@ struct Reduction {
     long long n;          // elements of a row
     Divisor chunks;       // of a row
     double divisor, eps;  // of the sums of mean, var and the norms; rounded to the accumulate dtype here
-    long long rounds;     // whether x is rounded to out's dtype first (elsewhere that cast is exact)
+    long long rounds;     // whether x, of any_dtype, is rounded to out's dtype first (elsewhere that cast is exact)
     long long logarithm;  // log_softmax instead of softmax, std instead of var
     long long kept;       // dims[0 … kept-1] are those of the rows' first elements
     long long count;      // dims[kept … count-1] are those of the elements of a row
@@ -63,7 +63,6 @@ struct RowReader {
         if constexpr (HAS_DTYPE) {
             if (vectors && i + THREAD_LANES <= p.n) {
                 load_8(static_cast<const X*>(x) + start + i, v);
-                round(v);
                 return;
             }
             if (p.has_step()) {
@@ -72,7 +71,6 @@ struct RowReader {
 #pragma unroll
                 for (int j = 0; j < THREAD_LANES; j++)
                     v[j] = j < present ? Element<X, A>::load(x, first + j * p.step[OPERAND], 0) : absent;
-                round(v);
                 return;
             }
         }
@@ -88,7 +86,10 @@ struct RowReader {
             for (int k = 0; k < THREAD_LANES - 1; k++) v[k] = v[k + 1];
             v[THREAD_LANES - 1] = value;
         }
-        round(v);
+        if (!HAS_DTYPE && OPERAND == OF_X && p.rounds) {
+#pragma unroll
+            for (int j = 0; j < THREAD_LANES; j++) v[j] = round_through(v[j], p.out_dtype());
+        }
     }
 
     // The sum of 8 neighbouring lanes of a chunk, of which `first` is the position of the first element, with 128 bytes
@@ -96,7 +97,7 @@ struct RowReader {
     __device__ __forceinline__ A sum_lanes(long long first, long long n) const {
         if constexpr (HAS_DTYPE) {
             constexpr int VECTORS = sizeof(X) / 2, AT_ONCE = 8 / VECTORS;
-            if (vectors && !p.rounds && first + SUM_CHUNK - SUM_LANES + THREAD_LANES <= n) {
+            if (vectors && first + SUM_CHUNK - SUM_LANES + THREAD_LANES <= n) {
                 A lane[THREAD_LANES] = {};
 #pragma unroll 1
                 for (int step = 0; step < SUM_CHUNK / SUM_LANES; step += AT_ONCE) {
@@ -121,14 +122,6 @@ struct RowReader {
             }
         }
         return sum_thread_lanes<A, 2>(first, n, [&](long long i, A(&v)[THREAD_LANES]) { read(i, A(0), v); });
-    }
-
-  private:
-    __device__ __forceinline__ void round(A (&v)[THREAD_LANES]) const {
-        if (OPERAND == OF_X && p.rounds) {
-#pragma unroll
-            for (int j = 0; j < THREAD_LANES; j++) v[j] = round_through(v[j], p.out_dtype());
-        }
     }
 };
 

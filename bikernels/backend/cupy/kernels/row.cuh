@@ -18,18 +18,19 @@ constexpr int CHUNK_STEPS = SUM_CHUNK / SUM_LANES;
 // The eight elements of a thread in one of its steps.
 struct Octet {
     uint4* kept;
-    int place;  // among the thread's octets
 };
 
 // X: dtype of the row; R: of the result. OPERANDS_KEPT: x, or x and grad; 0 where elements are not kept. The 16-byte
-// vectors of a warp lie side by side, so that shared memory is read without conflicts.
-template <int KIND, class X, class R, class A, int OPERANDS_KEPT>
+// vectors of a warp lie side by side, so that shared memory is read without conflicts. PER_STEP: in a step, of a thread; with
+// several, the team is so many times smaller than a warp, and the warp has as many rows at a time. RESULTS_KEPT: whether
+// results in the accumulate dtype may take the place of x.
+template <int KIND, class X, class R, class A, int OPERANDS_KEPT, bool RESULTS_KEPT, int PER_STEP>
 struct Row {
     static constexpr bool IS_KEPT = OPERANDS_KEPT > 0;
     using Stored = typename either<is_same<X, any_dtype>::value || !IS_KEPT, A, X>::type;
     using Index = typename either<IS_KEPT, int, long long>::type;
     static constexpr int VECTORS = sizeof(Stored) / 2;
-    static constexpr int PLANES = OPERANDS_KEPT * VECTORS;
+    static constexpr int PLANES = RESULTS_KEPT ? sizeof(A) / 2 : OPERANDS_KEPT * VECTORS;
 
     const Reduction& p;
     const Team<KIND, A>& team;
@@ -56,16 +57,16 @@ struct Row {
         return RowWriter<R, A>(p, out, p.row_offset<OF_OUT>(number));
     }
 
-    // Calls work(i, octet) for the thread's elements i … i+7 of a chunk, for all that begin before the row's end. `round`:
-    // how many chunks the warp has had before.
+    // Calls work(i, octet) for the thread's elements i … i+7 of each step of a chunk, those of its octet number `which` of a
+    // step, as far as they begin before the row's end. `round`: how many chunks the warp has had before.
     template <class Work>
-    __device__ __forceinline__ void for_chunk(int chunk, int round, Work work) const {
+    __device__ __forceinline__ void for_steps(int chunk, int round, int which, Work work) const {
 #pragma unroll 2
         for (int step = 0; step < CHUNK_STEPS; step++) {
-            const Index i = static_cast<Index>(chunk) * SUM_CHUNK + step * SUM_LANES + position;
+            const Index i =
+                static_cast<Index>(chunk) * SUM_CHUNK + step * SUM_LANES + which * (SUM_LANES / PER_STEP) + position;
             if (i >= n) break;
-            const int place = round * CHUNK_STEPS + step;
-            work(i, Octet{kept + place * PLANES * WARP, place});
+            work(i, Octet{kept + ((round * CHUNK_STEPS + step) * PER_STEP + which) * PLANES * WARP});
         }
     }
 
@@ -79,7 +80,10 @@ struct Row {
     // Calls work(i, octet) for all elements of the thread.
     template <class Work>
     __device__ __forceinline__ void for_octets(Work work) const {
-        for_chunks(0, team.chunks, [&](int chunk, int round) { for_chunk(chunk, round, work); });
+        for_chunks(0, team.chunks, [&](int chunk, int round) {
+#pragma unroll 1
+            for (int which = 0; which < PER_STEP; which++) for_steps(chunk, round, which, work);
+        });
     }
 
     // Begin to read the row, and the gradient if it is kept as well. Elements behind its end become `absent`.
@@ -114,6 +118,19 @@ struct Row {
             const RowReader<X, A, OF_GRAD> reader(p, grad, p.row_offset<OF_GRAD>(number));
             reader.read(i, A(0), v);
         }
+    }
+
+    // Keep eight results in place of x, and read them again.
+    __device__ __forceinline__ void keep_results(Octet octet, const A (&v)[THREAD_LANES]) const {
+        static_assert(RESULTS_KEPT);
+#pragma unroll
+        for (int vector = 0; vector < PLANES; vector++)
+            octet.kept[vector * WARP] = as_vector(v + vector * (THREAD_LANES / PLANES));
+    }
+    __device__ __forceinline__ void read_results(Octet octet, A (&v)[THREAD_LANES]) const {
+#pragma unroll
+        for (int vector = 0; vector < PLANES; vector++)
+            unpack(octet.kept[vector * WARP], static_cast<A*>(nullptr), v + vector * (THREAD_LANES / PLANES));
     }
 
     // The tree over term(i, octet, v), which writes eight elements of it to v; what it writes for those that are not
@@ -151,29 +168,41 @@ struct Row {
     __device__ __forceinline__ A sum_chunks(int first, int end, int which, Term term) const {
         A sum = 0;
         for_chunks(first, end, [&](int chunk, int round) {
-            A lane[THREAD_LANES] = {};
-            for_chunk(chunk, round, [&](Index i, Octet octet) {
-                A v[THREAD_LANES];
-                term(i, octet, v);
-                if (i + THREAD_LANES <= n) {
+            A octet_sum[PER_STEP];
 #pragma unroll
-                    for (int j = 0; j < THREAD_LANES; j++) lane[j] += v[j];
-                } else {
+            for (int i = 0; i < PER_STEP; i++) octet_sum[i] = team.sum_in_warp(sum_steps(chunk, round, i, term));
 #pragma unroll
-                    for (int j = 0; j < THREAD_LANES; j++) lane[j] += i + j < n ? v[j] : A(0);
-                }
-            });
-            sum = team.sum_in_warp(fold_thread_lanes(lane));
+            for (int count = PER_STEP / 2; count > 0; count /= 2)
+#pragma unroll
+                for (int i = 0; i < count; i++) octet_sum[i] = octet_sum[2 * i] + octet_sum[2 * i + 1];
+            sum = octet_sum[0];
             team.share(team.sums(which), chunk - first, sum);
         });
         return sum;
+    }
+
+    template <class Term>
+    __device__ __forceinline__ A sum_steps(int chunk, int round, int which, Term term) const {
+        A lane[THREAD_LANES] = {};
+        for_steps(chunk, round, which, [&](Index i, Octet octet) {
+            A v[THREAD_LANES];
+            term(i, octet, v);
+            if (i + THREAD_LANES <= n) {
+#pragma unroll
+                for (int j = 0; j < THREAD_LANES; j++) lane[j] += v[j];
+            } else {
+#pragma unroll
+                for (int j = 0; j < THREAD_LANES; j++) lane[j] += i + j < n ? v[j] : A(0);
+            }
+        });
+        return fold_thread_lanes(lane);
     }
 
     template <class Reader>
     __device__ __forceinline__ void load(const Reader& reader, uint4* to, int i, A absent) const {
 #if __CUDA_ARCH__ >= 800
         if constexpr (Reader::HAS_DTYPE) {
-            if (reader.vectors && i + THREAD_LANES <= n && !p.rounds) {
+            if (reader.vectors && i + THREAD_LANES <= n) {
                 const X* from = static_cast<const X*>(reader.x) + reader.start + i;
 #pragma unroll
                 for (int vector = 0; vector < VECTORS; vector++)
@@ -221,6 +250,15 @@ struct SideReader {
         const int size = dtype == DTYPE_FLOAT64 ? 8 : dtype == DTYPE_FLOAT32 ? 4 : 2;
         vectors = p.has_step() && p.step[OPERAND] == 1 &&
                   is_vector_aligned(static_cast<const char*>(data) + start * size);
+    }
+
+    // Whether `read_vector` may be used: every read is of 8 elements of that dtype, side by side.
+    __device__ __forceinline__ bool has_vectors_of(int code) const {
+        return vectors && dtype == code && p.n % THREAD_LANES == 0;
+    }
+    template <class X>
+    __device__ __forceinline__ void read_vector(long long i, A (&v)[THREAD_LANES]) const {
+        load_8(static_cast<const X*>(data) + start + i, v);
     }
 
     // Whether the operation has this operand.

@@ -1,7 +1,8 @@
 // Reductions of rows, each by a team of threads.
 //
 // OPERATION: a struct below. ELEMENT, RESULT: dtypes of x and of the result (or any_dtype); ACCUMULATE: float or double.
-// TEAM: a kind of team. KEPT: whether rows are read once and kept in shared memory. THREADS: of a CTA, at most.
+// TEAM: a kind of team. KEPT: whether rows are read once and kept in shared memory. OCTETS: of a thread in a step, see
+// row.cuh. THREADS: of a CTA, at most.
 #include "row.cuh"
 #include "softmax.cuh"
 
@@ -20,12 +21,13 @@ struct Arrays {
     void* rstd;
 };
 
-template <int OPERANDS_KEPT>
-using RowOf = Row<TEAM, ELEMENT, RESULT, A, OPERANDS_KEPT>;
+template <class Operation>
+using RowOf = Row<TEAM, ELEMENT, RESULT, A, Operation::OPERANDS_KEPT, Operation::RESULTS_KEPT, OCTETS>;
 
 // What most operations have in common.
 struct OfX {
     static constexpr int OPERANDS_KEPT = KEPT;
+    static constexpr bool RESULTS_KEPT = false;
     static __device__ __forceinline__ A absent() { return 0; }
 };
 struct OfXAndGrad : OfX {
@@ -90,6 +92,9 @@ enum class Form { SOFTMAX, LOG_SOFTMAX, LOGSUMEXP };
 
 template <Form FORM>
 struct SoftmaxFamily : OfX {
+    // Exponentials are kept where that leaves a multiprocessor enough rows, else computed twice.
+    static constexpr bool RESULTS_KEPT = FORM == Form::SOFTMAX && TEAM != CLUSTER;
+
     static __device__ __forceinline__ A absent() { return lowest<A>(); }
 
     template <class R>
@@ -111,7 +116,13 @@ struct SoftmaxFamily : OfX {
         const A sum = row.sum(0, [&](auto i, Octet octet, Elements& v) {
             uint4 raw[VECTORS];
             row.read_x(i, octet, absent(), raw, v);
-            exponentials<IS_PRECISE, Stored>(raw, v, maximum, count);
+            if constexpr (RESULTS_KEPT) {
+                Elements all;
+                exponentials<IS_PRECISE, Stored>(raw, v, maximum, count, all);
+                row.keep_results(octet, all);
+            } else {
+                exponentials<IS_PRECISE, Stored>(raw, v, maximum, count);
+            }
         });
         count = team.sum_in_warp(count);
         if constexpr (TEAM != LANES) {
@@ -140,6 +151,12 @@ struct SoftmaxFamily : OfX {
             row.for_octets([&](auto i, Octet octet) {
                 uint4 raw[VECTORS];
                 Elements v;
+                if constexpr (RESULTS_KEPT) {
+                    row.read_results(octet, v);
+                    divide(v, normaliser, reciprocal, is_few);
+                    writer.write(i, v);
+                    return;
+                }
                 row.read_x(i, octet, absent(), raw, v);
                 quotients<IS_PRECISE, Stored>(raw, v, maximum, normaliser, reciprocal, is_few);
                 writer.write(i, v);
@@ -205,6 +222,21 @@ __device__ __forceinline__ void write_statistic(const R& row, void* to, A value)
         store(static_cast<A*>(to) + row.p.template row_offset<OPERAND>(row.number), value);
 }
 
+// Reads a weight or a bias. SIMPLE: as vectors of the dtype of x.
+template <bool SIMPLE, class Reader>
+__device__ __forceinline__ void read_side(const Reader& reader, long long i, Elements& v) {
+    if constexpr (SIMPLE) {
+        reader.template read_vector<ELEMENT>(i, v);
+    } else {
+        reader.read(i, v);
+    }
+}
+
+template <class Reader>
+__device__ __forceinline__ bool is_simple(const Reader& reader) {
+    return reader && reader.has_vectors_of(dtype_code<ELEMENT>::value);
+}
+
 struct RmsNorm : OfX {
     template <class R>
     static __device__ __forceinline__ void run(const R& row, const Arrays& arrays) {
@@ -217,15 +249,28 @@ struct RmsNorm : OfX {
         write_statistic<OF_RSTD>(row, arrays.rstd, r);
 
         const SideReader<A, OF_WEIGHT> weight(row.p, arrays.weight, row.number);
+        if constexpr (!is_same<ELEMENT, any_dtype>::value) {
+            if (is_simple(weight)) {
+                write<true>(row, arrays, r, weight);
+                return;
+            }
+        }
+        write<false>(row, arrays, r, weight);
+    }
+
+  private:
+    template <bool SIMPLE, class R>
+    static __device__ __forceinline__ void write(const R& row, const Arrays& arrays, A r,
+                                                 const SideReader<A, OF_WEIGHT>& weight) {
         const auto writer = row.writer(arrays.out);
         row.for_octets([&](auto i, Octet octet) {
             Elements v;
             row.read_x(i, octet, v);
 #pragma unroll
             for (int j = 0; j < THREAD_LANES; j++) v[j] = v[j] * r;
-            if (weight) {
+            if (SIMPLE || weight) {
                 Elements w;
-                weight.read(i, w);
+                read_side<SIMPLE>(weight, i, w);
 #pragma unroll
                 for (int j = 0; j < THREAD_LANES; j++) v[j] = v[j] * w[j];
             }
@@ -239,21 +284,34 @@ struct LayerNorm : OfX {
     static __device__ __forceinline__ void run(const R& row, const Arrays& arrays) {
         A mean;
         const A r = reciprocal_root(row, variance(row, mean, static_cast<A>(row.p.divisor)));
-        const A m = mean;
-        write_statistic<OF_MEAN>(row, arrays.mean, m);
+        write_statistic<OF_MEAN>(row, arrays.mean, mean);
         write_statistic<OF_RSTD>(row, arrays.rstd, r);
 
         const SideReader<A, OF_WEIGHT> weight(row.p, arrays.weight, row.number);
         const SideReader<A, OF_BIAS> bias(row.p, arrays.bias, row.number);
+        if constexpr (!is_same<ELEMENT, any_dtype>::value) {
+            if (is_simple(weight) && is_simple(bias)) {
+                write<true>(row, arrays, mean, r, weight, bias);
+                return;
+            }
+        }
+        write<false>(row, arrays, mean, r, weight, bias);
+    }
+
+  private:
+    template <bool SIMPLE, class R>
+    static __device__ __forceinline__ void write(const R& row, const Arrays& arrays, A mean, A r,
+                                                 const SideReader<A, OF_WEIGHT>& weight,
+                                                 const SideReader<A, OF_BIAS>& bias) {
         const auto writer = row.writer(arrays.out);
         row.for_octets([&](auto i, Octet octet) {
             Elements v, w, b;
             row.read_x(i, octet, v);
+            if (SIMPLE || weight) read_side<SIMPLE>(weight, i, w);
+            if (SIMPLE || bias) read_side<SIMPLE>(bias, i, b);
 #pragma unroll
-            for (int j = 0; j < THREAD_LANES; j++) v[j] = (v[j] - m) * r;
-            if (weight) weight.read(i, w);
-            if (bias) bias.read(i, b);
-            if (weight && bias) {
+            for (int j = 0; j < THREAD_LANES; j++) v[j] = (v[j] - mean) * r;
+            if (SIMPLE || (weight && bias)) {
 #pragma unroll
                 for (int j = 0; j < THREAD_LANES; j++) v[j] = fused(v[j], w[j], b[j]);
             } else if (weight) {
@@ -350,7 +408,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     reduce_rows(const __grid_constant__ Reduction p, int lanes, int batch, int kept, void* out, const void* x,
                 const void* grad, const void* weight, const void* bias, void* mean, void* rstd) {
     extern __shared__ __align__(16) unsigned char shared[];
-    using R = RowOf<OPERATION::OPERANDS_KEPT>;
+    using R = RowOf<OPERATION>;
     const Arrays arrays{out, x, grad, weight, bias, mean, rstd};
     const int warps = blockDim.x / WARP;
     const Team<TEAM, A> team(lanes, p.n, shared + warps * kept);

@@ -1,13 +1,13 @@
 // The exponentials of softmax, eight at a time (docs/contract.md, sections 4 and 5).
 //
-// Where t = x - maximum lies in (NEAR, 0), exp needs neither the comparisons for the ends of its range nor two factors
-// for its power of two, so eight of them are tested at once. Elsewhere (the maximum itself, -inf, NaN, float64) it is
-// numerics.cuh's exp. Both are the same operations on the same numbers.
+// Where t = x - maximum lies in (NEAR, 0], exp needs neither the comparisons for the ends of its range nor two factors
+// for its power of two, so eight of them are tested at once. Elsewhere (-inf, NaN, float64) it is numerics.cuh's exp. Both
+// are the same operations on the same numbers.
 #pragma once
 #include "reduction.cuh"
 
 constexpr float NEAR = -68.0f;  // exp(NEAR) * 2^-24 / FEW is not yet subnormal, so that quotients can be corrected by fma
-constexpr float FEW = 0x1p24f;
+constexpr float FEW = 0x1p24f, EXP_NEAR = 0x1p-98f;
 
 constexpr float EXP_MAGIC = 0x1.8p23f;
 static_assert(EXP_FLOAT32_MAGIC == EXP_MAGIC + 254.0f, "the bias that exponential() needs and exponential_near() does not");
@@ -98,21 +98,18 @@ struct Maximum {
     __device__ __forceinline__ A value() const { return maximum; }
 };
 
-// Whether all of eight lie above maximum + NEAR, and BELOW the maximum; false if the maximum is a NaN. An element that is
-// a NaN makes it one, so that here it may be overlooked.
-template <bool BELOW>
-__device__ __forceinline__ bool are_near(float least, float most, float maximum) {
-    return least - maximum > NEAR && (!BELOW || most < maximum);
-}
-template <bool BELOW, class X>
-__device__ __forceinline__ bool are_near(const uint4*, const float (&v)[8], float maximum, X*) {
-    float least = v[0], most = v[0];
+// Whether all of eight lie above maximum + NEAR; false if the maximum is a NaN. An element that is a NaN makes it one, so
+// that here it may be overlooked. `most` becomes the largest of them.
+template <class X>
+__device__ __forceinline__ bool are_near(const uint4*, const float (&v)[8], float maximum, float& most, X*) {
+    float least = v[0];
+    most = v[0];
 #pragma unroll
     for (int j = 1; j < 8; j++) {
         least = fminf(least, v[j]);
         most = fmaxf(most, v[j]);
     }
-    return are_near<BELOW>(least, most, maximum);
+    return least - maximum > NEAR;
 }
 
 #if __CUDA_ARCH__ >= 800
@@ -141,35 +138,44 @@ struct Maximum<float16, float> : PairMaximum<float16> {
     __device__ __forceinline__ Maximum() : PairMaximum(0xFC00FC00u) {}
 };
 
-template <bool BELOW, class X>
-__device__ __forceinline__ bool are_pairs_near(uint4 raw, float maximum, X* x) {
-    float least, least_high, most, most_high;
+template <class X>
+__device__ __forceinline__ bool are_pairs_near(uint4 raw, float maximum, float& most, X* x) {
+    float least, least_high, most_high;
     unpair(min_pair(min_pair(raw.x, raw.y, x), min_pair(raw.z, raw.w, x), x), x, least, least_high);
     unpair(max_pair(max_pair(raw.x, raw.y, x), max_pair(raw.z, raw.w, x), x), x, most, most_high);
-    return are_near<BELOW>(fminf(least, least_high), fmaxf(most, most_high), maximum);
+    most = fmaxf(most, most_high);
+    return fminf(least, least_high) - maximum > NEAR;
 }
-template <bool BELOW>
-__device__ __forceinline__ bool are_near(const uint4* raw, const float (&)[8], float maximum, bfloat16* x) {
-    return are_pairs_near<BELOW>(*raw, maximum, x);
+__device__ __forceinline__ bool are_near(const uint4* raw, const float (&)[8], float maximum, float& most, bfloat16* x) {
+    return are_pairs_near(*raw, maximum, most, x);
 }
-template <bool BELOW>
-__device__ __forceinline__ bool are_near(const uint4* raw, const float (&)[8], float maximum, float16* x) {
-    return are_pairs_near<BELOW>(*raw, maximum, x);
+__device__ __forceinline__ bool are_near(const uint4* raw, const float (&)[8], float maximum, float& most, float16* x) {
+    return are_pairs_near(*raw, maximum, most, x);
 }
 #endif
 
 // --------------------------------------------------------------------------------------------------------------- terms
 
-// v becomes the terms of eight elements in softmax's sum; those that are the maximum are counted. X: as they are stored.
+// v becomes the terms of eight elements in softmax's sum; those that are the maximum are counted. `all` becomes the
+// exponentials, of which the terms lack those of the maximum. X: as they are stored.
 template <bool PRECISE, class X, class A>
-__device__ __forceinline__ void exponentials(const uint4* raw, A (&v)[8], A maximum, unsigned& count) {
+__device__ __forceinline__ void exponentials(const uint4* raw, A (&v)[8], A maximum, unsigned& count, A (&all)[8]) {
     if constexpr (is_same<A, float>::value) {
-        if (are_near<true>(raw, v, maximum, static_cast<X*>(nullptr))) {
+        float most;
+        if (are_near(raw, v, maximum, most, static_cast<X*>(nullptr))) {
+            float t[8];
 #pragma unroll
             for (int j = 0; j < 8; j++) {
                 float error = 0;
-                const float t = PRECISE ? difference(v[j], maximum, error) : v[j] - maximum;
-                v[j] = exponential_near<PRECISE>(t, error);
+                t[j] = PRECISE ? difference(v[j], maximum, error) : v[j] - maximum;
+                v[j] = all[j] = exponential_near<PRECISE>(t[j], error);
+            }
+            if (most == maximum) {
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    count += t[j] == 0;
+                    v[j] = t[j] == 0 ? 0.0f : v[j];
+                }
             }
             return;
         }
@@ -178,8 +184,14 @@ __device__ __forceinline__ void exponentials(const uint4* raw, A (&v)[8], A maxi
     for (int j = 0; j < 8; j++) {
         const bool is_maximum = v[j] - maximum == 0;
         count += is_maximum;
-        v[j] = is_maximum ? A(0) : exponential_anywhere<PRECISE>(v[j], maximum);
+        all[j] = exponential_anywhere<PRECISE>(v[j], maximum);
+        v[j] = is_maximum ? A(0) : all[j];
     }
+}
+template <bool PRECISE, class X, class A>
+__device__ __forceinline__ void exponentials(const uint4* raw, A (&v)[8], A maximum, unsigned& count) {
+    A all[8];
+    exponentials<PRECISE, X>(raw, v, maximum, count, all);
 }
 
 // Divides by one divisor, given its correctly rounded reciprocal, where nothing is subnormal: the first quotient is within
@@ -190,11 +202,29 @@ __device__ __forceinline__ float divide_near(float a, float divisor, float recip
     return fused(fused(-divisor, q, a), reciprocal, q);
 }
 
+// Divides eight exponentials; `is_few`: divisor <= FEW.
+template <class A>
+__device__ __forceinline__ void divide(A (&v)[8], A divisor, A reciprocal, bool is_few) {
+    if constexpr (is_same<A, float>::value) {
+        float least = v[0];
+#pragma unroll
+        for (int j = 1; j < 8; j++) least = fminf(least, v[j]);
+        if (is_few && least > EXP_NEAR) {
+#pragma unroll
+            for (int j = 0; j < 8; j++) v[j] = divide_near(v[j], divisor, reciprocal);
+            return;
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++) v[j] = v[j] / divisor;
+}
+
 // v becomes softmax of eight elements; `is_few`: divisor <= FEW.
 template <bool PRECISE, class X, class A>
 __device__ __forceinline__ void quotients(const uint4* raw, A (&v)[8], A maximum, A divisor, A reciprocal, bool is_few) {
     if constexpr (is_same<A, float>::value) {
-        if (is_few && are_near<false>(raw, v, maximum, static_cast<X*>(nullptr))) {
+        float most;
+        if (is_few && are_near(raw, v, maximum, most, static_cast<X*>(nullptr))) {
 #pragma unroll
             for (int j = 0; j < 8; j++) {
                 float error = 0;
