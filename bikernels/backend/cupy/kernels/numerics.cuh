@@ -211,6 +211,34 @@ __device__ __forceinline__ void load_8(const X* x, A (&v)[8]) {
         unpack(reinterpret_cast<const uint4*>(x)[i], static_cast<X*>(nullptr), v + i * VECTOR);
 }
 
+// The words of 16 bytes from any multiple of 2 bytes on, of two vectors that hold them: `bytes` behind the first one's start.
+__device__ __forceinline__ uint4 shift_words(uint4 a, uint4 b, unsigned bytes) {
+    unsigned w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+    for (int i = 0; i < 6; i++) w[i] = bytes & 8 ? w[i + 2] : w[i];
+#pragma unroll
+    for (int i = 0; i < 5; i++) w[i] = bytes & 4 ? w[i + 1] : w[i];
+    const unsigned bits = (bytes & 2) * 8;
+    return make_uint4(__funnelshift_r(w[0], w[1], bits), __funnelshift_r(w[1], w[2], bits),
+                      __funnelshift_r(w[2], w[3], bits), __funnelshift_r(w[3], w[4], bits));
+}
+
+// Eight values from contiguous memory that is not aligned. Whole vectors are read, each of which holds at least one of the
+// values, so that they lie where those do.
+template <class X, class A>
+__device__ __forceinline__ void load_8_anywhere(const X* x, A (&v)[8]) {
+    constexpr int VECTORS = sizeof(X) / 2, LENGTH = 16 / sizeof(X);
+    const unsigned bytes = static_cast<unsigned>(reinterpret_cast<unsigned long long>(x) & 15);
+    const uint4* from = reinterpret_cast<const uint4*>(reinterpret_cast<unsigned long long>(x) - bytes);
+    uint4 raw[VECTORS + 1];
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++) raw[i] = from[i];
+    raw[VECTORS] = bytes > 0 ? from[VECTORS] : raw[0];
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++)
+        unpack(shift_words(raw[i], raw[i + 1], bytes), static_cast<X*>(nullptr), v + i * LENGTH);
+}
+
 // The same from index on, for a floating-point dtype that is known at run time only.
 template <class X, class W, class A>
 __device__ __forceinline__ void load_8_as(const void* x, long long index, A (&v)[8]) {
@@ -269,6 +297,33 @@ __device__ __forceinline__ void store_8(void* out, const A (&v)[8]) {
     for (int i = 0; i < static_cast<int>(sizeof(X) / 2); i++) static_cast<uint4*>(out)[i] = raw[i];
 }
 
+// Eight values to contiguous memory that is not aligned, by words as far as possible.
+template <class X, class A>
+__device__ __forceinline__ void store_8_anywhere(void* out, const A (&v)[8]) {
+    uint4 raw[sizeof(X) / 2];
+    pack(v, static_cast<X*>(nullptr), raw);
+    if constexpr (sizeof(X) == 2) {
+        if (reinterpret_cast<unsigned long long>(out) % 4 != 0) {
+            unsigned short* const half = static_cast<unsigned short*>(out);
+            half[0] = static_cast<unsigned short>(raw[0].x);
+            unsigned* const words = reinterpret_cast<unsigned*>(half + 1);
+            words[0] = __funnelshift_r(raw[0].x, raw[0].y, 16);
+            words[1] = __funnelshift_r(raw[0].y, raw[0].z, 16);
+            words[2] = __funnelshift_r(raw[0].z, raw[0].w, 16);
+            half[7] = static_cast<unsigned short>(raw[0].w >> 16);
+            return;
+        }
+    }
+    unsigned* const words = static_cast<unsigned*>(out);
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(X) / 2); i++) {
+        words[4 * i] = raw[i].x;
+        words[4 * i + 1] = raw[i].y;
+        words[4 * i + 2] = raw[i].z;
+        words[4 * i + 3] = raw[i].w;
+    }
+}
+
 __device__ __forceinline__ void store_8(void* out, int dtype, const float (&v)[8]) {
     switch (dtype) {
         case DTYPE_BFLOAT16: store_8<bfloat16>(out, v); break;
@@ -278,6 +333,16 @@ __device__ __forceinline__ void store_8(void* out, int dtype, const float (&v)[8
 }
 
 __device__ __forceinline__ void store_8(void* out, int, const double (&v)[8]) { store_8<double>(out, v); }
+
+__device__ __forceinline__ void store_8_anywhere(void* out, int dtype, const float (&v)[8]) {
+    switch (dtype) {
+        case DTYPE_BFLOAT16: store_8_anywhere<bfloat16>(out, v); break;
+        case DTYPE_FLOAT16: store_8_anywhere<float16>(out, v); break;
+        default: store_8_anywhere<float>(out, v);
+    }
+}
+
+__device__ __forceinline__ void store_8_anywhere(void* out, int, const double (&v)[8]) { store_8_anywhere<double>(out, v); }
 
 // --------------------------------------------------------------------------------------------------------- exp and log
 

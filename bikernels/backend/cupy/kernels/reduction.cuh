@@ -49,13 +49,13 @@ struct RowReader {
 
     const Reduction& p;
     const void* x;
-    long long start;  // offset of the row's first element
-    bool vectors;
+    long long start;       // offset of the row's first element
+    bool is_contiguous;    // whether elements lie side by side
+    bool vectors;          // and begin where a vector may
 
     __device__ __forceinline__ RowReader(const Reduction& p, const void* x, long long start)
-        : p(p), x(x), start(start), vectors(false) {
-        if constexpr (HAS_DTYPE)
-            vectors = p.has_step() && p.step[OPERAND] == 1 && is_vector_aligned(static_cast<const X*>(x) + start);
+        : p(p), x(x), start(start), is_contiguous(p.has_step() && p.step[OPERAND] == 1), vectors(false) {
+        if constexpr (HAS_DTYPE) vectors = is_contiguous && is_vector_aligned(static_cast<const X*>(x) + start);
     }
 
     // Elements i … i+7; `absent` from n on.
@@ -63,6 +63,10 @@ struct RowReader {
         if constexpr (HAS_DTYPE) {
             if (vectors && i + THREAD_LANES <= p.n) {
                 load_8(static_cast<const X*>(x) + start + i, v);
+                return;
+            }
+            if (is_contiguous && i + THREAD_LANES <= p.n) {
+                load_8_anywhere(static_cast<const X*>(x) + start + i, v);
                 return;
             }
             if (p.has_step()) {
@@ -121,7 +125,7 @@ struct RowReader {
                 return fold_thread_lanes(lane);
             }
         }
-        return sum_thread_lanes<A, 2>(first, n, [&](long long i, A(&v)[THREAD_LANES]) { read(i, A(0), v); });
+        return sum_thread_lanes<A, 4>(first, n, [&](long long i, A(&v)[THREAD_LANES]) { read(i, A(0), v); });
     }
 };
 
@@ -133,20 +137,20 @@ struct RowWriter {
     const Reduction& p;
     void* out;
     long long start;
-    bool vectors;
+    bool is_contiguous, vectors;  // as in RowReader
 
     __device__ __forceinline__ RowWriter(const Reduction& p, void* out, long long start)
-        : p(p), out(out), start(start) {
-        vectors = p.has_step() && p.step[OF_OUT] == 1 && is_vector_aligned(address(0));
+        : p(p), out(out), start(start), is_contiguous(p.has_step() && p.step[OF_OUT] == 1) {
+        vectors = is_contiguous && is_vector_aligned(address(0));
     }
 
     // Elements i … i+7, those before n.
     __device__ __forceinline__ void write(long long i, A (&v)[THREAD_LANES]) const {
-        if (vectors && i + THREAD_LANES <= p.n) {
+        if (is_contiguous && i + THREAD_LANES <= p.n) {
             if constexpr (HAS_DTYPE) {
-                store_8<R>(address(i), v);
+                vectors ? store_8<R>(address(i), v) : store_8_anywhere<R>(address(i), v);
             } else {
-                store_8(address(i), p.out_dtype(), v);
+                vectors ? store_8(address(i), p.out_dtype(), v) : store_8_anywhere(address(i), p.out_dtype(), v);
             }
             return;
         }

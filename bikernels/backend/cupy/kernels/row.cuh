@@ -134,17 +134,23 @@ struct Row {
     }
 
     // The tree over term(i, octet, v), which writes eight elements of it to v; what it writes for those that are not
-    // there is left out. `which` array of the team is used.
+    // there is left out. `which` array of the team is used. Before the team meets, share() may share other things.
     template <class Term>
     __device__ __forceinline__ A sum(int which, Term term) const {
+        return sum(which, term, [] {});
+    }
+    template <class Term, class Share>
+    __device__ __forceinline__ A sum(int which, Term term, Share share) const {
         if constexpr (IS_KEPT) {
             const A sum = sum_chunks(0, team.chunks, which, term);
+            share();
             if constexpr (KIND == LANES) return sum;
             team.meet();
             return sum_shared(team.sums(which), team.chunks);
         } else {
             if (team.chunks <= SUM_CHUNK) {
                 sum_chunks(0, team.chunks, which, term);
+                share();
                 team.meet();
                 return sum_shared(team.sums(which), team.chunks);
             }
@@ -156,7 +162,8 @@ struct Row {
                 const A sum = sum_shared(team.sums(group & 1), end - first);
                 if (threadIdx.x == 0) team.upper[group] = sum;
             }
-            team.meet();  // every CTA has read what the next sum overwrites
+            share();
+            team.meet();  // and every CTA has read what the next sum overwrites
             const A sum = sum_shared(team.upper, group);
             __syncthreads();
             return sum;

@@ -113,7 +113,7 @@ struct SoftmaxFamily : OfX {
         const A maximum = team.max_of_warps(team.max_in_warp(thread_maximum.value()));
 
         unsigned count = 0;
-        const A sum = row.sum(0, [&](auto i, Octet octet, Elements& v) {
+        const auto term = [&](auto i, Octet octet, Elements& v) {
             uint4 raw[VECTORS];
             row.read_x(i, octet, absent(), raw, v);
             if constexpr (RESULTS_KEPT) {
@@ -123,13 +123,12 @@ struct SoftmaxFamily : OfX {
             } else {
                 exponentials<IS_PRECISE, Stored>(raw, v, maximum, count);
             }
-        });
-        count = team.sum_in_warp(count);
-        if constexpr (TEAM != LANES) {
+        };
+        const A sum = row.sum(0, term, [&] {
+            count = team.sum_in_warp(count);
             team.share(team.counts, team.warp, count);
-            team.meet();
-            count = team.sum_of_counts();
-        }
+        });
+        if constexpr (TEAM != LANES) count = team.sum_of_counts();
         const A normaliser = softmax_normaliser(static_cast<A>(count), sum, FORM != Form::SOFTMAX);
 
         const auto writer = row.writer(arrays.out);
@@ -412,7 +411,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const Arrays arrays{out, x, grad, weight, bias, mean, rstd};
     const int warps = blockDim.x / WARP;
     const Team<TEAM, A> team(lanes, p.n, shared + warps * kept);
-    team.start();
+    team.say_started();
 #if __CUDA_ARCH__ >= 900
     launch_dependents();  // they wait for this kernel's end
     wait_for_predecessors();
@@ -438,10 +437,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     } else {
         const long long teams = gridDim.x / team.ctas;
         uint4* const of_warp = reinterpret_cast<uint4*>(shared + warp_id() * kept);
-        for (long long first = blockIdx.x / team.ctas; first < p.rows; first += teams) {
+        const long long team_number = blockIdx.x / team.ctas;
+        for (long long first = team_number; first < p.rows; first += teams) {
             const R row(p, team, first, x, of_warp);
             row.load(grad, OPERATION::absent());
             wait_for_rows();
+            if (first == team_number) team.wait_for_start();
             OPERATION::run(row, arrays);
             if (first + teams < p.rows) team.meet();  // shared memory is free for the next row
         }

@@ -49,9 +49,12 @@ struct Team {
         }
     }
 
-    // Before anything else: no CTA writes to another that has not started.
-    __device__ __forceinline__ void start() const {
-        if constexpr (KIND == CLUSTER) sync_cluster();
+    // Say that this CTA has started, and wait for the others: none writes to another that has not.
+    __device__ __forceinline__ void say_started() const {
+        if constexpr (KIND == CLUSTER) arrive_at_cluster();
+    }
+    __device__ __forceinline__ void wait_for_start() const {
+        if constexpr (KIND == CLUSTER) wait_for_cluster();
     }
 
     // Wait for all; what they shared before can then be read.
