@@ -52,7 +52,7 @@ _COPIES = frozenset(
      "empty_permuted", "empty_strided", "eq", "flip", "full", "full_like", "gather", "ge", "gt", "index",
      "index_select", "iota", "isnan", "le", "lift_fresh_copy", "logical_and", "logical_not", "logical_or",
      "logical_xor", "lt", "masked_fill", "ne", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros",
-     "ones", "ones_like", "repeat", "roll", "scalar_tensor", "select_scatter", "slice_scatter", "stack", "tril",
+     "ones", "ones_like", "repeat", "rev", "roll", "scalar_tensor", "select_scatter", "slice_scatter", "stack", "tril",
      "triu", "where", "zeros", "zeros_like"]
 )  # fmt: skip
 """Operators that move values, compare them or make constants."""
@@ -148,24 +148,29 @@ def _opaque_operator(operator: Any, arguments: Sequence[Any]) -> Any:
 
 
 def _define_opaque(operator: Any, numbers: tuple[str, ...]) -> Any:
-    from .overrides import CPU_KERNELS, KERNELS
+    from .overrides import FAKES, kernels
 
     aten_name, _, signature = str(operator._schema).removeprefix("aten::").partition("(")
     for argument in numbers:
         signature = re.sub(rf"\bTensor {argument}\b", f"Scalar {argument}", signature)
     # Not overloads of one name: PyTorch aborts at exit when it takes back several of them.
     name = "_".join((aten_name.replace(".", "_"), *numbers))
-    replaced = aten_name in KERNELS or aten_name in CPU_KERNELS
+    replaced = any(aten_name in kernels(device) for device in ("cpu", "cuda"))
 
-    def run(*arguments: Any, **keywords: Any) -> Any:
-        result = operator(*arguments, **keywords)
+    def run(compute: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        result = compute(*arguments, **keywords)
         # The strides of a result are compiled in, and an override's are not always those of PyTorch's kernel.
-        return result.contiguous() if replaced and isinstance(result, torch.Tensor) else result
+        if not replaced:
+            return result
+        if isinstance(result, torch.Tensor):
+            return result.contiguous()
+        return tuple(one.contiguous() if isinstance(one, torch.Tensor) else one for one in result)
 
     exact_strides = torch.Tag.needs_exact_strides  # PyTorch's kernels may choose their way by the strides
     _library.define(name + "(" + signature, tags=(torch.Tag.pt2_compliant_tag, exact_strides, *_kept_tags(operator)))
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"bikernels_eager::{name}", run, lib=_library)
+    _library.impl(name, functools.partial(run, operator), "CompositeExplicitAutograd")
+    fake = functools.partial(run, FAKES.get(aten_name, operator))
+    torch.library.register_fake(f"bikernels_eager::{name}", fake, lib=_library)
     return getattr(torch.ops.bikernels_eager, name).default
 
 

@@ -28,6 +28,11 @@ _NAMES = FLOATS | {
 }
 
 
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the core adds up numbers of `dtype`, one of FLOATS."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
 # ------------------------------------------------------------------------------------------------------ the settings
 
 
@@ -125,16 +130,42 @@ def addmm(out: torch.Tensor, c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, 
     _call(bikernels.addmm, view(c), view(a), view(b), **options)
 
 
-def softmax(out: torch.Tensor, x: torch.Tensor, dim: int) -> None:
-    """Write the softmax of x along one dimension to out, computed as out's dtype."""
-    _call(bikernels.softmax, view(x), axis=dim, out=view(out), dtype=_NAMES[out.dtype])
+def reduce(
+    operation: Callable[..., Any],
+    out: torch.Tensor,
+    x: torch.Tensor,
+    dims: tuple[int, ...] | None,
+    keepdim: bool,
+    **options: Any,
+) -> None:
+    """Write a reduction of x over some dimensions, or all, to out, computed as out's dtype."""
+    _call(operation, view(x), axis=dims, keepdims=keepdim, out=view(out), dtype=_NAMES[out.dtype], **options)
 
 
-def log_softmax(out: torch.Tensor, x: torch.Tensor, dim: int) -> None:
-    """Write the log_softmax of x along one dimension to out, computed as out's dtype."""
-    _call(bikernels.log_softmax, view(x), axis=dim, out=view(out), dtype=_NAMES[out.dtype])
+def along_rows(operation: Callable[..., Any], out: torch.Tensor, operands: tuple[torch.Tensor, ...], dim: int) -> None:
+    """Write a row for each row along one dimension to out, computed as out's dtype."""
+    _call(operation, *map(view, operands), axis=dim, out=view(out), dtype=_NAMES[out.dtype])
 
 
-def mean(out: torch.Tensor, x: torch.Tensor, dims: tuple[int, ...] | None, keepdim: bool) -> None:
-    """Write the mean of x over some dimensions, or all, to out, computed as out's dtype."""
-    _call(bikernels.mean, view(x), axis=dims, keepdims=keepdim, out=view(out), dtype=_NAMES[out.dtype])
+def normalise(
+    operation: Callable[..., Any],
+    results: tuple[torch.Tensor, ...],
+    operands: tuple[torch.Tensor | None, ...],
+    dims: tuple[int, ...],
+    eps: float | None,
+) -> None:
+    """Write a norm and its statistics to `results`, computed as the dtype of the first."""
+    views = [None if one is None else view(one) for one in operands]
+    out = tuple(map(view, results))
+    _call(operation, *views, axis=dims, eps=eps, out=out, dtype=_NAMES[results[0].dtype])
+
+
+def differentiate(
+    operation: Callable[..., Any],
+    out: torch.Tensor,
+    operands: tuple[torch.Tensor | None, ...],
+    dims: tuple[int, ...],
+) -> None:
+    """Write a norm's gradient to out, computed as out's dtype."""
+    views = [None if one is None else view(one) for one in operands]
+    _call(operation, *views, axis=dims, out=view(out), dtype=_NAMES[out.dtype])

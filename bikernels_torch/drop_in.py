@@ -190,23 +190,11 @@ def mean_batch_invariant(
 def rms_norm(input: torch.Tensor, weight: torch.Tensor | None, eps: float = 1e-6) -> torch.Tensor:  # noqa: A002
     """Input (..., n) divided by its root mean square along the last dimension, times weight (n,).
 
-    In float32 (float64 for float64), every step rounded to nearest: m = mean(x * x), the core's; r = 1 / sqrt(m + eps);
-    (x * r) * weight; rounded once to input's dtype.
+    As `torch.nn.functional.rms_norm` in the mode: in float32 (float64 for float64), rounded once to input's dtype.
     """
     if weight is not None and weight.shape != input.shape[-1:]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; pass one of the shape {tuple(input.shape[-1:])}")
-    accumulate = torch.float64 if input.dtype is torch.float64 else torch.float32
-    x = input.to(accumulate)
-    normalized = x * _inverse_square_root(_ops.mean(x * x, [-1], True) + eps)
-    if weight is not None:
-        normalized = normalized * weight.to(accumulate)
-    return normalized.to(input.dtype)
-
-
-def _inverse_square_root(x: torch.Tensor) -> torch.Tensor:
-    """1 / sqrt(x), both correctly rounded."""
-    # On a CPU that is PyTorch's rsqrt, and its sqrt is the vendor library's, an ulp off; on a GPU rsqrt is approximate.
-    return x.rsqrt() if x.device.type == "cpu" else x.sqrt().reciprocal()
+    return _ops.rms_norm(input, input.shape[-1:], weight, eps)
 
 
 def rms_norm_batch_invariant(

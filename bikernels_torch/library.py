@@ -6,7 +6,8 @@
     baddbmm(c, a, b, *, beta=1, alpha=1)           c broadcasts to (B, M, N)
     matmul(a, b)                                   torch.matmul's rules for ranks and batch dimensions
     log_softmax(x, dim, *, dtype=None)             softmax(x, dim, *, dtype=None)
-    mean(x, dim=None, keepdim=False, *, dtype=None)
+    mean(x, dim=None, keepdim=False, *, dtype=None)   and sum
+    rms_norm(x, normalized_shape, weight=None, eps=None)
 
 Floating-point CPU and CUDA tensors; `dtype` is that of the result, for products that of the operands or float32. They
 have gradients and fake kernels.
@@ -19,9 +20,11 @@ from typing import Any
 
 import torch
 
+import bikernels
+
 from . import core
 from .operators import matmul as products
-from .operators import mean as means
+from .operators import norm, reduction
 from .operators import softmax as softmaxes
 
 _library = torch.library.Library("bikernels", "DEF")
@@ -29,9 +32,7 @@ _library = torch.library.Library("bikernels", "DEF")
 Scalar = int | float
 
 
-def _operator(
-    schema: str, compute: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor], backward: Any, context: Any
-) -> None:
+def _operator(schema: str, compute: Callable[..., Any], fake: Callable[..., Any], backward: Any, context: Any) -> None:
     name = schema[: schema.index("(")]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
@@ -148,7 +149,30 @@ _library.impl("matmul", _matmul, "CompositeImplicitAutograd")
 # ---------------------------------------------------------------------------------------------------------- reductions
 
 
-def _define_softmax(name: str, run: softmaxes.Compute, gradient: Callable[..., torch.Tensor]) -> None:
+def _define_gradient(
+    schema: str,
+    compute: Callable[..., torch.Tensor],
+    fake: Callable[..., torch.Tensor],
+    formula: Callable[..., torch.Tensor],
+) -> None:
+    """An operator that is another's gradient. Its own is that of `formula`: the same, made of PyTorch's operators."""
+
+    def context(ctx: Any, inputs: Any, output: torch.Tensor) -> None:
+        ctx.save_for_backward(*(x for x in inputs if isinstance(x, torch.Tensor)))
+        ctx.others = [None if isinstance(x, torch.Tensor) else (x,) for x in inputs]
+
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        saved = iter(ctx.saved_tensors)
+        with torch.enable_grad():
+            inputs = [next(saved).detach() if other is None else other[0] for other in ctx.others]
+            needed = [x.requires_grad_() for x, need in zip(inputs, ctx.needs_input_grad, strict=True) if need]
+            found = iter(torch.autograd.grad(formula(*inputs), needed, grad, allow_unused=True))
+        return tuple(next(found) if need else None for need in ctx.needs_input_grad)
+
+    _operator(schema, compute, fake, backward, context)
+
+
+def _define_softmax(name: str, forward: Callable[..., Any], gradient: Callable[..., Any], formula: Any) -> None:
     def fake(x: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
         _check_reduction(x, dtype)
         rank = max(x.dim(), 1)
@@ -158,7 +182,7 @@ def _define_softmax(name: str, run: softmaxes.Compute, gradient: Callable[..., t
 
     def compute(x: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
         out = fake(x, dim, dtype=dtype)
-        softmaxes.fill(run, out, x, dim)
+        softmaxes.fill(forward, out, (x,), dim)
         return out
 
     def context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: torch.Tensor) -> None:
@@ -167,10 +191,31 @@ def _define_softmax(name: str, run: softmaxes.Compute, gradient: Callable[..., t
 
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         (y,) = ctx.saved_tensors
-        return gradient(grad, y, ctx.dim, ctx.dtype), None
+        return getattr(torch.ops.bikernels, f"_{name}_backward")(grad, y, ctx.dim, ctx.dtype), None
 
     schema = f"{name}(Tensor x, int dim, *, ScalarType? dtype=None) -> Tensor"
     _operator(schema, compute, fake, backward, context)
+
+    def fake_gradient(grad: torch.Tensor, y: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(y.shape, dtype=dtype, device=y.device)
+
+    def compute_gradient(grad: torch.Tensor, y: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
+        out = fake_gradient(grad, y, dim, dtype)
+        softmaxes.fill(gradient, out, (grad, y), dim)
+        return out
+
+    schema = f"_{name}_backward(Tensor grad, Tensor y, int dim, ScalarType dtype) -> Tensor"
+    _define_gradient(schema, compute_gradient, fake_gradient, formula)
+
+
+def _softmax_gradient(grad: torch.Tensor, y: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
+    grad, y = (x.to(core.accumulate_dtype(dtype)) for x in (grad, y))
+    return (y * (grad - torch.ops.bikernels.sum(grad * y, [dim], True))).to(dtype)
+
+
+def _log_softmax_gradient(grad: torch.Tensor, y: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
+    grad, y = (x.to(core.accumulate_dtype(dtype)) for x in (grad, y))
+    return (grad - y.exp() * torch.ops.bikernels.sum(grad, [dim], True)).to(dtype)
 
 
 def _check_reduction(x: torch.Tensor, dtype: torch.dtype | None) -> None:
@@ -179,51 +224,162 @@ def _check_reduction(x: torch.Tensor, dtype: torch.dtype | None) -> None:
         raise TypeError(f"x is {x.dtype} and dtype is {dtype}; the result's dtype must be one of {floats}")
 
 
-def _mean_like(
-    x: torch.Tensor, dim: Sequence[int] | None, keepdim: bool, dtype: torch.dtype | None
-) -> tuple[torch.Tensor, tuple[int, ...]]:
-    _check_reduction(x, dtype)
-    axes = means.normalise(x, dim)
-    if axes is None:
-        raise ValueError(f"dim is {dim}; pass different dimensions of x, which is {_describe(x)}")
-    return torch.empty(means.result_shape(x, axes, keepdim), dtype=dtype or x.dtype, device=x.device), axes
+def _define_reduction(name: str, operation: Callable[..., Any], divides: bool) -> None:
+    def like(
+        x: torch.Tensor, dim: Sequence[int] | None, keepdim: bool, dtype: torch.dtype | None
+    ) -> tuple[torch.Tensor, tuple[int, ...]]:
+        _check_reduction(x, dtype)
+        axes = reduction.normalise(x, dim)
+        if axes is None:
+            raise ValueError(f"dim is {dim}; pass different dimensions of x, which is {_describe(x)}")
+        shape = reduction.result_shape(x, axes, keepdim)
+        return torch.empty(shape, dtype=dtype or x.dtype, device=x.device), axes
+
+    def fake(
+        x: torch.Tensor, dim: Sequence[int] | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        return like(x, dim, keepdim, dtype)[0]
+
+    def compute(
+        x: torch.Tensor, dim: Sequence[int] | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        out, axes = like(x, dim, keepdim, dtype)
+        reduction.fill(operation, out, x, axes, keepdim)
+        return out
+
+    def context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: torch.Tensor) -> None:
+        x, dim, keepdim = inputs
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        ctx.axes = reduction.normalise(x, dim)
+        ctx.keepdim = keepdim
+
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        count = 1
+        for axis in ctx.axes:
+            count *= ctx.shape[axis]
+            grad = grad if ctx.keepdim else grad.unsqueeze(axis)  # axes ascend
+        return (grad / count if divides else grad).expand(ctx.shape).to(ctx.dtype), None, None
+
+    schema = f"{name}(Tensor x, int[]? dim=None, bool keepdim=False, *, ScalarType? dtype=None) -> Tensor"
+    _operator(schema, compute, fake, backward, context)
 
 
-def _mean_fake(
-    x: torch.Tensor, dim: Sequence[int] | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+_define_reduction("mean", bikernels.mean, divides=True)
+_define_reduction("sum", bikernels.sum, divides=False)
+_define_softmax("softmax", bikernels.softmax, bikernels.softmax_backward, _softmax_gradient)
+_define_softmax("log_softmax", bikernels.log_softmax, bikernels.log_softmax_backward, _log_softmax_gradient)
+
+
+# ------------------------------------------------------------------------------------------------------------ rms_norm
+
+
+def _check_norm(x: torch.Tensor, shape: Sequence[int], weight: torch.Tensor | None) -> None:
+    given = x if weight is None else weight
+    if x.dtype not in core.FLOATS or given.dtype not in core.FLOATS or given.device != x.device:
+        beside = "" if weight is None else f" and weight is {_describe(weight)}"
+        raise TypeError(f"x is {_describe(x)}{beside}; pass floating-point tensors on one device")
+    shape = tuple(shape)
+    if not shape or x.shape[-len(shape) :] != shape or (weight is not None and weight.shape != shape):
+        beside = "" if weight is None else f" and weight has {tuple(weight.shape)}"
+        raise ValueError(
+            f"normalized_shape is {shape}, x has shape {tuple(x.shape)}{beside}; pass the last dimensions of x, and a "
+            "weight of that shape"
+        )
+
+
+def _rms_norm_fake(
+    x: torch.Tensor, normalized_shape: Sequence[int], weight: torch.Tensor | None, eps: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_norm(x, normalized_shape, weight)
+    return norm.rms_norm_like(x, normalized_shape)
+
+
+def _rms_norm_compute(
+    x: torch.Tensor, normalized_shape: Sequence[int], weight: torch.Tensor | None, eps: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_norm(x, normalized_shape, weight)
+    return norm.rms_norm_with_statistics(x, normalized_shape, weight, eps)
+
+
+def _rms_norm_context(ctx: Any, inputs: Any, output: Any) -> None:
+    x, ctx.shape, weight, ctx.eps = inputs
+    _, rstd = output
+    ctx.mark_non_differentiable(rstd)
+    ctx.save_for_backward(x, weight, rstd)
+
+
+def _rms_norm_backward(ctx: Any, grad: torch.Tensor, _: Any) -> Any:
+    x, weight, rstd = ctx.saved_tensors
+    arguments = (grad, x, ctx.shape, rstd, weight, ctx.eps)
+    dx = torch.ops.bikernels._rms_norm_backward(*arguments) if ctx.needs_input_grad[0] else None
+    dweight = torch.ops.bikernels._rms_norm_weight_backward(*arguments) if ctx.needs_input_grad[2] else None
+    return dx, None, dweight, None
+
+
+def _define_rms_norm_gradient(name: str, of_weight: bool) -> None:
+    def fake(
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        normalized_shape: Sequence[int],
+        rstd: torch.Tensor,
+        weight: torch.Tensor | None,
+        eps: float | None,
+    ) -> torch.Tensor:
+        like = weight if of_weight and weight is not None else x
+        return torch.empty(like.shape, dtype=like.dtype, device=x.device)
+
+    def compute(
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        normalized_shape: Sequence[int],
+        rstd: torch.Tensor,
+        weight: torch.Tensor | None,
+        eps: float | None,
+    ) -> torch.Tensor:
+        mask = (not of_weight, of_weight)
+        result = norm.rms_norm_gradients(grad, x, normalized_shape, rstd, weight, mask)[int(of_weight)]
+        assert result is not None
+        return result
+
+    def formula(
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        normalized_shape: Sequence[int],
+        rstd: torch.Tensor,
+        weight: torch.Tensor | None,
+        eps: float | None,
+    ) -> torch.Tensor:
+        dtype, accumulate = x.dtype, core.accumulate_dtype(x.dtype)
+        rows = list(range(-len(normalized_shape), 0))
+        grad, x = grad.to(accumulate), x.to(accumulate)
+        mean = torch.ops.bikernels.mean
+        eps = torch.finfo(accumulate).eps if eps is None else eps
+        r = (mean(x * x, rows, True) + eps).rsqrt()  # not rstd, through which x has a part in the gradient too
+        h = x * r
+        if of_weight:
+            assert weight is not None
+            return torch.ops.bikernels.sum(grad * h, list(range(x.dim() - len(rows)))).to(weight.dtype)
+        p = grad if weight is None else grad * weight.to(accumulate)
+        return ((p - h * mean(p * h, rows, True)) * r).to(dtype)
+
+    arguments = "Tensor grad, Tensor x, SymInt[] normalized_shape, Tensor rstd, Tensor? weight, float? eps"
+    _define_gradient(f"{name}({arguments}) -> Tensor", compute, fake, formula)
+
+
+def _rms_norm(
+    x: torch.Tensor, normalized_shape: Sequence[int], weight: torch.Tensor | None = None, eps: float | None = None
 ) -> torch.Tensor:
-    return _mean_like(x, dim, keepdim, dtype)[0]
+    return torch.ops.bikernels._rms_norm(x, normalized_shape, weight, eps)[0]
 
 
-def _mean(
-    x: torch.Tensor, dim: Sequence[int] | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    out, axes = _mean_like(x, dim, keepdim, dtype)
-    means.fill(out, x, axes, keepdim)
-    return out
-
-
-def _mean_context(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: torch.Tensor) -> None:
-    x, dim, keepdim = inputs
-    ctx.shape, ctx.dtype = x.shape, x.dtype
-    ctx.axes = means.normalise(x, dim)
-    ctx.keepdim = keepdim
-
-
-def _mean_backward(ctx: Any, grad: torch.Tensor) -> Any:
-    count = 1
-    for axis in ctx.axes:
-        count *= ctx.shape[axis]
-        grad = grad if ctx.keepdim else grad.unsqueeze(axis)  # axes ascend
-    return (grad / count).expand(ctx.shape).to(ctx.dtype), None, None
-
-
-_define_softmax("softmax", core.softmax, softmaxes.softmax_gradient)
-_define_softmax("log_softmax", core.log_softmax, softmaxes.log_softmax_gradient)
 _operator(
-    "mean(Tensor x, int[]? dim=None, bool keepdim=False, *, ScalarType? dtype=None) -> Tensor",
-    _mean,
-    _mean_fake,
-    _mean_backward,
-    _mean_context,
+    "_rms_norm(Tensor x, SymInt[] normalized_shape, Tensor? weight, float? eps) -> (Tensor, Tensor)",
+    _rms_norm_compute,
+    _rms_norm_fake,
+    _rms_norm_backward,
+    _rms_norm_context,
 )
+_define_rms_norm_gradient("_rms_norm_backward", of_weight=False)
+_define_rms_norm_gradient("_rms_norm_weight_backward", of_weight=True)
+_library.define("rms_norm(Tensor x, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None) -> Tensor")
+_library.impl("rms_norm", _rms_norm, "CompositeImplicitAutograd")

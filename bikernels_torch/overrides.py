@@ -11,30 +11,52 @@ Adding an operator is adding a function in `operators/` and its name in that fil
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from . import compiled, dispatch
-from .operators import attention, linear, matmul, mean, pointwise, recurrent, softmax
+from .operators import attention, linear, matmul, norm, pointwise, recurrent, reduction, softmax
 
 Override = Callable[..., Any]
 
-KERNELS: dict[str, Override] = {**matmul.OVERRIDES, **softmax.OVERRIDES, **mean.OVERRIDES, **linear.OUT_OVERRIDES}
+KERNELS: dict[str, Override] = {
+    **matmul.OVERRIDES,
+    **softmax.OVERRIDES,
+    **reduction.OVERRIDES,
+    **norm.OVERRIDES,
+    **linear.OUT_OVERRIDES,
+}
 """Replaced for CPU and CUDA tensors, below autograd."""
 
 CPU_KERNELS: dict[str, Override] = pointwise.OVERRIDES
 """Replaced for CPU tensors only: on a GPU every element is computed alike."""
 
+CUDA_KERNELS: dict[str, Override] = norm.CUDA_OVERRIDES
+"""Replaced for CUDA tensors only: on a CPU they are made of other operators."""
+
 COMPOSITES: dict[str, Override] = {
     **attention.OVERRIDES,
     **linear.OVERRIDES,
     **matmul.COMPOSITE_OVERRIDES,
+    **norm.COMPOSITE_OVERRIDES,
     **recurrent.OVERRIDES,
 }
 """Operators that PyTorch makes of others, replaced by another composition; autograd sees what they are made of."""
+
+
+FAKES: dict[str, Callable[..., Any]] = norm.FAKES
+"""The results' shapes and dtypes, for compilers, where those of a replacement are not those of PyTorch's kernel."""
+
+
+def kernels(device_type: str) -> Mapping[str, Override]:
+    """The operators that are replaced for tensors on this type of device, below autograd."""
+    return _KERNELS.get(device_type, {})
+
+
+_KERNELS = {"cpu": ChainMap(KERNELS, CPU_KERNELS), "cuda": ChainMap(KERNELS, CUDA_KERNELS)}
 
 
 class Overrides:
@@ -53,7 +75,7 @@ class Overrides:
         try:
             with dispatch.quietly():
                 for key in dispatch.backend_keys():
-                    for name, override in itertools.chain(KERNELS.items(), CPU_KERNELS.items() if key == "CPU" else ()):
+                    for name, override in kernels(key.lower()).items():
                         _replace(library, name, override, key)
                 for name, override in COMPOSITES.items():
                     _replace(library, name, override, "CompositeImplicitAutograd")

@@ -9,6 +9,7 @@ import numpy as np
 
 from bikernels import contract, reference
 from bikernels.dtypes import NUMPY_DTYPE
+from bikernels.specs import A_ROW_FOR_A_ROW
 
 RAGGED = (1, 2, 7, 8, 9, 63, 64, 65, 127, 128, 129, 1000, 4097)
 FLOATS = contract.FLOAT_DTYPES
@@ -70,12 +71,10 @@ class Case(NamedTuple):
         if self.operation in ("matmul", "addmm"):
             c, a, b = (None, *self.arrays) if self.operation == "matmul" else self.arrays
             return reference.addmm(c, a, b, **options)
-        axis = options.pop("axis", -1)
-        (x,) = self.arrays
-        if self.operation == "mean":
-            return reference.mean(np.moveaxis(x, axis, -1), x.ndim - 1, **options)
-        rows = getattr(reference, self.operation)(np.moveaxis(x, axis, -1), x.ndim - 1, **options)
-        return np.moveaxis(rows, -1, axis)
+        axis, rank = options.pop("axis", -1), self.arrays[0].ndim
+        arrays = [np.moveaxis(x, axis, -1) if x.ndim == rank else x for x in self.arrays]  # not a weight or a bias
+        result = getattr(reference, self.operation)(*arrays, kept=rank - 1, **options)
+        return np.moveaxis(result, -1, axis) if self.operation in A_ROW_FOR_A_ROW else result
 
 
 def arithmetics(dtype: str) -> list[str]:
@@ -129,10 +128,17 @@ def long_matmul_cases(seed: int = 1) -> Iterator[Case]:
 ROW_LENGTHS = (1, 2, 7, 8, 9, 31, 255, 256, 257, 2047, 2048, 2049, 5000)
 
 
+SOFTMAXES = ("log_softmax", "softmax", "logsumexp")
+SUMS = ("mean", "sum", "var", "std")
+NORMS = ("rms_norm", "layer_norm")
+OF_ONE_ARRAY = ("mean", "log_softmax", "softmax", "sum", "var", "std", "logsumexp", *NORMS)
+"""The reductions that x alone is enough for."""
+
+
 def reduction_cases(seed: int = 2) -> Iterator[Case]:
     """Reductions over dtypes, casts, lengths, distributions and axes."""
     rng = np.random.default_rng(seed)
-    for operation in ("mean", "log_softmax", "softmax"):
+    for operation in OF_ONE_ARRAY:
         for dtype in FLOATS:
             for n in ROW_LENGTHS:
                 yield Case(f"{operation}-{dtype}-n{n}", operation, (draw(rng, (3, n), dtype),), {})
@@ -152,7 +158,7 @@ def reduction_cases(seed: int = 2) -> Iterator[Case]:
         x = rng.integers(-(2**62), 2**62, (3, 300))
         for other in FLOATS:
             yield Case(f"{operation}-int64-to-{other}", operation, (x,), {"dtype": other})
-    for operation in ("log_softmax", "softmax"):
+    for operation in SOFTMAXES:
         for dtype in FLOATS:
             inf = np.inf
             rows = np.array(
@@ -169,8 +175,87 @@ def reduction_cases(seed: int = 2) -> Iterator[Case]:
             )
             yield Case(f"{operation}-{dtype}-edges", operation, (rows.astype(NUMPY_DTYPE[dtype]),), {})
     for dtype in FLOATS:
-        yield Case(f"mean-{dtype}-empty", "mean", (np.zeros((2, 0), NUMPY_DTYPE[dtype]),), {})
-        yield Case(f"mean-{dtype}-minus-zero", "mean", (np.full((2, 5), -0.0, NUMPY_DTYPE[dtype]),), {})
+        for operation in (*SUMS, "logsumexp"):
+            yield Case(f"{operation}-{dtype}-empty", operation, (np.zeros((2, 0), NUMPY_DTYPE[dtype]),), {})
+        for operation in (*SUMS, *NORMS):
+            x = np.full((2, 5), -0.0, NUMPY_DTYPE[dtype])
+            yield Case(f"{operation}-{dtype}-minus-zero", operation, (x,), {})
+        if dtype == contract.ACCUMULATE[dtype]:
+            for operation in ("std", "logsumexp", "rms_norm"):  # of which few results show a last bit of the sum
+                x = draw(rng, (24, 5000), dtype)
+                x[:, 0] = 9  # the others' exponentials add up to about 1 of it
+                yield Case(f"{operation}-{dtype}-long", operation, (x - x.dtype.type(9),), {})
+        for operation in ("var", "std"):
+            for correction in (1.0, 0.5, -3.0, 70.0, 1000.0):
+                x = draw(rng, (3, 70), dtype, "wide")
+                yield Case(f"{operation}-{dtype}-less-{correction}", operation, (x,), {"correction": correction})
+            x = (draw(rng, (3, 3000), "float64") + 100).astype(NUMPY_DTYPE[dtype])  # far from 0
+            yield Case(f"{operation}-{dtype}-offset", operation, (x,), {"correction": 1.0})
+
+
+def norm_cases(seed: int = 3) -> Iterator[Case]:
+    """Norms with weights and biases, over dtypes, lengths, distributions, eps and axes."""
+    rng = np.random.default_rng(seed)
+    for operation, operands in (("rms_norm", 1), ("layer_norm", 1), ("layer_norm", 2)):
+        for dtype in FLOATS:
+            name = f"{operation}-{'weight' if operands == 1 else 'weight-bias'}-{dtype}"
+
+            def affine(n: int, dtype: str = dtype, operands: int = operands) -> tuple[np.ndarray, ...]:
+                return tuple(draw(rng, (n,), dtype) for _ in range(operands))
+
+            for n in ROW_LENGTHS:
+                yield Case(f"{name}-n{n}", operation, (draw(rng, (3, n), dtype), *affine(n)), {})
+            for distribution in ("wide", "subnormal", "special"):
+                x = draw(rng, (40, 70), dtype, distribution)
+                yield Case(f"{name}-{distribution}", operation, (x, *affine(70)), {})
+            for eps in (0.0, 1e-3, 10.0):
+                x = np.concatenate([draw(rng, (3, 70), dtype), np.zeros((1, 70), NUMPY_DTYPE[dtype])])
+                yield Case(f"{name}-eps{eps}", operation, (x, *affine(70)), {"eps": eps})
+            yield Case(f"{name}-first-axis", operation, (draw(rng, (300, 13), dtype), *affine(300)), {"axis": 0})
+            yield Case(f"{name}-middle-axis", operation, (draw(rng, (5, 70, 11), dtype), *affine(70)), {"axis": 1})
+            for other in FLOATS:
+                if other != dtype:
+                    x = draw(rng, (4, 300), dtype)
+                    yield Case(f"{name}-to-{other}", operation, (x, *affine(300)), {"dtype": other})
+                    yield Case(f"{name}-with-{other}", operation, (x, *affine(300, other)), {})
+
+
+def backward_cases(seed: int = 4) -> Iterator[Case]:
+    """Backward passes over dtypes, lengths, distributions and axes."""
+    rng = np.random.default_rng(seed)
+
+    def cases(
+        name: str, shape: tuple[int, ...], dtype: str, options: dict[str, Any], distribution: str = "normal"
+    ) -> Iterator[Case]:
+        axis = options.get("axis", -1)
+        x, grad = draw(rng, shape, dtype, distribution), draw(rng, shape, dtype)
+        weight = draw(rng, (shape[axis],), dtype)
+        rows, kept = np.moveaxis(x, axis, -1), x.ndim - 1
+        _, mean, rstd = (
+            np.expand_dims(one, axis) for one in reference.layer_norm_with_statistics(rows, kept=kept, eps=1e-5)
+        )
+        root = np.expand_dims(reference.rms_norm_with_statistics(rows, kept=kept)[1], axis)
+        for operation in ("softmax", "log_softmax"):
+            y = np.moveaxis(getattr(reference, operation)(rows, kept), -1, axis)
+            yield Case(f"{operation}_backward-{name}", f"{operation}_backward", (grad, y), options)
+        for operation, arrays in (("rms_norm", (grad, x, root)), ("layer_norm", (grad, x, mean, rstd))):
+            yield Case(f"{operation}_backward-{name}", f"{operation}_backward", arrays, options)
+            with_weight = (*arrays, weight)
+            yield Case(f"{operation}_backward-weight-{name}", f"{operation}_backward", with_weight, options)
+            yield Case(f"{operation}_weight_backward-{name}", f"{operation}_weight_backward", arrays, options)
+
+    for dtype in FLOATS:
+        for n in ROW_LENGTHS:
+            yield from cases(f"{dtype}-n{n}", (3, n), dtype, {})
+        for rows in (255, 257, 2049, 5000):
+            yield from cases(f"{dtype}-{rows}-rows", (rows, 3), dtype, {})
+        for distribution in ("wide", "subnormal", "special"):
+            yield from cases(f"{dtype}-{distribution}", (40, 70), dtype, {}, distribution)
+        yield from cases(f"{dtype}-first-axis", (300, 13), dtype, {"axis": 0})
+        yield from cases(f"{dtype}-middle-axis", (5, 70, 11), dtype, {"axis": 1})
+        for other in FLOATS:
+            if other != dtype:
+                yield from cases(f"{dtype}-to-{other}", (4, 300), dtype, {"dtype": other})
 
 
 def by_name(cases: Iterator[Case]) -> dict[str, Case]:

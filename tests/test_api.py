@@ -19,8 +19,6 @@ from bikernels.dtypes import NUMPY_DTYPE
 
 from .cases import FLOATS, assert_same_bits, draw
 
-OPERATIONS = ("mean", "log_softmax", "softmax")
-
 
 def ones(*shape: int, dtype: str = "float32") -> np.ndarray:
     return np.ones(shape, NUMPY_DTYPE[dtype])
@@ -194,6 +192,26 @@ REDUCTION_ERRORS = {
     "complex": (lambda: bikernels.mean(np.ones(3, complex)), TypeError, "x: .*complex128"),
     "dtype": (lambda: bikernels.mean(ones(3), dtype="complex64"), TypeError, "complex64"),
     "strings": (lambda: bikernels.mean(np.array(["a"])), TypeError, "x: "),
+    "correction": (lambda: bikernels.var(ones(3), correction="a"), TypeError, "correction is 'a'"),
+    "eps": (lambda: bikernels.layer_norm(ones(3), eps=None), TypeError, "eps is None"),
+    "norm of no axis": (lambda: bikernels.rms_norm(ones(3), axis=None), TypeError, "axis is None"),
+    "weight shape": (lambda: bikernels.rms_norm(ones(2, 3), ones(2)), ValueError, r"weight .*\(2,\).*\(3,\).*\(2, 3\)"),
+    "weight dtype": (lambda: bikernels.rms_norm(ones(3), np.ones(3, int)), TypeError, "weight is int64"),
+    "bias shape": (lambda: bikernels.layer_norm(ones(2, 3), None, ones(2, 3)), ValueError, r"bias .*\(2, 3\).*\(3,\)"),
+    "weight list": (lambda: bikernels.rms_norm(ones(3), [1.0]), TypeError, "weight is of type list"),
+    "gradient shape": (lambda: bikernels.softmax_backward(ones(3), ones(2, 3)), ValueError, r"grad .*\(3,\).*\(2, 3\)"),
+    "gradient of integers": (lambda: bikernels.softmax_backward(ones(3), np.ones(3, int)), TypeError, "y is int64"),
+    "statistics": (
+        lambda: bikernels.rms_norm_backward(ones(2, 3), ones(2, 3), ones(2)),
+        ValueError,
+        r"rstd .*\(2,\).*\(2, 1\)",
+    ),
+    "results": (lambda: bikernels.rms_norm_with_statistics(ones(3), out=ones(3)), TypeError, "tuple of 2.*out, rstd"),
+    "statistics dtype": (
+        lambda: bikernels.rms_norm_with_statistics(ones(3), out=(ones(3), ones(1, dtype="float64"))),
+        TypeError,
+        "rstd is float64",
+    ),
 }
 
 
@@ -245,12 +263,23 @@ def test_out_may_not_overlap_an_input() -> None:
         bikernels.addmm(memory[:4, 1:5], ones(4, 4), ones(4, 4), out=a)
     with pytest.raises(ValueError, match="out shares memory with x"):
         bikernels.softmax(a, out=a)
+    with pytest.raises(ValueError, match="out shares memory with weight"):
+        bikernels.layer_norm(a, b[0], out=b)
+    with pytest.raises(ValueError, match="out shares memory with rstd"):
+        bikernels.rms_norm_with_statistics(a, out=(other, other[:, :1]))
 
 
 def test_unaligned_elements_are_refused() -> None:
     packed = np.zeros(5, np.dtype([("tag", "u1"), ("value", "f4")]))
     with pytest.raises(ValueError, match=r"x: .*aligned"):
         bikernels.mean(packed["value"])
+
+
+def test_an_operation_that_the_backend_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(get("cpu"), "reductions", frozenset({"mean"}), raising=False)
+    assert bikernels.mean(ones(2, 3, 19)).shape == ()
+    with pytest.raises(bikernels.OperationUnsupportedError, match=r"sum cannot be computed by backend 'cpu'.*mean"):
+        bikernels.sum(ones(2, 3, 19))
 
 
 @pytest.mark.gpu

@@ -36,7 +36,17 @@ def operations(backend: Any, dtype: str, rng: np.random.Generator) -> dict[str, 
     """Functions of a batch of rows of 70 elements, each to one row per row."""
     b = backend.put(draw(rng, (70, 33), dtype))
     bias = backend.put(draw(rng, (33,), dtype))
+    weight, shift = backend.put(draw(rng, (70,), dtype)), backend.put(draw(rng, (70,), dtype))
     name = backend.name
+
+    def backward(operation: str, *others: int) -> Any:
+        """A backward pass with the batch as gradient, as x and, of some columns, as statistics of the rows."""
+        function = getattr(bikernels, operation)
+        return lambda x: function(x, x, *(x[:, i : i + 1] for i in others), backend=name)
+
+    def one_for_a_row(operation: str) -> Any:
+        return lambda x: getattr(bikernels, operation)(x, axis=-1, keepdims=True, backend=name)
+
     return {
         "matmul": lambda x: bikernels.matmul(x, b, backend=name),
         "matmul, x on the right": lambda x: bikernels.matmul(b.T, x.T, backend=name).T,
@@ -44,8 +54,20 @@ def operations(backend: Any, dtype: str, rng: np.random.Generator) -> dict[str, 
         "batched matmul": lambda x: bikernels.matmul(x[:, None, :], b, backend=name)[:, 0],
         "log_softmax": lambda x: bikernels.log_softmax(x, backend=name),
         "softmax": lambda x: bikernels.softmax(x, backend=name),
-        "mean": lambda x: bikernels.mean(x, axis=-1, keepdims=True, backend=name),
+        "softmax_backward": backward("softmax_backward"),
+        "log_softmax_backward": backward("log_softmax_backward"),
+        "rms_norm": lambda x: bikernels.rms_norm(x, weight, backend=name),
+        "rms_norm, first axis": lambda x: bikernels.rms_norm(x.T, weight, axis=0, backend=name).T,
+        "rms_norm_backward": backward("rms_norm_backward", 3),
+        "layer_norm": lambda x: bikernels.layer_norm(x, weight, shift, backend=name),
+        "layer_norm_backward": backward("layer_norm_backward", 3, 4),
         "mean, first axis": lambda x: bikernels.mean(x.T, axis=0, keepdims=True, backend=name).T,
+        "var, first axis": lambda x: bikernels.var(x.T, axis=0, keepdims=True, backend=name).T,
+        "mean": one_for_a_row("mean"),
+        "sum": one_for_a_row("sum"),
+        "var": one_for_a_row("var"),
+        "std": one_for_a_row("std"),
+        "logsumexp": one_for_a_row("logsumexp"),
     }
 
 

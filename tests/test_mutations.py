@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +12,17 @@ import pytest
 
 from bikernels import contract, reference
 
-from .cases import Case, assert_same_bits, draw, long_matmul_cases, matmul_cases, reduction_cases
+from .cases import (
+    NORMS,
+    Case,
+    assert_same_bits,
+    backward_cases,
+    draw,
+    long_matmul_cases,
+    matmul_cases,
+    norm_cases,
+    reduction_cases,
+)
 
 
 def noticed(cases: Iterator[Case], expected: dict[str, np.ndarray]) -> list[str]:
@@ -128,21 +140,69 @@ REDUCTION_MUTATIONS = {
 }
 
 
+@functools.cache
+def reductions() -> tuple[list[Case], dict[str, np.ndarray]]:
+    """The cases, and what they expect; made before a mutation, since the reference has a part in the inputs."""
+    every = itertools.chain(reduction_cases(), norm_cases(), backward_cases())
+    cases = [case for case in every if "float64" not in case.name]  # the reference is slow there
+    return cases, {case.name: case.expected() for case in cases}
+
+
 @pytest.mark.parametrize("mutation", REDUCTION_MUTATIONS)
 def test_reduction_cases_notice(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = {case.name: case.expected() for case in reduction_cases()}
+    cases, expected = reductions()
     REDUCTION_MUTATIONS[mutation](monkeypatch)
-    names = noticed(reduction_cases(), expected)
-    operations = {name.partition("-")[0] for name in names}
-    assert operations == {"mean", "softmax", "log_softmax"} or mutation == "-0 for +0"
-    assert names
+    operations = {name.partition("-")[0] for name in noticed(iter(cases), expected)}
+    assert operations == {case.operation for case in cases} or (operations and mutation == "-0 for +0")
 
 
-@pytest.mark.parametrize("operation", ["softmax", "log_softmax"])
-def test_softmax_cases_notice_a_split_fma(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = {case.name: case.expected() for case in reduction_cases() if case.operation == operation}
+WITH_FMA = {
+    *("softmax", "log_softmax", "logsumexp", "layer_norm"),
+    *("log_softmax_backward", "rms_norm_backward", "layer_norm_backward"),
+}
+
+
+def test_reduction_cases_notice_a_split_fma(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases, expected = reductions()
     monkeypatch.setattr(reference, "fma", fma_in_two_roundings)
-    assert noticed((case for case in reduction_cases() if case.operation == operation), expected)
+    assert {name.partition("-")[0] for name in noticed(iter(cases), expected)} == WITH_FMA
+
+
+def variance_of_squares(rows: np.ndarray, correction: float) -> np.ndarray:
+    """One pass: the mean of the squares less the square of the mean."""
+    total, squares = original_tree(rows), original_tree(rows * rows)
+    n = rows.dtype.type(rows.shape[1])
+    return (squares - total * total / n) / rows.dtype.type(max(0.0, rows.shape[1] - correction))
+
+
+def variance_with_padding(rows: np.ndarray, correction: float) -> np.ndarray:
+    """Elements that a chunk does not have count with the square of -mean."""
+    padded = np.pad(rows, ((0, 0), (0, -rows.shape[1] % contract.SUM_CHUNK)))
+    y = padded - (original_tree(rows) / rows.dtype.type(rows.shape[1]))[:, None]
+    return original_tree(y * y) / rows.dtype.type(max(0.0, rows.shape[1] - correction))
+
+
+def root_in_one_rounding(mean_square: np.ndarray, eps: float | None) -> np.ndarray:
+    """1 / sqrt(v + eps) in float64, rounded once."""
+    eps = np.finfo(mean_square.dtype).eps if eps is None else mean_square.dtype.type(eps)
+    return (1 / np.sqrt(mean_square.astype(np.longdouble) + eps)).astype(mean_square.dtype)
+
+
+@pytest.mark.parametrize(
+    ("function", "mutant", "operations"),
+    [
+        ("_variance", variance_of_squares, {"var", "std", "layer_norm"}),
+        ("_variance", variance_with_padding, {"var", "std", "layer_norm"}),
+        ("_reciprocal_root", root_in_one_rounding, set(NORMS)),
+    ],
+)
+def test_cases_notice_another_formula(
+    function: str, mutant: Callable[..., Any], operations: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases, expected = reductions()
+    monkeypatch.setattr(reference, function, mutant)
+    with np.errstate(all="ignore"):
+        assert {name.partition("-")[0] for name in noticed(iter(cases), expected)} == operations
 
 
 @pytest.mark.gpu

@@ -14,7 +14,15 @@ import numpy as np
 
 import bikernels
 
-from ..cases import Case, assert_same_bits, long_matmul_cases, matmul_cases, reduction_cases
+from ..cases import (
+    Case,
+    assert_same_bits,
+    backward_cases,
+    long_matmul_cases,
+    matmul_cases,
+    norm_cases,
+    reduction_cases,
+)
 from . import GOLDEN, save
 
 SEED = 2026
@@ -28,7 +36,8 @@ def main() -> int:
     can_compute = set(bikernels.backends()["cupy"].arithmetic.values()) | {"fma32", "fma64"}
     results: dict[str, tuple[Case, np.ndarray]] = {}
     failures = []
-    for case in itertools.chain(matmul_cases(SEED), long_matmul_cases(SEED), reduction_cases(SEED)):
+    families = (matmul_cases, long_matmul_cases, reduction_cases, norm_cases, backward_cases)
+    for case in itertools.chain.from_iterable(cases(SEED) for cases in families):
         if case.options.get("arithmetic", "fma32") not in can_compute:
             continue
         if sum(x.nbytes for x in case.arrays) > LARGEST:

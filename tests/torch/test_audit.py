@@ -211,6 +211,28 @@ def test_a_transformer_in_the_mode(device: str) -> None:
     assert norm.place.module == "1.layers.0.self_attn"
 
 
+def test_reductions_and_norms_in_the_mode(device: str) -> None:
+    """Forward and backward, every one of them."""
+    norms = nn.Sequential(nn.LayerNorm(8), nn.RMSNorm(8)).to(device)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        x = x.detach().requires_grad_()
+        y = norms(x) + x.logsumexp(1, keepdim=True) * x.sum(1, keepdim=True) + x.std(1, keepdim=True)
+        (gradient,) = torch.autograd.grad(y.log_softmax(1), x, x.detach())
+        return gradient * torch.stack(torch.var_mean(x, 1)).sum(0)[:, None]
+
+    with set_batch_invariant_mode(), torch.enable_grad():
+        report = audit(step, torch.randn(5, 8, device=device))
+    assert_nothing_varies(report)
+    status = {call.operator: call.status for call in report.calls}
+    names = (
+        *("native_layer_norm", "native_layer_norm_backward", "logsumexp", "sum.dim_IntList", "std.correction"),
+        *("var_mean.correction", "_log_softmax", "_log_softmax_backward_data"),
+    )
+    assert {status[f"aten::{name}"] for name in names} == {Status.COVERED}
+    assert status["bikernels::_rms_norm"] is Status.COVERED
+
+
 def test_on_a_cpu_a_pointwise_function_is_not_provable() -> None:
     report = audit(lambda x: torch.sin(x) + x, torch.randn(4, 5))
     assert [call.status for call in report.calls] == [Status.NOT_PROVABLE, Status.ROW_INDEPENDENT]

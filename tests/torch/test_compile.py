@@ -96,6 +96,32 @@ def test_training_and_inference(device: str) -> None:
         assert same_bits(function(x), model(x))
 
 
+class Reductions(torch.nn.Module):
+    """Every reduction, of operands that do not lie in order; parameters of a dtype of their own."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm, self.rms = torch.nn.LayerNorm(24, dtype=dtype), torch.nn.RMSNorm(24, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x.transpose(0, 1)).transpose(0, 1) + self.rms(x.flip(-1))
+        variance, mean = torch.var_mean(y, -1, keepdim=True)
+        return y * y.std(0) + variance * mean + x.logsumexp(1, keepdim=True) - x.sum((0, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of_parameters", [None, torch.float32])
+@pytest.mark.usefixtures("mode", "without_code")
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_reductions_and_norms(dtype: torch.dtype, of_parameters: torch.dtype | None, device: str) -> None:
+    if device == "cuda" and of_parameters not in (None, dtype):
+        pytest.skip("PyTorch refuses it on a GPU")
+    model = Reductions(of_parameters or dtype).to(device)
+    function = torch.compile(model, fullgraph=True)
+    x = torch.randn(3, 5, 24).to(device, dtype)
+    assert_same(training_step(model, x, model.parameters()), training_step(function, x, model.parameters()))
+
+
 @pytest.mark.parametrize("options", [{"mode": "reduce-overhead"}, {"mode": "max-autotune", "dynamic": True}])
 @pytest.mark.usefixtures("mode")
 def test_modes_of_compilation(options: dict[str, Any], device: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 import bikernels
 from bikernels_torch import set_batch_invariant_mode
 
-from .helpers import DTYPES, layouts, on_numpy, same_bits
+from .helpers import DTYPES, from_numpy, layouts, on_numpy, same_bits, to_numpy
 
 aten = torch.ops.aten
 pytestmark = pytest.mark.filterwarnings("ignore:Input #. requires gradient and is not a double precision")
@@ -51,6 +52,14 @@ DIFFERENTIABLE: dict[str, Callable[..., torch.Tensor]] = {
     "softmax": lambda a, b, c: a.softmax(1) * a,
     "log_softmax": lambda a, b, c: a.log_softmax(-1) * a,
     "mean": lambda a, b, c: a.mean((0, 2)) * b.mean() + c.mean(0, keepdim=True).sum(),
+    "sum": lambda a, b, c: a.sum((0, 2)) * b.sum() + c.sum(0, keepdim=True, dtype=torch.float64).mean(),
+    "var": lambda a, b, c: a.var((0, 2)) * b.std(1, correction=0).sum() + torch.var_mean(c)[0],
+    "logsumexp": lambda a, b, c: a.logsumexp((0, 2)) * a[0, 0, 0],
+    "layer_norm": lambda a, b, c: F.layer_norm(a, (5,), b[0, :, 0], b[1, :, 0], eps=0.1),
+    "layer_norm, two dimensions": lambda a, b, c: F.layer_norm(c, (3, 4), a[0, :, :4], eps=0.1),
+    "rms_norm": lambda a, b, c: F.rms_norm(a, (5,), b[0, :, 0], eps=0.1),
+    "rms_norm, two dimensions": lambda a, b, c: F.rms_norm(c, (3, 4), a[0, :, :4]),
+    "rms_norm, no weight": lambda a, b, c: F.rms_norm(c, (4,)),
     "attention": lambda a, b, c: F.scaled_dot_product_attention(a, b.mT, c[:, :1].expand(2, 4, 4)),
     "attention, causal, scaled": lambda a, b, c: F.scaled_dot_product_attention(a, a, a, is_causal=True, scale=0.3),
     "attention, grouped": lambda a, b, c: F.scaled_dot_product_attention(a[None], *[a[None, :1]] * 2, enable_gqa=True),
@@ -99,6 +108,42 @@ def test_grouped_products(dtype: torch.dtype, device: str) -> None:
             assert same_bits(one, other)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "softmax", "log_softmax"])
+def test_gradients_are_the_core_s(name: str, dtype: torch.dtype, device: str) -> None:
+    """Of a norm those of weight and bias too: the batch by the sum tree, so rows of zeros at its end change nothing."""
+    x, seed = (torch.randn(300, 37).to(device, dtype) for _ in range(2))
+    weight, bias = (torch.randn(37).to(device, dtype) for _ in range(2))
+    parameters = {"layer_norm": (weight, bias), "rms_norm": (weight,)}.get(name, ())
+
+    def gradients(x: torch.Tensor, seed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        leaves = [one.clone().requires_grad_() for one in (x, *parameters)]
+        call = functools.partial(getattr(F, name), leaves[0])
+        y = call((37,), *leaves[1:]) if parameters else call(-1)
+        return torch.autograd.grad(y, leaves, seed)
+
+    with set_batch_invariant_mode():
+        actual = gradients(x, seed)
+        zeros = torch.zeros(70, 37).to(device, dtype)
+        padded = gradients(torch.cat([x, torch.randn_like(zeros)]), torch.cat([seed, zeros]))
+        y = getattr(F, name)(x, -1) if not parameters else None
+    assert same_bits(padded[0][:300], actual[0])
+    for one, other in zip(padded[1:], actual[1:], strict=True):
+        assert same_bits(one, other)
+    if y is not None:
+        expected = [on_numpy(getattr(bikernels, f"{name}_backward"), seed, y)]
+    else:
+        operands = [to_numpy(one) for one in (x, *parameters)]
+        statistics = [from_numpy(one) for one in getattr(bikernels, f"{name}_with_statistics")(*operands)[1:]]
+        expected = [
+            on_numpy(getattr(bikernels, f"{name}_backward"), seed, x, *statistics, weight),
+            on_numpy(getattr(bikernels, f"{name}_weight_backward"), seed, x, *statistics),
+            on_numpy(bikernels.sum, seed, axis=0),
+        ]
+    for one, wanted in zip(actual, expected, strict=False):
+        assert same_bits(one, wanted)
+
+
 # ----------------------------------------------------------------------------------------------------- dX, row by row
 
 ROWS: dict[str, Callable[[torch.Tensor, Callable[..., torch.Tensor]], torch.Tensor]] = {
@@ -116,6 +161,11 @@ ROWS: dict[str, Callable[[torch.Tensor, Callable[..., torch.Tensor]], torch.Tens
     "softmax": lambda x, w: x.softmax(1),
     "log_softmax": lambda x, w: x.log_softmax(-1),
     "mean": lambda x, w: x.mean((1, 2)),
+    "sum": lambda x, w: x.sum((1, 2)),
+    "var": lambda x, w: x.var((1, 2)),
+    "logsumexp": lambda x, w: x.logsumexp(1),
+    "layer_norm": lambda x, w: F.layer_norm(x, (37,), w(37), w(37)),
+    "rms_norm": lambda x, w: F.rms_norm(x, (37,), w(37)),
     "attention": lambda x, w: F.scaled_dot_product_attention(x, x, x, is_causal=True),
     "add": lambda x, w: torch.add(x, w(37), alpha=0.3),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,11 @@ CALLS: dict[str, Callable[..., tuple[Any, tuple[Any, ...], dict[str, Any]]]] = {
     "log_softmax": lambda r: (ops.log_softmax, (r(3, 5), -1), {}),
     "mean": lambda r: (ops.mean, (r(3, 5),), {}),
     "mean over dims": lambda r: (ops.mean, (r(3, 5, 2), [0, -1], True), {}),
+    "sum": lambda r: (ops.sum, (r(3, 5, 2), [0, -1]), {}),
+    "rms_norm": lambda r: (ops.rms_norm, (r(3, 5), [5]), {}),
+    "rms_norm with statistics": lambda r: (ops._rms_norm, (r(3, 2, 5), [2, 5], r(2, 5), 1e-3), {}),
+    "rms_norm_backward": lambda r: (ops._rms_norm_backward, (r(3, 5), r(3, 5), [5], r(3, 1).detach(), r(5), None), {}),
+    "softmax_backward": lambda r: (ops._softmax_backward, (r(3, 5), r(3, 5), 1, torch.float32), {}),
 }
 
 
@@ -44,7 +50,7 @@ def test_opcheck(name: str, dtype: torch.dtype, device: str) -> None:
         torch.library.opcheck(operator.default, arguments, options)
 
 
-@pytest.mark.parametrize("name", [name for name in CALLS if "wider" not in name])
+@pytest.mark.parametrize("name", [name for name in CALLS if not re.search("wider|statistics|backward", name)])
 def test_gradients(name: str, device: str) -> None:
     operator, arguments, options = CALLS[name](
         lambda *shape: random(*shape, dtype=torch.float64, device=device, grad=True)
@@ -53,6 +59,20 @@ def test_gradients(name: str, device: str) -> None:
     rest = arguments[len(tensors) :]
     assert torch.autograd.gradcheck(lambda *x: operator(*x, *rest, **options), tensors)
     assert torch.autograd.gradgradcheck(lambda *x: operator(*x, *rest, **options), tensors)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shape", [[5], [2, 5]])
+def test_gradients_of_rms_norm(weighted: bool, shape: list[int], device: str) -> None:
+    x, weight = (random(*lengths, dtype=torch.float64, device=device, grad=True) for lengths in ((3, 2, 5), shape))
+    inputs = (x, weight) if weighted else (x,)
+    for eps in (None, 0.5):
+
+        def call(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float | None = eps) -> torch.Tensor:
+            return ops.rms_norm(x, shape, weight, eps)
+
+        assert torch.autograd.gradcheck(call, inputs)
+        assert torch.autograd.gradgradcheck(call, inputs)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +112,9 @@ ERRORS = {
     "Dimension out of range: dim is 2": lambda: ops.softmax(random(2, 3), 2),
     "Dimension out of range: dim is -2": lambda: ops.log_softmax(random(3), -2),
     "at least 1 dimension": lambda: ops.matmul(torch.tensor(1.0), random(3)),
+    r"normalized_shape is \(4,\), x has shape \(2, 3\)": lambda: ops.rms_norm(random(2, 3), [4]),
+    r"and weight has \(2,\)": lambda: ops.rms_norm(random(2, 3), [3], random(2)),
+    "weight is torch.int64": lambda: ops.rms_norm(random(2, 3), [3], torch.arange(3)),
 }
 
 

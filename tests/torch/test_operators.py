@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import bikernels
 from bikernels_torch import set_batch_invariant_mode
+from bikernels_torch.operators import norm
 
 from .helpers import DTYPES, FLOATS, TOLERANCE, layouts, on_numpy, same_bits
 
@@ -107,6 +108,10 @@ OUT_FORMS: dict[str, Callable[..., Any]] = {
     "log_softmax": lambda c, a, b, **out: torch.log_softmax(a, 0, **out),
     "mean": lambda c, a, b, **out: torch.mean(a, (0, 2), **out),
     "mean keepdim": lambda c, a, b, **out: torch.mean(a, -1, True, **out),
+    "sum": lambda c, a, b, **out: torch.sum(a, (0, 2), **out),
+    "var": lambda c, a, b, **out: torch.var(a, 1, **out),
+    "std": lambda c, a, b, **out: torch.std(a, (0, 2), correction=0, keepdim=True, **out),
+    "logsumexp": lambda c, a, b, **out: torch.logsumexp(a, (0, 2), **out),
     "_softmax_backward_data": lambda c, a, b, **out: torch.ops.aten._softmax_backward_data(
         a, a.softmax(1), 1, a.dtype, **({"grad_input": out["out"]} if out else {})
     ),
@@ -388,6 +393,134 @@ def test_mean(dim: Any, keepdim: bool, dtype: torch.dtype, device: str) -> None:
     check(lambda: torch.mean(x, dim, keepdim, dtype=other), expected)
 
 
+REDUCTIONS: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., Any], dict[str, Any]]] = {
+    "sum": (torch.sum, bikernels.sum, {}),
+    "var": (torch.var, bikernels.var, {"correction": 1}),
+    "var without correction": (functools.partial(torch.var, correction=0), bikernels.var, {}),
+    "std": (torch.std, bikernels.std, {"correction": 1}),
+    "biased std": (functools.partial(torch.std, unbiased=False), bikernels.std, {}),
+    "logsumexp": (torch.logsumexp, bikernels.logsumexp, {}),
+    "var of var_mean": (lambda *x, **o: torch.var_mean(*x, **o)[0], bikernels.var, {"correction": 1}),
+    "mean of std_mean": (lambda *x, **o: torch.std_mean(*x, **o)[1], bikernels.mean, {}),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [0, -1, (0, 1), (-1, 0), (2, 1, 0)])
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_reductions(name: str, dim: Any, dtype: torch.dtype, device: str) -> None:
+    function, core, options = REDUCTIONS[name]
+    x = random(3, 7, 300, dtype=dtype, device=device)
+    for _, given in layouts(x):
+        for keepdim in (True, False):
+            expected = on_numpy(core, given, axis=dim, keepdims=keepdim, **options)
+            check(lambda given=given, keepdim=keepdim: function(given, dim, keepdim=keepdim), expected)
+
+
+def test_odd_reductions(device: str) -> None:
+    x, one = random(3, 7, device=device), torch.tensor(3.5, device=device)
+    check(lambda: x.sum(), on_numpy(bikernels.sum, x))
+    check(lambda: x.sum([]), on_numpy(bikernels.sum, x))
+    check(lambda: x.sum(dtype=torch.float64), on_numpy(bikernels.sum, x, dtype="float64"))
+    check(lambda: x.sum(0, dtype=torch.bfloat16), on_numpy(bikernels.sum, x, axis=0, dtype="bfloat16"))
+    check(lambda: x.var(), on_numpy(bikernels.var, x, correction=1))
+    check(lambda: x.std(correction=0.5), on_numpy(bikernels.std, x, correction=0.5))
+    check(lambda: x.sum_to_size(1, 7), on_numpy(bikernels.sum, x, axis=0, keepdims=True))
+    for function in (torch.sum, torch.logsumexp, functools.partial(torch.var, correction=0)):
+        check(lambda function=function: function(one, 0))
+        check(lambda function=function: function(one, -1, keepdim=True))
+    check(lambda: x[:0].sum(1))
+    check(lambda: x[:0].logsumexp(1))
+    check(lambda: x[:0].sum(0))
+    check(lambda: x[:0].logsumexp(0))
+    check(lambda: x[:0].sum())
+    infinite = torch.tensor([[-torch.inf] * 2, [torch.inf, 1], [torch.nan, torch.inf], [0, -torch.inf]], device=device)
+    check(lambda: infinite.logsumexp(1))
+    check(lambda: infinite.sum(1))
+    check(lambda: infinite.var(1))
+    check(lambda: torch.arange(7, device=device).sum(dtype=torch.float32))
+    check(lambda: torch.sum(x, dim=0, out=torch.empty(7, dtype=torch.float64, device=device)))
+    check(lambda: torch.zeros((2, 3, 4, 5), device=device).to(memory_format=torch.channels_last).sum((1, 2)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("shape", [(300,), (7, 300), (3, 7, 300)])
+def test_norms(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    function, core = getattr(F, name), getattr(bikernels, name)
+    x = random(3, 7, 300, dtype=dtype, device=device)
+    weight, bias = random(*shape, dtype=dtype, device=device), random(*shape, dtype=dtype, device=device)
+    parameters = (weight, bias) if name == "layer_norm" else (weight,)
+    options = {"axis": tuple(range(-len(shape), 0)), "eps": 1e-3}
+    for _, given in layouts(x):
+        expected = on_numpy(core, given, *parameters, **options)
+        check(lambda given=given: function(given, shape, *parameters, eps=1e-3), expected)
+        check(lambda given=given: function(given, shape, eps=1e-3), on_numpy(core, given, **options))
+    options.pop("eps")
+    check(lambda: function(x, shape), on_numpy(core, x, **options))
+    check(lambda: function(x[:0], shape) if len(shape) < 3 else x)
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_parameters_wider_than_the_input(name: str) -> None:
+    """As PyTorch takes them on a CPU."""
+    x, weight = random(5, 33, dtype=torch.bfloat16), random(33)
+    with pytest.warns(UserWarning, match="Mismatch dtype") if name == "rms_norm" else contextlib.nullcontext():
+        standard = getattr(F, name)(x, (33,), weight)
+    with set_batch_invariant_mode():
+        result = getattr(F, name)(x, (33,), weight)
+    assert same_bits(result, on_numpy(getattr(bikernels, name), x, weight))
+    torch.testing.assert_close(result, standard)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_native_layer_norm(dtype: torch.dtype, device: str) -> None:
+    """By name: forward, backward with each mask, out."""
+    x, grad = random(5, 7, 33, dtype=dtype, device=device), random(5, 7, 33, dtype=dtype, device=device)
+    weight, bias = random(33, dtype=dtype, device=device), random(33, dtype=dtype, device=device)
+    arguments = (x, [33], weight, bias, 1e-5)
+    with set_batch_invariant_mode():
+        y, mean, rstd = torch.ops.aten.native_layer_norm(*arguments)
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        assert mean.dtype is rstd.dtype is wide
+        assert same_bits(mean, x.to(wide).mean(-1, keepdim=True))
+        gradients = torch.ops.aten.native_layer_norm_backward(grad, x, [33], mean, rstd, weight, bias, [True] * 3)
+        outs = [torch.empty(0, dtype=dtype, device=device) for _ in range(3)]
+        torch.ops.aten.native_layer_norm.out(*arguments, out0=outs[0], out1=outs[1], out2=outs[2])
+        assert same_bits(outs[0], y)
+        assert same_bits(outs[1], mean.to(dtype))
+        for mask in ([True, False, False], [False, True, False], [False, False, True]):
+            some = torch.ops.aten.native_layer_norm_backward(grad, x, [33], mean, rstd, weight, bias, mask)
+            for one, whole, wanted in zip(some, gradients, mask, strict=True):
+                assert same_bits(one, whole) if wanted else one is None
+    expected = (
+        on_numpy(bikernels.layer_norm_backward, grad, x, mean, rstd, weight),
+        on_numpy(bikernels.layer_norm_weight_backward, grad, x, mean, rstd),
+        on_numpy(bikernels.sum, grad, axis=(0, 1)),
+    )
+    for one, wanted in zip(gradients, expected, strict=True):
+        assert same_bits(one, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fused_rms_norm(dtype: torch.dtype, device: str) -> None:
+    """What runs on a GPU, where _fused_rms_norm is called by name, is the core on either device."""
+
+    def no_other(*arguments: Any) -> Any:
+        raise AssertionError
+
+    x, grad = random(5, 7, 33, dtype=dtype, device=device), random(5, 7, 33, dtype=dtype, device=device)
+    weight = random(33, dtype=dtype, device=device)
+    y, rstd = norm.fused_rms_norm(no_other, x, [33], weight, None)
+    assert same_bits(y, on_numpy(bikernels.rms_norm, x, weight))
+    dx, dweight = norm.fused_rms_norm_backward(no_other, grad, x, [33], rstd, weight, [True, True])
+    assert same_bits(dx, on_numpy(bikernels.rms_norm_backward, grad, x, rstd, weight))
+    assert same_bits(dweight, on_numpy(bikernels.rms_norm_weight_backward, grad, x, rstd))
+    assert norm.fused_rms_norm_backward(no_other, grad, x, [33], rstd, None, [True, False])[1] is None
+    with set_batch_invariant_mode():
+        assert same_bits(F.rms_norm(x, (33,), weight), y)
+
+
 def test_odd_means(device: str) -> None:
     x = random(3, 7, device=device)
     check(lambda: x.mean(), on_numpy(bikernels.mean, x))
@@ -425,6 +558,19 @@ PASSED_THROUGH: dict[str, Callable[[], Any]] = {
     "complex multi_dot": lambda: torch.linalg.multi_dot([torch.full((2, 2), 1j)] * 3),
     "complex vecdot": lambda: torch.linalg.vecdot(*[torch.full((3, 2), 1j)] * 2),
     "complex mean": lambda: torch.full((3, 2), 1j).mean(0),
+    "complex sum": lambda: torch.full((3, 2), 1j).sum(0),
+    "complex var": lambda: torch.full((3, 2), 1j).var(0),
+    "complex rms_norm": lambda: F.rms_norm(torch.full((3, 2), 1j), (2,)),
+    "integer sum": lambda: torch.arange(5).sum(),
+    "bool sum": lambda: (torch.arange(5) > 2).sum(0),
+    "sum as integers": lambda: torch.ones(3).sum(dtype=torch.int32),
+    "integer logsumexp": lambda: torch.arange(3).logsumexp(0),
+    "sparse sum": lambda: torch.eye(3).to_sparse().sum(),
+    "meta layer_norm": lambda: F.layer_norm(torch.empty(2, 3, device="meta"), (3,)).shape,
+    "meta rms_norm": lambda: F.rms_norm(torch.empty(2, 3, device="meta"), (3,)).shape,
+    "nested layer_norm": lambda: F.layer_norm(
+        torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)]), (3,), torch.ones(3), torch.ones(3)
+    ).unbind()[0],
     "complex sigmoid": lambda: torch.full((3, 2), 1j).sigmoid(),
     "sparse mm": lambda: torch.sparse.mm(torch.eye(3).to_sparse(), torch.ones(3, 2)),
     "sparse addmm": lambda: torch.addmm(torch.ones(3, 2), torch.eye(3).to_sparse(), torch.ones(3, 2), alpha=0.5),
@@ -559,6 +705,18 @@ ERRORS: dict[str, Callable[[], Any]] = {
     "mean dim twice": lambda: torch.ones(2, 3).mean((0, -2)),
     "mean integers": lambda: torch.arange(3).mean(),
     "mean as integers": lambda: torch.ones(3).mean(0, dtype=torch.int32),
+    "sum dim": lambda: torch.ones(2, 3).sum(2),
+    "sum dim twice": lambda: torch.ones(2, 3).sum((0, -2)),
+    "var of integers": lambda: torch.arange(3).var(),
+    "var dim": lambda: torch.ones(2, 3).var(2),
+    "std out dtype": lambda: torch.std(torch.ones(3), 0, out=torch.empty(()).int()),
+    "logsumexp dim": lambda: torch.ones(2, 3).logsumexp(2),
+    "layer_norm shape": lambda: F.layer_norm(torch.ones(2, 3), (2,)),
+    "layer_norm weight": lambda: F.layer_norm(torch.ones(2, 3), (3,), torch.ones(2)),
+    "layer_norm dtypes": lambda: F.layer_norm(torch.ones(2, 3), (3,), torch.ones(3).double()),
+    "rms_norm shape": lambda: F.rms_norm(torch.ones(2, 3), (2,)),
+    "rms_norm weight": lambda: F.rms_norm(torch.ones(2, 3), (3,), torch.ones(2)),
+    "rms_norm no shape": lambda: F.rms_norm(torch.ones(2, 3), ()),
     "mean out dtype": lambda: torch.mean(torch.ones(3), 0, dtype=torch.float32, out=torch.empty(()).double()),
     "attention dtypes": lambda: F.scaled_dot_product_attention(
         *[torch.ones(1, 2, 4)] * 2, torch.ones(1, 2, 4).double()

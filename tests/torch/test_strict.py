@@ -62,6 +62,8 @@ def test_what_is_covered_or_does_not_reduce_passes(device: str) -> None:
     for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         with context():
             model(x).mean(-1)
+            F.layer_norm(F.rms_norm(x, (8,)), (4, 8)).sum(0)
+            torch.var_mean(x, -1)[0] + x.std((0, 2)) + x.logsumexp(0)[0, 0]
             F.scaled_dot_product_attention(x, x, x, is_causal=True)
             torch.cat([x, x]).sort(-1).values.amax(-1)
             torch.ones(5, dtype=torch.int64, device=device).cumprod(0)  # integers multiply exactly
