@@ -1,6 +1,7 @@
 // Sums of chunks along a strided axis, elements of the tree's next level: sums[chunk][column].
 //
-// TERMS: of what, a number below. ELEMENT: the dtype of x; ACCUMULATE: float or double. WIDTH: columns of a thread. THREADS: of a CTA, at most.
+// TERMS: of what, a number below. ELEMENT: the dtype of x; ACCUMULATE: float or double. WIDTH: columns of a thread.
+// THREADS: of a CTA, at most.
 #include "columns.cuh"
 
 using A = ACCUMULATE;

@@ -38,7 +38,8 @@ __device__ __forceinline__ void write_columns(const Tile& tile, long long first,
 }
 
 struct Mean {
-    static __device__ __forceinline__ void run(const Tile& tile, const Reduction& p, long long first, const Arrays& arrays) {
+    static __device__ __forceinline__ void run(const Tile& tile, const Reduction& p, long long first,
+                                               const Arrays& arrays) {
         share_chunks(tile, [&](int chunk, A(&sum)[WIDTH]) { tile.sum_elements(chunk, sum); });
         write_columns(tile, first, arrays.out,
                       [&](int at) { return tile.sum_of_chunks(at) / static_cast<A>(p.divisor); });
@@ -46,7 +47,8 @@ struct Mean {
 };
 
 struct Variance {
-    static __device__ __forceinline__ void run(const Tile& tile, const Reduction& p, long long first, const Arrays& arrays) {
+    static __device__ __forceinline__ void run(const Tile& tile, const Reduction& p, long long first,
+                                               const Arrays& arrays) {
         share_chunks(tile, [&](int chunk, A(&sum)[WIDTH]) { tile.sum_elements(chunk, sum); });
         A mean[WIDTH];
 #pragma unroll
@@ -72,7 +74,8 @@ struct Variance {
 
 template <bool CENTRED>
 struct WeightBackward {
-    static __device__ __forceinline__ void run(const Tile& tile, const Reduction& p, long long first, const Arrays& arrays) {
+    static __device__ __forceinline__ void run(const Tile& tile, const Reduction& p, long long first,
+                                               const Arrays& arrays) {
         const WeightTerms<ELEMENT, A, WIDTH, CENTRED> terms(p, tile.column, arrays.grad, arrays.mean, arrays.rstd);
         share_chunks(tile, [&](int chunk, A(&sum)[WIDTH]) {
             tile.sum_terms<8>(chunk, sum, [&](int i, A(&lane)[WIDTH]) {
@@ -92,7 +95,8 @@ enum class Form { SOFTMAX, LOG_SOFTMAX, LOGSUMEXP };
 
 template <Form FORM>
 struct SoftmaxFamily {
-    static __device__ __forceinline__ void run(const Tile& tile, const Reduction& p, long long first, const Arrays& arrays) {
+    static __device__ __forceinline__ void run(const Tile& tile, const Reduction& p, long long first,
+                                               const Arrays& arrays) {
         const bool is_precise = p.is_precise();
 
         A maximum[WIDTH];  // it is exact, so its order is free

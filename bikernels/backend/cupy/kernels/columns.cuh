@@ -1,9 +1,9 @@
-// Reductions along a strided axis, where neighbouring rows lie side by side, called columns here: a tile of them per CTA,
-// or per cluster (sm_90 on), whose CTAs share the work.
+// Reductions along a strided axis, where neighbouring rows lie side by side, called columns here: a tile of them per
+// CTA, or per cluster (sm_90 on), whose CTAs share the work.
 //
 // A thread sums 8 neighbouring lanes of the tree for WIDE columns, those of one 16-byte vector (or one column). The
-// threads of a CTA that have the same columns are its groups of 8 lanes, as many as rows have lanes; they meet in shared
-// memory, transposed, so that the upper levels are the same shuffles as in a contiguous row.
+// threads of a CTA that have the same columns are its groups of 8 lanes, as many as rows have lanes; they meet in
+// shared memory, transposed, so that the upper levels are the same shuffles as in a contiguous row.
 #pragma once
 #include "hopper.cuh"
 #include "reduction.cuh"
@@ -95,8 +95,8 @@ struct Columns {
         for (int i = rank * groups + group; i < n; i += ctas * groups) work(i);
     }
 
-    // The sum of the thread's lanes of a chunk, of the elements as they are: all lanes at once, so that many reads are on
-    // their way.
+    // The sum of the thread's lanes of a chunk, of the elements as they are: all lanes at once, so that many reads are
+    // on their way.
     __device__ __forceinline__ void sum_elements(int chunk, A (&sum)[WIDE]) const {
         A lane[THREAD_LANES][WIDE] = {};
         const int first = chunk * SUM_CHUNK + group * THREAD_LANES;
@@ -134,8 +134,8 @@ struct Columns {
         for (int w = 0; w < WIDE; w++) sum[w] = lane[0][w];
     }
 
-    // The same of add(i, lane), which adds what element i contributes: a lane after the other, which takes fewer registers.
-    // UNROLL: elements of a lane on their way, where their dtype is known.
+    // The same of add(i, lane), which adds what element i contributes: a lane after the other, which takes fewer
+    // registers. UNROLL: elements of a lane on their way, where their dtype is known.
     template <int UNROLL, class Add>
     __device__ __forceinline__ void sum_terms(int chunk, A (&sum)[WIDE], Add add) const {
         A one[WIDE], two[WIDE], four[WIDE];  // sums of as many lanes, which wait for their neighbours'
@@ -232,8 +232,8 @@ struct Columns {
     }
 };
 
-// What the rows of a batch contribute to the gradient of a norm's weight: g * h, h = (x - mean) * rstd, without the mean in
-// rms_norm. A column has the elements of the batch at one place of the normalised axes.
+// What the rows of a batch contribute to the gradient of a norm's weight: g * h, h = (x - mean) * rstd, without the
+// mean in rms_norm. A column has the elements of the batch at one place of the normalised axes.
 template <class X, class A, int WIDE, bool CENTRED>
 struct WeightTerms {
     const Reduction& p;
@@ -290,7 +290,12 @@ struct ColumnWriter {
     bool vectors;
 
     __device__ __forceinline__ ColumnWriter(const Reduction& p, void* out, long long start)
-        : p(p), out(out), start(start), size(p.out_dtype() == DTYPE_FLOAT64 ? 8 : p.out_dtype() == DTYPE_FLOAT32 ? 4 : 2) {
+        : p(p),
+          out(out),
+          start(start),
+          size(p.out_dtype() == DTYPE_FLOAT64   ? 8
+               : p.out_dtype() == DTYPE_FLOAT32 ? 4
+                                                : 2) {
         vectors = WIDE * size % 16 == 0 && p.dims.stride[OF_OUT][p.kept - 1] == 1 &&
                   is_vector_aligned(static_cast<char*>(out) + start * size);
     }

@@ -211,7 +211,8 @@ __device__ __forceinline__ void load_8(const X* x, A (&v)[8]) {
         unpack(reinterpret_cast<const uint4*>(x)[i], static_cast<X*>(nullptr), v + i * VECTOR);
 }
 
-// The words of 16 bytes from any multiple of 2 bytes on, of two vectors that hold them: `bytes` behind the first one's start.
+// The words of 16 bytes from any multiple of 2 bytes on, of two vectors that hold them: `bytes` behind the first one's
+// start.
 __device__ __forceinline__ uint4 shift_words(uint4 a, uint4 b, unsigned bytes) {
     unsigned w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
@@ -223,8 +224,8 @@ __device__ __forceinline__ uint4 shift_words(uint4 a, uint4 b, unsigned bytes) {
                       __funnelshift_r(w[2], w[3], bits), __funnelshift_r(w[3], w[4], bits));
 }
 
-// Eight values from contiguous memory that is not aligned. Whole vectors are read, each of which holds at least one of the
-// values, so that they lie where those do.
+// Eight values from contiguous memory that is not aligned. Whole vectors are read, each of which holds at least one of
+// the values, so that they lie where those do.
 template <class X, class A>
 __device__ __forceinline__ void load_8_anywhere(const X* x, A (&v)[8]) {
     constexpr int VECTORS = sizeof(X) / 2, LENGTH = 16 / sizeof(X);
@@ -267,9 +268,9 @@ __device__ __forceinline__ void pack(const float (&v)[8], bfloat16*, uint4 (&raw
 }
 
 __device__ __forceinline__ void pack(const float (&v)[8], float16*, uint4 (&raw)[1]) {
-    raw[0] =
-        make_uint4(pair(to_float16(v[0]).bits, to_float16(v[1]).bits), pair(to_float16(v[2]).bits, to_float16(v[3]).bits),
-                   pair(to_float16(v[4]).bits, to_float16(v[5]).bits), pair(to_float16(v[6]).bits, to_float16(v[7]).bits));
+    raw[0] = make_uint4(
+        pair(to_float16(v[0]).bits, to_float16(v[1]).bits), pair(to_float16(v[2]).bits, to_float16(v[3]).bits),
+        pair(to_float16(v[4]).bits, to_float16(v[5]).bits), pair(to_float16(v[6]).bits, to_float16(v[7]).bits));
 }
 
 __device__ __forceinline__ void pack(const float (&v)[8], float*, uint4 (&raw)[2]) {
@@ -342,7 +343,9 @@ __device__ __forceinline__ void store_8_anywhere(void* out, int dtype, const flo
     }
 }
 
-__device__ __forceinline__ void store_8_anywhere(void* out, int, const double (&v)[8]) { store_8_anywhere<double>(out, v); }
+__device__ __forceinline__ void store_8_anywhere(void* out, int, const double (&v)[8]) {
+    store_8_anywhere<double>(out, v);
+}
 
 // --------------------------------------------------------------------------------------------------------- exp and log
 

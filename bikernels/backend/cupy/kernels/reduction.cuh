@@ -4,7 +4,8 @@
 #include "numerics.cuh"
 #include "sum_tree.cuh"
 
-// The operands of a reduction, in the order of its strides and dtypes. Those that an operation does not have are not read.
+// The operands of a reduction, in the order of its strides and dtypes. Those that an operation does not have are not
+// read.
 constexpr int OF_X = 0, OF_OUT = 1, OF_GRAD = 2, OF_WEIGHT = 3, OF_BIAS = 4, OF_MEAN = 5, OF_RSTD = 6, OPERANDS = 7;
 
 struct Reduction {
@@ -49,9 +50,9 @@ struct RowReader {
 
     const Reduction& p;
     const void* x;
-    long long start;       // offset of the row's first element
-    bool is_contiguous;    // whether elements lie side by side
-    bool vectors;          // and begin where a vector may
+    long long start;     // offset of the row's first element
+    bool is_contiguous;  // whether elements lie side by side
+    bool vectors;        // and begin where a vector may
 
     __device__ __forceinline__ RowReader(const Reduction& p, const void* x, long long start)
         : p(p), x(x), start(start), is_contiguous(p.has_step() && p.step[OPERAND] == 1), vectors(false) {

@@ -1,6 +1,6 @@
-// A row of a team. Either it is read once and kept in shared memory, each thread the elements that it will use itself: 8
-// neighbours of every 256 of a chunk (see sum_tree.cuh). No thread reads what another has written, so nothing has to be
-// waited for but the thread's own copies. Or, where it is too long, it is read anew whenever it is used.
+// A row of a team. Either it is read once and kept in shared memory, each thread the elements that it will use itself:
+// 8 neighbours of every 256 of a chunk (see sum_tree.cuh). No thread reads what another has written, so nothing has to
+// be waited for but the thread's own copies. Or, where it is too long, it is read anew whenever it is used.
 #pragma once
 #include "team.cuh"
 
@@ -21,9 +21,9 @@ struct Octet {
 };
 
 // X: dtype of the row; R: of the result. OPERANDS_KEPT: x, or x and grad; 0 where elements are not kept. The 16-byte
-// vectors of a warp lie side by side, so that shared memory is read without conflicts. PER_STEP: in a step, of a thread; with
-// several, the team is so many times smaller than a warp, and the warp has as many rows at a time. RESULTS_KEPT: whether
-// results in the accumulate dtype may take the place of x.
+// vectors of a warp lie side by side, so that shared memory is read without conflicts. PER_STEP: in a step, of a
+// thread; with several, the team is so many times smaller than a warp, and the warp has as many rows at a time.
+// RESULTS_KEPT: whether results in the accumulate dtype may take the place of x.
 template <int KIND, class X, class R, class A, int OPERANDS_KEPT, bool RESULTS_KEPT, int PER_STEP>
 struct Row {
     static constexpr bool IS_KEPT = OPERANDS_KEPT > 0;
@@ -57,8 +57,8 @@ struct Row {
         return RowWriter<R, A>(p, out, p.row_offset<OF_OUT>(number));
     }
 
-    // Calls work(i, octet) for the thread's elements i … i+7 of each step of a chunk, those of its octet number `which` of a
-    // step, as far as they begin before the row's end. `round`: how many chunks the warp has had before.
+    // Calls work(i, octet) for the thread's elements i … i+7 of each step of a chunk, those of its octet number `which`
+    // of a step, as far as they begin before the row's end. `round`: how many chunks the warp has had before.
     template <class Work>
     __device__ __forceinline__ void for_steps(int chunk, int round, int which, Work work) const {
 #pragma unroll 2
@@ -213,7 +213,8 @@ struct Row {
                 const X* from = static_cast<const X*>(reader.x) + reader.start + i;
 #pragma unroll
                 for (int vector = 0; vector < VECTORS; vector++)
-                    copy_vector_async(shared_address(to + vector * WARP), reinterpret_cast<const uint4*>(from) + vector);
+                    copy_vector_async(shared_address(to + vector * WARP),
+                                      reinterpret_cast<const uint4*>(from) + vector);
                 return;
             }
         }
@@ -255,8 +256,8 @@ struct SideReader {
     __device__ __forceinline__ SideReader(const Reduction& p, const void* data, long long row)
         : p(p), data(data), dtype(static_cast<int>(p.dtype[OPERAND])), start(p.row_offset<OPERAND>(row)) {
         const int size = dtype == DTYPE_FLOAT64 ? 8 : dtype == DTYPE_FLOAT32 ? 4 : 2;
-        vectors = p.has_step() && p.step[OPERAND] == 1 &&
-                  is_vector_aligned(static_cast<const char*>(data) + start * size);
+        vectors =
+            p.has_step() && p.step[OPERAND] == 1 && is_vector_aligned(static_cast<const char*>(data) + start * size);
     }
 
     // Whether `read_vector` may be used: every read is of 8 elements of that dtype, side by side.

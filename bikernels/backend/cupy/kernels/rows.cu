@@ -1,8 +1,8 @@
 // Reductions of rows, each by a team of threads.
 //
-// OPERATION: a struct below. ELEMENT, RESULT: dtypes of x and of the result (or any_dtype); ACCUMULATE: float or double.
-// TEAM: a kind of team. KEPT: whether rows are read once and kept in shared memory. OCTETS: of a thread in a step, see
-// row.cuh. THREADS: of a CTA, at most.
+// OPERATION: a struct below. ELEMENT, RESULT: dtypes of x and of the result (or any_dtype); ACCUMULATE: float or
+// double. TEAM: a kind of team. KEPT: whether rows are read once and kept in shared memory. OCTETS: of a thread in a
+// step, see row.cuh. THREADS: of a CTA, at most.
 #include "row.cuh"
 #include "softmax.cuh"
 
@@ -47,15 +47,15 @@ struct Mean : OfX {
             sum = row.sum(0, [&](auto i, Octet octet, Elements& v) { row.read_x(i, octet, v); });
         } else {
             row.for_chunks(0, row.team.chunks, [&](int chunk, int) {
-                const A of_chunk = sum_warp(row.x.sum_lanes(static_cast<long long>(chunk) * SUM_CHUNK + row.position, row.n));
+                const A of_chunk =
+                    sum_warp(row.x.sum_lanes(static_cast<long long>(chunk) * SUM_CHUNK + row.position, row.n));
                 row.team.share(row.team.sums(0), chunk, of_chunk);
             });
             row.team.meet();
             if (row.team.warp > 0) return;
             sum = sum_shared(row.team.sums(0), row.team.chunks);
         }
-        if (row.position == 0 && row.is_present)
-            row.writer(arrays.out).write_one(sum / static_cast<A>(row.p.divisor));
+        if (row.position == 0 && row.is_present) row.writer(arrays.out).write_one(sum / static_cast<A>(row.p.divisor));
     }
 };
 
@@ -400,9 +400,9 @@ using LayerNormWeightBackward = WeightBackward<true>;
 
 // -------------------------------------------------------------------------------------------------------------- kernel
 
-// Where TEAM is LANES: `lanes` threads have a row, and a warp `batch` times as many rows as it has such teams, one after
-// the other; it begins to read all of them first. `kept`: bytes of dynamic shared memory for the elements of a warp at one
-// time; what the team exchanges follows behind those of all warps.
+// Where TEAM is LANES: `lanes` threads have a row, and a warp `batch` times as many rows as it has such teams, one
+// after the other; it begins to read all of them first. `kept`: bytes of dynamic shared memory for the elements of a
+// warp at one time; what the team exchanges follows behind those of all warps.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     reduce_rows(const __grid_constant__ Reduction p, int lanes, int batch, int kept, void* out, const void* x,
                 const void* grad, const void* weight, const void* bias, void* mean, void* rstd) {

@@ -1,16 +1,18 @@
 // The exponentials of softmax, eight at a time (docs/contract.md, sections 4 and 5).
 //
 // Where t = x - maximum lies in (NEAR, 0], exp needs neither the comparisons for the ends of its range nor two factors
-// for its power of two, so eight of them are tested at once. Elsewhere (-inf, NaN, float64) it is numerics.cuh's exp. Both
-// are the same operations on the same numbers.
+// for its power of two, so eight of them are tested at once. Elsewhere (-inf, NaN, float64) it is numerics.cuh's exp.
+// Both are the same operations on the same numbers.
 #pragma once
 #include "reduction.cuh"
 
-constexpr float NEAR = -68.0f;  // exp(NEAR) * 2^-24 / FEW is not yet subnormal, so that quotients can be corrected by fma
+constexpr float NEAR =
+    -68.0f;  // exp(NEAR) * 2^-24 / FEW is not yet subnormal, so that quotients can be corrected by fma
 constexpr float FEW = 0x1p24f, EXP_NEAR = 0x1p-98f;
 
 constexpr float EXP_MAGIC = 0x1.8p23f;
-static_assert(EXP_FLOAT32_MAGIC == EXP_MAGIC + 254.0f, "the bias that exponential() needs and exponential_near() does not");
+static_assert(EXP_FLOAT32_MAGIC == EXP_MAGIC + 254.0f,
+              "the bias that exponential() needs and exponential_near() does not");
 
 // exponential(t, d) for NEAR < t <= 0.
 template <bool PRECISE>
@@ -43,11 +45,11 @@ __device__ __forceinline__ A exponential_anywhere(A x, A maximum) {
 // ------------------------------------------------------------------------------------------------ smallest and largest
 
 #if __CUDA_ARCH__ >= 800
-#define PAIR_FUNCTION(name, instruction)                                              \
-    __device__ __forceinline__ unsigned name(unsigned a, unsigned b) {               \
-        unsigned result;                                                              \
-        asm(instruction " %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));              \
-        return result;                                                                \
+#define PAIR_FUNCTION(name, instruction)                                 \
+    __device__ __forceinline__ unsigned name(unsigned a, unsigned b) {   \
+        unsigned result;                                                 \
+        asm(instruction " %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b)); \
+        return result;                                                   \
     }
 // Of two 16-bit floats in a word; "nan": a NaN if there is one, else the other.
 PAIR_FUNCTION(max_nan_bf16x2, "max.NaN.bf16x2")
@@ -98,8 +100,8 @@ struct Maximum {
     __device__ __forceinline__ A value() const { return maximum; }
 };
 
-// Whether all of eight lie above maximum + NEAR; false if the maximum is a NaN. An element that is a NaN makes it one, so
-// that here it may be overlooked. `most` becomes the largest of them.
+// Whether all of eight lie above maximum + NEAR; false if the maximum is a NaN. An element that is a NaN makes it one,
+// so that here it may be overlooked. `most` becomes the largest of them.
 template <class X>
 __device__ __forceinline__ bool are_near(const uint4*, const float (&v)[8], float maximum, float& most, X*) {
     float least = v[0];
@@ -146,7 +148,8 @@ __device__ __forceinline__ bool are_pairs_near(uint4 raw, float maximum, float& 
     most = fmaxf(most, most_high);
     return fminf(least, least_high) - maximum > NEAR;
 }
-__device__ __forceinline__ bool are_near(const uint4* raw, const float (&)[8], float maximum, float& most, bfloat16* x) {
+__device__ __forceinline__ bool are_near(const uint4* raw, const float (&)[8], float maximum, float& most,
+                                         bfloat16* x) {
     return are_pairs_near(*raw, maximum, most, x);
 }
 __device__ __forceinline__ bool are_near(const uint4* raw, const float (&)[8], float maximum, float& most, float16* x) {
@@ -194,8 +197,9 @@ __device__ __forceinline__ void exponentials(const uint4* raw, A (&v)[8], A maxi
     exponentials<PRECISE, X>(raw, v, maximum, count, all);
 }
 
-// Divides by one divisor, given its correctly rounded reciprocal, where nothing is subnormal: the first quotient is within
-// two units in the last place, its correction within one, and that one's is the correctly rounded quotient (Markstein 1990).
+// Divides by one divisor, given its correctly rounded reciprocal, where nothing is subnormal: the first quotient is
+// within two units in the last place, its correction within one, and that one's is the correctly rounded quotient
+// (Markstein 1990).
 __device__ __forceinline__ float divide_near(float a, float divisor, float reciprocal) {
     float q = a * reciprocal;
     q = fused(fused(-divisor, q, a), reciprocal, q);
@@ -221,7 +225,8 @@ __device__ __forceinline__ void divide(A (&v)[8], A divisor, A reciprocal, bool 
 
 // v becomes softmax of eight elements; `is_few`: divisor <= FEW.
 template <bool PRECISE, class X, class A>
-__device__ __forceinline__ void quotients(const uint4* raw, A (&v)[8], A maximum, A divisor, A reciprocal, bool is_few) {
+__device__ __forceinline__ void quotients(const uint4* raw, A (&v)[8], A maximum, A divisor, A reciprocal,
+                                          bool is_few) {
     if constexpr (is_same<A, float>::value) {
         float most;
         if (is_few && are_near(raw, v, maximum, most, static_cast<X*>(nullptr))) {

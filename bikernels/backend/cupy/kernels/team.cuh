@@ -1,5 +1,5 @@
-// The threads that share a row, and how they meet: neighbouring lanes of a warp, the warps of a CTA, or those of the CTAs
-// of a cluster (sm_90 on).
+// The threads that share a row, and how they meet: neighbouring lanes of a warp, the warps of a CTA, or those of the
+// CTAs of a cluster (sm_90 on).
 #pragma once
 #include "hopper.cuh"
 #include "reduction.cuh"
@@ -18,9 +18,9 @@ __device__ __forceinline__ A sum_shared(const A* x, int n) {
 
 template <int KIND, class A>
 struct Team {
-    const int lanes;      // threads of a row in a warp
-    const int chunks;     // of the row
-    int warp, warps;      // of this thread, and of the team
+    const int lanes;   // threads of a row in a warp
+    const int chunks;  // of the row
+    int warp, warps;   // of this thread, and of the team
     int ctas;
     // Shared memory of every CTA, where there are several warps: a value from each warp or for each of up to SUM_CHUNK
     // chunks, and their sums.
