@@ -244,6 +244,8 @@ def test_bad_out(name: str) -> None:
         lambda: bikernels.addmm(ones(3), ones(3, 3), ones(3, 3), out=out),
         lambda: bikernels.log_softmax(ones(3, 3), out=out),
         lambda: bikernels.mean(ones(3, 3, 2), axis=-1, out=out),
+        lambda: bikernels.layer_norm(ones(3, 3), ones(3), out=out),
+        lambda: bikernels.layer_norm_backward(ones(3, 3), ones(3, 3), ones(3, 1), ones(3, 1), out=out),
     ):
         with pytest.raises(error, match=words):
             call()

@@ -120,6 +120,12 @@ def test_graph_replay_on_a_side_stream(backend: Any, rng: np.random.Generator) -
                 bikernels.log_softmax(product, backend=backend.name),
                 bikernels.mean(product, axis=0, backend=backend.name),
                 bikernels.mean(product, axis=1, backend=backend.name),
+                bikernels.sum(product, axis=0, backend=backend.name),
+                bikernels.var(product, axis=1, backend=backend.name),
+                bikernels.logsumexp(product, axis=1, backend=backend.name),
+                *bikernels.rms_norm_with_statistics(product, backend=backend.name),
+                *bikernels.layer_norm_with_statistics(product, backend=backend.name),
+                bikernels.softmax_backward(product, product, backend=backend.name),
             ]
 
         expected = [backend.get(x) for x in compute()]

@@ -1,6 +1,6 @@
 """What this machine has, and whether it computes the contract's bits.
 
-The self-test computes small products, softmaxes and means with every backend, device, dtype and arithmetic class, at
+The self-test computes small products, reductions and norms with every backend, device, dtype and arithmetic class, at
 several batch sizes, and compares their bytes with the reference in plain NumPy. On a GPU whose tensor cores have a
 class of their own (tc16f25 on Hopper) it is these that compute. Exit code 1 if a bit differs.
 """
@@ -36,6 +36,7 @@ _TORCH_DTYPE = {name: dtype for dtype, name in FLOATS.items()}
 _BATCHES = (1, 7, 70)
 _N, _K = 40, 150
 _ROW = 2100  # more than a chunk of the sum tree
+_REDUCTIONS = ("softmax", "log_softmax", "logsumexp", "mean", "sum", "var", "rms_norm", "layer_norm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -168,8 +169,9 @@ def _self_test() -> Iterator[Result]:
                     for dtype in arithmetic.covers:
                         yield _product(name, device, dtype, arithmetic.name)
             for dtype in contract.FLOAT_DTYPES:
-                for operation in ("softmax", "log_softmax", "mean"):
-                    yield _reduction(name, device, dtype, operation)
+                for operation in _REDUCTIONS:
+                    if operation in backend.reductions:
+                        yield _reduction(name, device, dtype, operation)
 
 
 def _product(backend: str, device: Device, dtype: str, arithmetic: str) -> Result:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import bikernels
 
@@ -179,14 +181,27 @@ def fused_rms_norm_backward(
 def rms_norm(
     original: Any, x: torch.Tensor, normalized_shape: Sequence[int], weight: Affine = None, eps: float | None = None
 ) -> torch.Tensor:
-    """aten::rms_norm: one operator with a gradient of its own, where PyTorch has one on a GPU and several on a CPU."""
-    if x.device.type not in ("cpu", "cuda") or not _is_plain(x, weight) or not fits(x, normalized_shape, weight):
+    """aten::rms_norm: one operator with a gradient of its own, where PyTorch has one on a GPU and several on a CPU.
+
+    torch.func's transforms and forward-mode derivatives take those several, which are row by row in the mode too.
+    """
+    if (
+        x.device.type not in ("cpu", "cuda")
+        or not _is_plain(x, weight)
+        or not fits(x, normalized_shape, weight)
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    ):
         return original(x, normalized_shape, weight, eps)
     return torch.ops.bikernels.rms_norm(x, normalized_shape, weight, eps)
 
 
 def _is_plain(*tensors: Affine) -> bool:
-    return all(one is None or (one.layout is torch.strided and not one.is_nested) for one in tensors)
+    """Whether all are dense; a tensor made of others, such as DTensor, is taken apart by PyTorch's own operators."""
+    given = [one for one in tensors if one is not None]
+    return all(
+        one.layout is torch.strided and not one.is_nested and not is_traceable_wrapper_subclass(one) for one in given
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- gradients

@@ -41,7 +41,12 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert findings["backends"]["cpu"]["available"] is True
     assert findings["arithmetic"]["cpu"]["bfloat16"] == {"native": "fma32", "computes": ["tc16f25", "tc8f24", "fma32"]}
     tested = {(each["operation"], each["dtype"], each["arithmetic"]) for each in findings["self_test"]}
-    assert {("matmul", "bfloat16", "tc16f25"), ("matmul", "float64", "fma64"), ("mean", "float16", "")} <= tested
+    assert {
+        ("matmul", "bfloat16", "tc16f25"),
+        ("matmul", "float64", "fma64"),
+        ("mean", "float16", ""),
+        ("layer_norm", "bfloat16", ""),
+    } <= tested
     for name, status in findings["backends"].items():
         if not status["available"]:
             assert status["reason"]

@@ -80,6 +80,37 @@ def test_gradcheck(name: str, device: str) -> None:
         assert torch.autograd.gradgradcheck(DIFFERENTIABLE[name], operands)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_transforms_of_norms(name: str, device: str) -> None:
+    """torch.func and forward-mode derivatives."""
+    x, weight = (torch.randn(*s, dtype=torch.float64, device=device) for s in ((4, 8), (8,)))
+
+    def loss(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return (getattr(F, name)(x, (8,), weight) * torch.arange(8, device=device)).sum()
+
+    def results() -> list[torch.Tensor]:
+        with torch.autograd.forward_ad.dual_level():
+            dual = loss(torch.autograd.forward_ad.make_dual(x, weight.expand(4, 8)), weight)
+            tangent = torch.autograd.forward_ad.unpack_dual(dual).tangent
+        return [
+            torch.func.grad(loss)(x, weight),
+            torch.func.vmap(torch.func.grad(loss), (0, None))(x, weight),
+            torch.func.vmap(loss, (0, None))(x, weight),
+            torch.func.hessian(loss)(x, weight),
+            tangent,
+        ]
+
+    standard = results()
+    with set_batch_invariant_mode():
+        actual = results()
+        x.requires_grad_()
+        (eager,) = torch.autograd.grad(loss(x, weight), x)
+    assert torch.allclose(eager, actual[0])
+    for one, other in zip(actual, standard, strict=True):
+        assert torch.allclose(one, other)
+
+
 def test_cdist(device: str) -> None:
     x, y = (torch.randn(n, 3, dtype=torch.float64, device=device, requires_grad=True) for n in (27, 4))
     with set_batch_invariant_mode():

@@ -462,6 +462,18 @@ def test_norms(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: st
 
 
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_norms_of_a_tensor_made_of_others(name: str, device: str) -> None:
+    """DTensor is one of these; each of the others is a shard."""
+    two_tensor = pytest.importorskip("torch.testing._internal.two_tensor")
+    shards = random(3, 8, device=device), random(3, 8, device=device)
+    with set_batch_invariant_mode():
+        whole = getattr(F, name)(two_tensor.TwoTensor(*shards).requires_grad_(), (8,))
+        for shard, one in zip((whole.a, whole.b), shards, strict=True):
+            assert same_bits(shard, getattr(F, name)(one, (8,)))
+        whole.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
 def test_parameters_wider_than_the_input(name: str) -> None:
     """As PyTorch takes them on a CPU."""
     x, weight = random(5, 33, dtype=torch.bfloat16), random(33)

@@ -46,10 +46,10 @@ _NANOSECONDS_PER_PASS = 0.3
 _SUMS = 2
 """The most a formula has."""
 
-_PASS_FIELDS = 5
-_READS, _LOOP, _END, _DIVISOR, _SCALAR = range(_PASS_FIELDS)
-"""Of a pass: the operands that it reads, a bit for each; its loop; what the sum ends in, the number that divides it as
-the bits of a float64, and the operand to which that is written, -1 for none."""
+_PASS_FIELDS = 6
+_READS, _LOOP, _END, _DIVISOR, _EPS, _SCALAR = range(_PASS_FIELDS)
+"""Of a pass: the operands that it reads, a bit for each; its loop; what the sum ends in, with the number that divides
+it and eps as the bits of float64; and the operand to which that is written, -1 for none."""
 
 
 class Passes(NamedTuple):
@@ -64,7 +64,6 @@ class Passes(NamedTuple):
     """Address of the place in the workspace of each operand's chunk, counted in chunks, int64."""
     fields: int
     """Address of each pass's `_PASS_FIELDS`, int64: the sums, then the row of results."""
-    eps: float
 
 
 # A group's state is, one after another, each sum's partial sums: `width` for each of the chunks. The first of them
@@ -201,7 +200,8 @@ def _finish(kind, g, p, number, addresses, group, state, workspace):  # type: ig
     sums = state + _sums(g, number)
     sum_tree(kind, g.itemsize, sums, g.chunks, g.width, _lanes(g, workspace))
     end, scalar = _field(p, number, _END), _field(p, number, _SCALAR)
-    divisor = kind(pointer(p.fields, np.float64)[_PASS_FIELDS * number + _DIVISOR])
+    numbers = pointer(p.fields, np.float64)
+    divisor, eps = kind(numbers[_PASS_FIELDS * number + _DIVISOR]), kind(numbers[_PASS_FIELDS * number + _EPS])
     total = pointer(sums, kind)
     for c in range(g.width):
         value = total[c]
@@ -210,7 +210,7 @@ def _finish(kind, g, p, number, addresses, group, state, workspace):  # type: ig
         if end == ROOT:
             value = sqrt(value)
         elif end == RECIPROCAL_ROOT:
-            value = kind(1) / sqrt(value + kind(p.eps))
+            value = kind(1) / sqrt(value + eps)
         total[c] = value
     if scalar >= 0:
         write_scalars(g, scalar, pointer(addresses, np.int64)[scalar], group, sums)
@@ -254,13 +254,14 @@ def _passes(spec: ReductionSpec, g: Rows, plan: Formula) -> tuple[Passes, tuple[
         fields[i, _END] = one.end
         number = max(0.0, g.n - spec.correction) if one.corrected else float(g.n)
         fields[i, _DIVISOR] = np.float64(number).view(np.int64)
+        fields[i, _EPS] = np.float64(spec.eps).view(np.int64)
         written = scalar != "" and getattr(spec, scalar) is not None
         fields[i, _SCALAR] = OPERANDS.index(scalar) if written else -1
     if plan.element is not None:
         fields[-1, _READS] = reads(plan.reads)
         fields[-1, _LOOP] = loop(plan.element, accumulate)
     writes = int(plan.element is not None)
-    passes = Passes(len(plan.sums), writes, read_once, slots.ctypes.data, fields.ctypes.data, spec.eps)
+    passes = Passes(len(plan.sums), writes, read_once, slots.ctypes.data, fields.ctypes.data)
     return passes, (slots, fields)
 
 
@@ -278,12 +279,11 @@ def prepare(spec: ReductionSpec) -> ReductionLaunch:
     places = [i for i, name in enumerate(OPERANDS) if getattr(spec, name) is not None]
 
     def launch(*views: View, keep: object = (tables, pass_tables)) -> None:  # the kernels read the tables
-        pointers = np.zeros(len(OPERANDS), np.int64)
+        table = np.zeros(len(OPERANDS) + number, np.int64)  # addresses, then a counter for each pass
         for place, view in zip(places, views, strict=True):
-            pointers[place] = view.pointer
-        addresses = pointers.ctypes.data
-        counters = np.zeros(number, np.int64)
-        counter = counters.ctypes.data
+            table[place] = view.pointer
+        addresses = table.ctypes.data
+        counter = addresses + len(OPERANDS) * table.itemsize
 
         if g.chunks == 1 or g.groups >= threads.FEW * threads.limit():
 
