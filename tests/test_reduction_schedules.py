@@ -180,7 +180,7 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
             chosen = schedules.choose_row_schedule(rows, n, of, gpu)
             if chosen is None:
                 assert n * of.element[schedules.CTA] > 100_000 or n > 4_000_000
-                chosen = schedules.streaming_schedule(n, of, gpu)
+                chosen = schedules.streaming_schedule(gpu)
             assert of.bytes(chosen, n) <= gpu.shared_bytes
             assert chosen.ctas == 1 or (gpu is H100 and chosen.team == schedules.CLUSTER)
             if chosen.team == schedules.LANES:

@@ -233,7 +233,7 @@ _ALL = (ADDRESS,) * len(OPERANDS)
 def _row_launch(plan: _Plan, rows: _Rows, operation: str, schedule: RowSchedule | None) -> Launch:
     """A launch of rows.cu, called with the addresses of out, x and SIDES. Without a schedule, rows are not kept."""
     kept = schedules.kept(operation, rows.element, rows.accumulate)
-    schedule = schedule or schedules.streaming_schedule(rows.n, kept, plan.gpu)
+    schedule = schedule or schedules.streaming_schedule(plan.gpu)
     of_warp = np.int32(kept.of_warp(schedule, rows.n))
     return plan.shape(
         schedules.row_kernel(operation, rows.element, rows.out_dtype, schedule.team, schedule.keeps, schedule.octets),

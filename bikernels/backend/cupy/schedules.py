@@ -85,6 +85,8 @@ BATCH_BYTES = 4096
 """That a warp reads at a time, if it has several rows."""
 MAX_WARPS = 16
 """Of a CTA."""
+STREAMING_WARPS = 8
+"""Of a CTA, where rows are not kept, which takes more registers."""
 MAX_CTAS = 8
 """Of a cluster, on every GPU that has clusters."""
 PREFERRED_WARPS, PREFERRED_BYTES = 8, 48 * 1024
@@ -183,10 +185,10 @@ def row_schedules(n: int, of: Kept, device: GPU) -> list[RowSchedule]:
     return list(found)
 
 
-def streaming_schedule(n: int, of: Kept, device: GPU) -> RowSchedule:
+def streaming_schedule(device: GPU) -> RowSchedule:
     """The schedule that reads a row anew whenever it is used."""
     ctas = _cluster_sizes(device)[-1]
-    return RowSchedule(CTA if ctas == 1 else CLUSTER, 32, MAX_WARPS, ctas, keeps=False)
+    return RowSchedule(CTA if ctas == 1 else CLUSTER, 32, STREAMING_WARPS, ctas, keeps=False)
 
 
 def _cluster_sizes(device: GPU) -> tuple[int, ...]:
@@ -324,7 +326,7 @@ def row_kernel(operation: str, element: str, out_dtype: str, team: str, keeps: b
             ("TEAM", team),
             ("KEPT", str(keeps).lower()),
             ("OCTETS", octets),
-            ("THREADS", (CTA_WARPS if team == LANES else MAX_WARPS) * 32),
+            ("THREADS", (CTA_WARPS if team == LANES else MAX_WARPS if keeps else STREAMING_WARPS) * 32),
         ),
     )
 
@@ -365,7 +367,7 @@ def reduction_kernels(compute_capability: int) -> Iterator[Kernel]:
         for width in {1, vector_width(element)}:
             for operation in TERMS:
                 found[column_chunk_kernel(operation, element, accumulate, width)] = None
-            for operation in COLUMN_OPERATIONS:
+            for operation in filter(COLUMN_OPERATIONS.__contains__, OPERATIONS):
                 for in_cluster in (False, True) if has_clusters else (False,):
                     found[column_kernel(operation, element, accumulate, width, in_cluster)] = None
         for operation in OPERATIONS:
