@@ -69,7 +69,8 @@ def describe(spec: ReductionSpec) -> tuple[Rows, tuple[Table, Table]]:
     accumulate = ACCUMULATE[spec.out.dtype]
     layouts: list[Layout | None] = [getattr(spec, name) for name in OPERANDS]
     strides = [(0,) * len(shape) if one is None else one.strides for one in layouts]
-    strides[OUT] += (0,) * (len(shape) - len(strides[OUT]))
+    if spec.one_for_a_row:
+        strides[OUT] += (0,) * (len(shape) - kept)
     dimensions = list(zip(shape, *strides, strict=True))
     nothing = (0,) * len(OPERANDS)
     kept_dimensions, row = dimensions[:kept] or [(1, *nothing)], dimensions[kept:] or [(1, *nothing)]
