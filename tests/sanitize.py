@@ -1,4 +1,7 @@
-"""A few small products by every schedule, for compute-sanitizer: `nox -s sanitize`. Needs a GPU; no pytest test."""
+"""A few small products and reductions by every schedule, for compute-sanitizer: `nox -s sanitize`.
+
+Needs a GPU; no pytest test.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,15 @@ import argparse
 
 import bikernels
 from bikernels.backend.cupy.matmul import wgmma
+from bikernels.specs import REDUCTIONS
 
+from . import test_reduction_schedules as reductions
 from .conftest import BackendUnderTest
 from .test_schedules import forced, products, run
 
 SHAPES = (((), 72, 40, 136), ((2,), 13, 21, 37))
 """One for the TMA and one that it does not take."""
+ROWS, COLUMNS = ((9, 7), (70, 24), (5, 257), (3, 5001)), ((13, 1), (24, 40), (16, 2100))
 
 
 def main() -> None:
@@ -26,6 +32,9 @@ def main() -> None:
             continue
         ran += sum(run(backend, case, product) for product in products(case.dtype, case.arithmetic, SHAPES))
     print(f"{ran} products, the bytes of the CPU's")
+    reductions.ROWS, reductions.COLUMNS = ROWS, COLUMNS
+    reduced = sum(reductions.run(backend, operation, "bfloat16", "bfloat16") for operation in REDUCTIONS)
+    print(f"{reduced} reductions, the bytes of the reference")
 
 
 if __name__ == "__main__":

@@ -269,3 +269,37 @@ def test_the_child_refuses_a_process_with_other_settings() -> None:
     done = run("cublaslt.py", CUBLASLT_WORKSPACE_SIZE="1024")
     assert done.returncode == 2
     assert "CUBLASLT_WORKSPACE_SIZE" in done.stderr
+
+
+def test_reductions_are_checked(module: Any) -> None:
+    """The first and the last row of a result, whatever the axis; an error in either is seen."""
+    torch, reductions = pytest.importorskip("torch"), module("reductions")
+    for operation, axis, rows in (
+        ("mean", "last", 7),
+        ("sum", "first", 9),
+        ("mean", "middle", 128),
+        ("var", "last", 5),
+    ):
+        case = reductions.Case(operation, rows, 20, "bf16", axis)
+        x = torch.randn(case.shape).to(torch.bfloat16)
+        out = reductions.OPERATIONS[operation].ours(x, axis=case.dim, backend="cpu")
+        assert reductions.check(case, x, out)
+        for place in (0, -1):
+            wrong = out.clone()
+            wrong.view(-1)[place] += 1
+            assert not reductions.check(case, x, wrong)
+
+
+def test_reductions_table(module: Any) -> None:
+    reductions = module("reductions")
+    every = list(reductions.cases(quick=False))
+    goals = list(reductions.cases(quick=True))
+    assert every[: len(goals)] == goals
+    assert len(set(goals)) == len(goals)
+    result = reductions.Result(goals[0], 2.0, 3.0, 1.0, True)
+    assert result.ratio == 1.5
+    assert result.bandwidth(2.0) == pytest.approx(goals[0].moved / 2e6)
+    assert len(reductions.fields(result)) == len(reductions.HEADER)
+    text = reductions.markdown([result], {"gpu": "a GPU", "torch": "2", "backend": "cupy"}, 3e6)
+    assert text.splitlines()[0] == "a GPU, torch 2, backend cupy; a copy: 3.00 TB/s"
+    assert f"| {result.case.operation} | {result.case.rows} |" in text

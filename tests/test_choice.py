@@ -16,9 +16,9 @@ from bikernels.backend.cupy.matmul import choice, wgmma
 from bikernels.backend.cupy.matmul.problem import Problem
 from bikernels.backend.cupy.matmul.wgmma import Choice, Schedule
 
-H100 = GPU("NVIDIA H100 80GB HBM3", (9, 0), 132, 3.35e6)
-H200 = GPU("NVIDIA H200", (9, 0), 132, 4.9e6)
-OTHER = GPU("a chip without a table", (9, 0), 78, 2.0e6)
+H100 = GPU("NVIDIA H100 80GB HBM3", (9, 0), 132, 232_448, 3.35e6)
+H200 = GPU("NVIDIA H200", (9, 0), 132, 232_448, 4.9e6)
+OTHER = GPU("a chip without a table", (9, 0), 78, 232_448, 2.0e6)
 
 
 def product(m: int, n: int, k: int, batch: tuple[int, ...] = ()) -> Problem:

@@ -11,7 +11,7 @@ import ctypes
 import importlib.util
 
 from ... import contract
-from ...specs import MatmulSpec, ReductionSpec
+from ...specs import REDUCTIONS, MatmulSpec, ReductionSpec
 from ...views import Device
 from .. import MatmulLaunch, ReductionLaunch
 from . import driver
@@ -25,7 +25,7 @@ class CupyBackend:
 
     name = "cupy"
     device_type = "cuda"
-    reductions = frozenset({"mean", "softmax", "log_softmax"})
+    reductions = frozenset(REDUCTIONS)
 
     def unavailable(self) -> str | None:
         missing = [module for module in _MODULES if not _exists(module)]

@@ -192,8 +192,9 @@ def all_kernels(arch: str) -> Iterator[Kernel]:
     from . import schedules
     from .matmul import kernels
 
-    yield from kernels(int("".join(filter(str.isdigit, arch))))
-    yield from schedules.reduction_kernels()
+    compute_capability = int("".join(filter(str.isdigit, arch)))
+    yield from kernels(compute_capability)
+    yield from schedules.reduction_kernels(compute_capability)
 
 
 def compile_all(arch: str) -> list[Resources]:

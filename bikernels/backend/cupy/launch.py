@@ -31,6 +31,8 @@ class GPU(NamedTuple):
     name: str
     compute_capability: tuple[int, int]
     multiprocessors: int
+    shared_bytes: int
+    """Of a CTA, at most."""
     bytes_per_us: float
     """Of device memory, by its clock and width."""
 
@@ -42,11 +44,15 @@ def gpu(index: int) -> GPU:
     digits = device.compute_capability  # "90", "120"
     name = cupy.cuda.runtime.getDeviceProperties(index)["name"].decode()
     attributes = device.attributes
-    transfers_per_clock, bits, khz_per_mhz = 2, 8, 1000
-    memory = (
-        attributes["MemoryClockRate"] / khz_per_mhz * transfers_per_clock * attributes["GlobalMemoryBusWidth"] / bits
+    mhz, transfers_per_clock, bits = 1e-3, 2, 8
+    bytes_of_clock = attributes["GlobalMemoryBusWidth"] / bits * transfers_per_clock
+    return GPU(
+        name,
+        (int(digits[:-1]), int(digits[-1])),
+        attributes["MultiProcessorCount"],
+        attributes["MaxSharedMemoryPerBlockOptin"],
+        attributes["MemoryClockRate"] * mhz * bytes_of_clock,
     )
-    return GPU(name, (int(digits[:-1]), int(digits[-1])), attributes["MultiProcessorCount"], memory)
 
 
 # ------------------------------------------------------------------------------------------------------------- loading

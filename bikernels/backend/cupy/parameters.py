@@ -45,21 +45,23 @@ MATMUL = np.dtype(
     ]
 )
 
+OPERANDS = ("x", "out", "grad", "weight", "bias", "mean", "rstd")
+"""Of a reduction, in the order in which its parameters have them (reduction.cuh)."""
+
 REDUCTION = np.dtype(
     [
         ("rows", "i8"),
         ("n", "i8"),
         ("chunks", DIVISOR),
-        ("divisor", "i8"),
-        ("x_dtype", "i8"),
-        ("out_dtype", "i8"),
+        ("divisor", "f8"),
+        ("eps", "f8"),
         ("rounds", "i8"),
         ("logarithm", "i8"),
         ("kept", "i8"),
         ("count", "i8"),
-        ("x_step", "i8"),
-        ("out_step", "i8"),
-        ("dims", _dims(2)),
+        ("dtype", "i8", (len(OPERANDS),)),
+        ("step", "i8", (len(OPERANDS),)),
+        ("dims", _dims(len(OPERANDS))),
     ]
 )
 

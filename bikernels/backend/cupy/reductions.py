@@ -14,8 +14,26 @@ from ...specs import ReductionSpec, contiguous_strides, merge_dimensions
 from ...views import Device, View
 from .. import ReductionLaunch
 from . import schedules
+from .compile import Kernel
 from .launch import ADDRESS, Argument, Launch, gpu, load, shaped, workspace
-from .parameters import DTYPE_CODE, REDUCTION, divisor, fill_dims
+from .parameters import DTYPE_CODE, OPERANDS, REDUCTION, divisor, fill_dims
+from .schedules import ColumnSchedule, RowSchedule
+
+SIDES = OPERANDS[2:]
+"""Operands that an operation may have beside x and out."""
+
+Addresses = tuple[int, ...]
+"""Of SIDES; 0 for those that are not there."""
+
+NO_SIDES: Addresses = (0,) * len(SIDES)
+
+
+class _Operand(NamedTuple):
+    """An operand's dtype and its strides along the dimensions `kept` and `row`."""
+
+    dtype: str
+    kept: tuple[int, ...]
+    row: tuple[int, ...]
 
 
 class _Rows(NamedTuple):
@@ -23,13 +41,11 @@ class _Rows(NamedTuple):
 
     kept: tuple[int, ...]
     row: tuple[int, ...]
-    x_dtype: str
-    out_dtype: str
-    x: tuple[tuple[int, ...], tuple[int, ...]]
-    """Strides along kept and row."""
-    out: tuple[tuple[int, ...], tuple[int, ...]]
-    divisor: int
-    """Of a mean: the length of the rows that the caller gave."""
+    operands: dict[str, _Operand]
+    """By their names in OPERANDS."""
+    divisor: float
+    """Of sums, rounded to the accumulate dtype by the kernels."""
+    eps: float
     rounds: bool
     """Whether x has to be rounded to the result's dtype first, where reading it to the accumulate dtype does not."""
 
@@ -46,56 +62,93 @@ class _Rows(NamedTuple):
         return -(-self.n // SUM_CHUNK)
 
     @property
+    def x(self) -> _Operand:
+        return self.operands["x"]
+
+    @property
+    def out_dtype(self) -> str:
+        return self.operands["out"].dtype
+
+    @property
     def accumulate(self) -> str:
         return ACCUMULATE[self.out_dtype]
+
+    @property
+    def element(self) -> str:
+        """As what x, and the gradient with it, are read: see schedules.py."""
+        differ = "grad" in self.operands and self.operands["grad"].dtype != self.x.dtype
+        return schedules.element_of(self.x.dtype, self.accumulate, self.rounds or differ)
 
     @property
     def in_columns(self) -> bool:
         """Whether neighbouring rows lie closer than a row's elements, which then lie a fixed step apart."""
         if len(self.row) != 1 or not self.kept or self.kept[-1] < schedules.MIN_COLUMNS:
             return False
-        return abs(self.x[0][-1]) < abs(self.x[1][0])
+        return abs(self.x.kept[-1]) < abs(self.x.row[0])
+
+    @property
+    def width(self) -> int:
+        """Columns that a thread takes: those of a vector, if they lie side by side wherever they begin, or 1."""
+        width = schedules.vector_width(self.element)
+        *others, last = self.x.kept
+        lines_up = self.kept[-1] % width == 0 and all(step % width == 0 for step in (*others, *self.x.row))
+        return width if last == 1 and lines_up else 1
 
     def of_sums(self, kept: tuple[int, ...], step: int) -> _Rows:
         """The next level of the tree: a row's chunk sums, `step` apart, in the accumulate dtype."""
-        return self._replace(row=(self.chunks,), x_dtype=self.accumulate, x=(kept, (step,)), rounds=False)
+        operands = {"x": _Operand(self.accumulate, kept, (step,)), "out": self.operands["out"]}
+        return self._replace(row=(self.chunks,), operands=operands, rounds=False)
 
     def parameters(self, operation: str) -> Any:
         parameters = np.zeros((), REDUCTION)
-        parameters["rows"], parameters["n"], parameters["divisor"] = self.number, self.n, self.divisor
+        parameters["rows"], parameters["n"] = self.number, self.n
+        parameters["divisor"], parameters["eps"] = self.divisor, self.eps
         parameters["chunks"] = divisor(max(1, self.chunks))
-        parameters["x_dtype"], parameters["out_dtype"] = DTYPE_CODE[self.x_dtype], DTYPE_CODE[self.out_dtype]
         parameters["rounds"] = self.rounds
-        parameters["logarithm"] = operation == "log_softmax"
+        parameters["logarithm"] = operation in ("log_softmax", "std")
         parameters["kept"], parameters["count"] = len(self.kept), len(self.kept) + len(self.row)
-        if len(self.row) == 1:
-            parameters["x_step"], parameters["out_step"] = self.x[1][0], self.out[1][0]
-        fill_dims(parameters["dims"], self.kept + self.row, self.x[0] + self.x[1], self.out[0] + self.out[1])
+        nowhere = (0,) * (len(self.kept) + len(self.row))
+        strides = []
+        for place, name in enumerate(OPERANDS):
+            operand = self.operands.get(name)
+            strides.append(nowhere if operand is None else operand.kept + operand.row)
+            if operand is not None:
+                parameters["dtype"][place] = DTYPE_CODE[operand.dtype]
+                if len(self.row) == 1:
+                    parameters["step"][place] = operand.row[0]
+        fill_dims(parameters["dims"], self.kept + self.row, *strides)
         return parameters
 
 
 def _rows_of(spec: ReductionSpec) -> _Rows:
     """The rows of a spec, in the order in which they lie: which row comes first decides nothing."""
     kept, row = spec.x.shape[: spec.kept], spec.x.shape[spec.kept :]
-    x_kept, x_row = spec.x.strides[: spec.kept], spec.x.strides[spec.kept :]
-    out_kept = spec.out.strides[: spec.kept]
-    out_row = spec.out.strides[spec.kept :] or (0,) * len(row)
-    order = sorted(range(len(kept)), key=lambda axis: -abs(x_kept[axis]))
-    kept, (x_kept, out_kept) = merge_dimensions(*(tuple(v[axis] for axis in order) for v in (kept, x_kept, out_kept)))
-    rounds = ITEMSIZE[spec.out.dtype] == 2 and spec.x.dtype != spec.out.dtype
-    return _Rows(kept, row, spec.x.dtype, spec.out.dtype, (x_kept, x_row), (out_kept, out_row), math.prod(row), rounds)
+    layouts = {name: layout for name in OPERANDS if (layout := getattr(spec, name)) is not None}
+    order = sorted(range(len(kept)), key=lambda axis: -abs(spec.x.strides[axis]))
+    kept, merged = merge_dimensions(
+        tuple(kept[axis] for axis in order),
+        *(tuple(layout.strides[axis] for axis in order) for layout in layouts.values()),
+    )
+    operands = {
+        name: _Operand(layout.dtype, strides, layout.strides[spec.kept :] or (0,) * len(row))
+        for (name, layout), strides in zip(layouts.items(), merged, strict=True)
+    }
+    n = math.prod(row)
+    by = {"sum": 1.0, "var": max(0.0, n - spec.correction), "std": max(0.0, n - spec.correction)}
+    is_forward = not spec.operation.endswith("backward")
+    rounds = is_forward and ITEMSIZE[spec.out.dtype] == 2 and spec.x.dtype != spec.out.dtype
+    return _Rows(kept, row, operands, by.get(spec.operation, float(n)), spec.eps, rounds)
 
 
-Step = Callable[[int, int, int, int], None]
-"""step(stream, out, x, workspace): queue one kernel; the last three are addresses."""
+Step = Callable[[int, int, int, Addresses, int], None]
+"""step(stream, out, x, sides, workspace): queue one kernel; all but the first are addresses."""
 
 
 class _Plan:
     """The kernels of a reduction, in order, and the workspace between them."""
 
     def __init__(self, device: Device) -> None:
-        self.index = device.index
-        self.multiprocessors = gpu(device.index).multiprocessors
+        self.gpu, self.index = gpu(device.index), device.index
         self.steps: list[Step] = []
         self.bytes = 0
 
@@ -105,87 +158,148 @@ class _Plan:
         self.bytes += -(-elements * ITEMSIZE[dtype] // 256) * 256
         return offset
 
-    def load(
+    def shape(
         self,
-        rows: _Rows,
-        source: str,
+        kernel: Kernel,
         name: str,
         grid: int,
         block: int,
+        shared_bytes: int,
         arguments: Sequence[Argument],
-        shared_elements: int = 0,
+        cluster: int = 1,
+        overlapping: bool = False,
     ) -> Launch:
-        function = load(schedules.reduction_kernel(source, rows.x_dtype, rows.accumulate), name, self.index)
-        return shaped(function, grid, block, shared_elements * ITEMSIZE[rows.accumulate], arguments)
+        """See `launch.shaped`."""
+        function = load(kernel, name, self.index, shared_bytes)
+        overlapping = overlapping and self.gpu.compute_capability >= schedules.FIRST_WITH_CLUSTERS
+        return shaped(function, grid, block, shared_bytes, arguments, cluster=cluster, overlapping=overlapping)
 
-    def launch(self) -> ReductionLaunch:
+    def launch(self, sides: list[str]) -> ReductionLaunch:
+        """The launch of an operation that has these of SIDES."""
         steps, size, index = tuple(self.steps), self.bytes, self.index
+        places = [sides.index(name) if name in sides else -1 for name in SIDES]
 
-        def launch(out: View, x: View) -> None:
+        def addresses(others: tuple[View, ...]) -> Addresses:
+            return tuple([0 if place < 0 else others[place].pointer for place in places]) if others else NO_SIDES
+
+        def launch(out: View, x: View, *others: View) -> None:
             (step,) = steps
-            step(out.stream, out.pointer, x.pointer, 0)
+            step(out.stream, out.pointer, x.pointer, addresses(others), 0)
 
-        def launch_with_workspace(out: View, x: View) -> None:
+        def launch_with_workspace(out: View, x: View, *others: View) -> None:
             stream = out.stream
             with cupy.cuda.Device(index), workspace(size, index, stream) as address:
                 for step in steps:
-                    step(stream, out.pointer, x.pointer, address)
+                    step(stream, out.pointer, x.pointer, addresses(others), address)
 
         return launch_with_workspace if size else launch
 
 
 def prepare(spec: ReductionSpec, device: Device) -> ReductionLaunch:
     """See `bikernels.backend.Backend.prepare_reduction`."""
-    rows, plan = _rows_of(spec), _Plan(device)
-    if spec.operation == "mean":
-        _plan_mean(plan, rows)
+    rows, plan, operation = _rows_of(spec), _Plan(device), spec.operation
+    sides = [name for name in SIDES if name in rows.operands]
+    if rows.in_columns and operation in schedules.TERMS:
+        _plan_column_tree(plan, rows, operation)
+    elif rows.in_columns and operation in schedules.COLUMN_OPERATIONS and rows.chunks <= schedules.MAX_COLUMN_CHUNKS:
+        _plan_single(plan, _column_launch(plan, rows, operation))
+    elif operation in schedules.SUMS:
+        _plan_row_tree(plan, rows, operation)
     else:
-        _plan_softmax(plan, rows, spec.operation)
-    return plan.launch()
+        schedule = _choose_rows(plan, rows, operation)
+        if schedule is None and operation in schedules.SPLIT:
+            _plan_split_softmax(plan, rows, operation)
+        else:
+            _plan_single(plan, _row_launch(plan, rows, operation, schedule))
+    return plan.launch(sides)
 
 
-def _plan_mean(plan: _Plan, rows: _Rows) -> None:
-    """Levels of the tree through the workspace while rows are to be spread over CTAs, then the mean."""
-    source: int | None = None  # the workspace offset of what is summed; None: x
-    in_columns = rows.in_columns
-    if in_columns:
-        while schedules.splits_columns(rows.number, rows.n, plan.multiprocessors, source is None):
-            source, rows = _plan_column_sums(plan, rows, source)
-        run = _column_launch(plan, rows, "mean_columns.cu", "mean_columns", "mean")
-    else:
-        while schedules.splits_rows(rows.number, rows.n, plan.multiprocessors):
-            source, rows = _plan_row_sums(plan, rows, source)
-        run = _row_launch(plan, rows, "mean_rows.cu", "mean_rows", "mean")
-
-    def mean(stream: int, out: int, x: int, workspace: int) -> None:
-        run(stream, out, x if source is None else workspace + source)
-
-    plan.steps.append(mean)
+def _plan_single(plan: _Plan, run: Launch) -> None:
+    """One kernel, from x to out."""
+    plan.steps.append(lambda stream, out, x, sides, workspace: run(stream, out, x, *sides))
 
 
-def _row_launch(plan: _Plan, rows: _Rows, source: str, name: str, operation: str) -> Launch:
-    """A kernel that gives a row to a warp or to a CTA, called with the addresses of out and x."""
-    warps = schedules.row_warps(rows.n)
-    teams = schedules.ROWS_PER_CTA if warps == 1 else 1
-    shared = rows.chunks if warps > 1 else 0
-    arguments = (rows.parameters(operation), np.int32(warps), ADDRESS, ADDRESS)
-    return plan.load(rows, source, name, -(-rows.number // teams), warps * teams * 32, arguments, shared)
+def _choose_rows(plan: _Plan, rows: _Rows, operation: str) -> RowSchedule | None:
+    """The schedule that keeps rows; None if it does not fit or if chunks are to be spread over the GPU."""
+    kept = schedules.kept(operation, rows.element, rows.accumulate)
+    chosen = schedules.choose_row_schedule(rows.number, rows.n, kept, plan.gpu)
+    may_split = operation in schedules.SPLIT
+    return None if may_split and schedules.splits_rows(rows.number, rows.n, plan.gpu, chosen is not None) else chosen
 
 
-def _column_launch(plan: _Plan, rows: _Rows, source: str, name: str, operation: str) -> Launch:
-    """A kernel that gives a row to each lane of a CTA's warps, called with the addresses of out and x."""
-    threads = schedules.column_warps(rows.n) * 32
-    return plan.load(rows, source, name, -(-rows.number // 32), threads, (rows.parameters(operation), ADDRESS, ADDRESS))
+_ALL = (ADDRESS,) * len(OPERANDS)
+
+
+def _row_launch(plan: _Plan, rows: _Rows, operation: str, schedule: RowSchedule | None) -> Launch:
+    """A launch of rows.cu, called with the addresses of out, x and SIDES. Without a schedule, rows are not kept."""
+    kept = schedules.kept(operation, rows.element, rows.accumulate)
+    schedule = schedule or schedules.streaming_schedule(plan.gpu)
+    of_warp = np.int32(kept.of_warp(schedule, rows.n))
+    return plan.shape(
+        schedules.row_kernel(operation, rows.element, rows.out_dtype, schedule.team, schedule.keeps, schedule.octets),
+        "reduce_rows",
+        -(-rows.number // schedule.rows) * schedule.ctas,
+        schedule.warps * 32,
+        kept.bytes(schedule, rows.n),
+        (rows.parameters(operation), np.int32(schedule.lanes), np.int32(schedule.batch), of_warp, *_ALL),
+        cluster=schedule.ctas,
+        overlapping=True,
+    )
+
+
+def _column_launch(plan: _Plan, rows: _Rows, operation: str) -> Launch:
+    """A launch of columns.cu, called with the addresses of out, x and SIDES."""
+    schedule: ColumnSchedule = schedules.choose_column_schedule(rows.number, rows.n, rows.width, plan.gpu)
+    return plan.shape(
+        schedules.column_kernel(operation, rows.element, rows.accumulate, schedule.width, schedule.ctas > 1),
+        "reduce_columns",
+        -(-rows.number // schedule.tile) * schedule.ctas,
+        schedule.threads,
+        schedule.bytes(rows.n, rows.accumulate),
+        (rows.parameters(operation), np.int32(schedule.bits), *_ALL),
+        cluster=schedule.ctas,
+        overlapping=True,
+    )
+
+
+# ------------------------------------------------------------------------------------------------- levels of the tree
+
+
+def _plan_last_level(plan: _Plan, run: Launch, source: int | None) -> None:
+    """The result, from x or from the sums at that offset of the workspace."""
+    if source is None:
+        _plan_single(plan, run)
+        return
+    offset = source
+    plan.steps.append(lambda stream, out, x, sides, workspace: run(stream, out, workspace + offset, *NO_SIDES))
+
+
+def _plan_row_tree(plan: _Plan, rows: _Rows, operation: str) -> None:
+    """Levels through the workspace while rows are to be spread over the GPU, then the result."""
+    source: int | None = None
+    while (schedule := _choose_rows(plan, rows, operation)) is None:
+        source, rows = _plan_row_sums(plan, rows, source)
+    _plan_last_level(plan, _row_launch(plan, rows, operation, schedule), source)
+
+
+def _plan_column_tree(plan: _Plan, rows: _Rows, operation: str) -> None:
+    """The same of columns; what is added up is that of the operation at the first level, and then sums."""
+    source: int | None = None
+    while schedules.splits_columns(rows.number, rows.n, rows.width, plan.gpu, source is None):
+        source, rows = _plan_column_sums(plan, rows, operation, source)
+        if operation not in schedules.SUMS:
+            operation, rows = "sum", rows._replace(divisor=1.0)
+    _plan_last_level(plan, _column_launch(plan, rows, operation), source)
 
 
 def _plan_row_sums(plan: _Plan, rows: _Rows, source: int | None) -> tuple[int, _Rows]:
     """One level: the sums of all chunks, row by row. Returns where they are, and their layout."""
     target = plan.reserve(rows.number * rows.chunks, rows.accumulate)
     grid = -(-rows.number * rows.chunks // 4)
-    arguments = (rows.parameters("mean"), ADDRESS, ADDRESS)
-    run = plan.load(rows, "mean_rows.cu", "sum_chunks", grid, 128, arguments)
+    kernel = schedules.chunk_kernel("row_chunks.cu", rows.element, rows.accumulate)
+    run = plan.shape(kernel, "sum_chunks", grid, 128, 0, (rows.parameters("sum"), ADDRESS, ADDRESS))
 
-    def sums(stream: int, out: int, x: int, workspace: int) -> None:
+    def sums(stream: int, out: int, x: int, sides: Addresses, workspace: int) -> None:
         run(stream, workspace + target, x if source is None else workspace + source)
 
     plan.steps.append(sums)
@@ -193,43 +307,35 @@ def _plan_row_sums(plan: _Plan, rows: _Rows, source: int | None) -> tuple[int, _
     return target, rows.of_sums(kept, 1)
 
 
-def _plan_column_sums(plan: _Plan, rows: _Rows, source: int | None) -> tuple[int, _Rows]:
+def _plan_column_sums(plan: _Plan, rows: _Rows, operation: str, source: int | None) -> tuple[int, _Rows]:
     """One level: the sums of all chunks, chunk by chunk, those of neighbouring rows side by side."""
     target = plan.reserve(rows.number * rows.chunks, rows.accumulate)
-    blocks, threads = -(-rows.number // 32) * rows.chunks, schedules.column_warps(rows.n) * 32
-    arguments = (rows.parameters("mean"), ADDRESS, ADDRESS)
-    run = plan.load(rows, "mean_columns.cu", "sum_column_chunks", blocks, threads, arguments)
+    schedule = schedules.column_schedules(rows.n, rows.width, plan.gpu)[0]
+    run = plan.shape(
+        schedules.column_chunk_kernel(operation, rows.element, rows.accumulate, schedule.width),
+        "sum_column_chunks",
+        -(-rows.number // schedule.tile) * rows.chunks,
+        schedule.threads,
+        schedule.bytes(SUM_CHUNK, rows.accumulate),
+        (rows.parameters(operation), np.int32(schedule.bits), *(ADDRESS,) * 5),
+    )
+    places = [SIDES.index(name) for name in ("grad", "mean", "rstd")]
 
-    def sums(stream: int, out: int, x: int, workspace: int) -> None:
-        run(stream, workspace + target, x if source is None else workspace + source)
+    def sums(stream: int, out: int, x: int, sides: Addresses, workspace: int) -> None:
+        of_terms = [sides[place] for place in places]
+        run(stream, workspace + target, x if source is None else workspace + source, *of_terms)
 
     plan.steps.append(sums)
     return target, rows.of_sums(contiguous_strides(rows.kept), rows.number)
 
 
-def _plan_softmax(plan: _Plan, rows: _Rows, operation: str) -> None:
-    if rows.in_columns and rows.chunks <= schedules.MAX_COLUMN_CHUNKS:
-        run = _column_launch(plan, rows, "softmax_columns.cu", "softmax_columns", operation)
-    elif schedules.splits_rows(rows.number, rows.n, plan.multiprocessors):
-        _plan_split_softmax(plan, rows, operation)
-        return
-    elif rows.n <= schedules.SHORT_ROW:
-        grid = -(-rows.number // schedules.ROWS_PER_CTA)
-        arguments = (rows.parameters(operation), ADDRESS, ADDRESS)
-        run = plan.load(rows, "softmax_rows.cu", "softmax_short_rows", grid, schedules.ROWS_PER_CTA * 32, arguments)
-    else:
-        run = _row_launch(plan, rows, "softmax_rows.cu", "softmax_rows", operation)
-
-    def softmax(stream: int, out: int, x: int, workspace: int) -> None:
-        run(stream, out, x)
-
-    plan.steps.append(softmax)
+# ------------------------------------------------------------------------------------- softmax of few very long rows
 
 
 def _plan_split_softmax(plan: _Plan, rows: _Rows, operation: str) -> None:
     """The steps of softmax_split_rows.cu."""
-    source, accumulate = "softmax_split_rows.cu", rows.accumulate
-    parameters = rows.parameters(operation)
+    kernel = schedules.chunk_kernel("softmax_split_rows.cu", rows.element, rows.accumulate)
+    accumulate, parameters = rows.accumulate, rows.parameters(operation)
     all_chunks = rows.number * rows.chunks
     maxima = sums = plan.reserve(all_chunks, accumulate)  # the maxima have been read when the sums are written
     counts = plan.reserve(all_chunks, "uint32")
@@ -237,13 +343,13 @@ def _plan_split_softmax(plan: _Plan, rows: _Rows, operation: str) -> None:
     grid, chunks = -(-all_chunks // 4), np.int64(rows.chunks)
 
     def load_for_chunks(name: str, addresses: int) -> Launch:
-        return plan.load(rows, source, name, grid, 128, (parameters, *(ADDRESS,) * addresses))
+        return plan.shape(kernel, name, grid, 128, 0, (parameters, *(ADDRESS,) * addresses))
 
     chunk_maxima = load_for_chunks("chunk_maxima", 2)
-    row_maxima = plan.load(rows, source, "row_maxima", rows.number, 512, (chunks, ADDRESS, ADDRESS))
+    row_maxima = plan.shape(kernel, "row_maxima", rows.number, 512, 0, (chunks, ADDRESS, ADDRESS))
     chunk_exponentials = load_for_chunks("chunk_exponentials", 4)
 
-    def maxima_and_sums(stream: int, out: int, x: int, workspace: int) -> None:
+    def maxima_and_sums(stream: int, out: int, x: int, sides: Addresses, workspace: int) -> None:
         chunk_maxima(stream, workspace + maxima, x)
         row_maxima(stream, workspace + maximum, workspace + maxima)
         chunk_exponentials(stream, workspace + sums, workspace + counts, workspace + maximum, x)
@@ -254,12 +360,13 @@ def _plan_split_softmax(plan: _Plan, rows: _Rows, operation: str) -> None:
     while level.chunks > schedules.MAX_ROW_CHUNKS:
         level_sums, level = _plan_row_sums(plan, level, level_sums)
     constants = np.int64(level.n), chunks, np.int64(operation == "log_softmax")
+    shared_bytes = level.chunks * ITEMSIZE[accumulate]
     arguments = (*constants, ADDRESS, ADDRESS, ADDRESS)
-    row_normalisers = plan.load(rows, source, "row_normalisers", rows.number, 512, arguments, level.chunks)
+    row_normalisers = plan.shape(kernel, "row_normalisers", rows.number, 512, shared_bytes, arguments)
     write_chunks = load_for_chunks("write_chunks", 4)
     last_sums = level_sums
 
-    def normalise(stream: int, out: int, x: int, workspace: int) -> None:
+    def normalise(stream: int, out: int, x: int, sides: Addresses, workspace: int) -> None:
         row_normalisers(stream, workspace + normaliser, workspace + last_sums, workspace + counts)
         write_chunks(stream, out, workspace + maximum, workspace + normaliser, x)
 

@@ -6,76 +6,381 @@ Everything here may change freely; the results stay the same.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
-from ...contract import ACCUMULATE, SUM_CHUNK, SUM_LANES
+from ...contract import ACCUMULATE, ITEMSIZE, SUM_CHUNK, SUM_LANES
 from .compile import Kernel
+from .launch import GPU
 from .parameters import C_TYPE
+
+FIRST_WITH_CLUSTERS = (9, 0)
+"""The first compute capability that has clusters and launches that overlap."""
 
 MAX_ROW_CHUNKS = SUM_CHUNK
 """Chunks of a row that one CTA may sum: their sums are one chunk of the next level."""
 
-ROWS_PER_CTA = 4
-"""Where a row is one warp's."""
-
-SHORT_ROW = 1024
-"""Elements that a warp can keep in registers."""
+MAX_COLUMN_CHUNKS = 32
+"""Chunks of a column: their sums are a warp's (columns.cuh)."""
 
 MIN_COLUMNS = 8
-"""Neighbouring rows from which on lanes run over rows."""
+"""Neighbouring rows from which on threads lie across rows."""
 
-MAX_COLUMN_CHUNKS = 32
-"""The same where the lanes run over rows (columns.cuh)."""
+GROUP_LANES = 8
+"""Neighbouring lanes of the tree that a thread sums."""
 
-ROW_ELEMENTS = ("bfloat16", "float16", "float32", "float64")
-REDUCTION_SOURCES = (
-    "mean_rows.cu",
-    "mean_columns.cu",
-    "softmax_rows.cu",
-    "softmax_split_rows.cu",
-    "softmax_columns.cu",
+ANY = "any"
+"""In place of a dtype: read as whatever it is, an element at a time."""
+
+ELEMENTS = ("bfloat16", "float16", "float32", "float64")
+
+OPERATIONS = {
+    "sum": "Mean",  # by 1
+    "mean": "Mean",
+    "var": "Variance",
+    "std": "Variance",
+    "softmax": "Softmax",
+    "log_softmax": "LogSoftmax",
+    "logsumexp": "LogSumExp",
+    "softmax_backward": "SoftmaxBackward",
+    "log_softmax_backward": "LogSoftmaxBackward",
+    "rms_norm": "RmsNorm",
+    "layer_norm": "LayerNorm",
+    "rms_norm_backward": "RmsNormBackward",
+    "layer_norm_backward": "LayerNormBackward",
+    "rms_norm_weight_backward": "RmsNormWeightBackward",
+    "layer_norm_weight_backward": "LayerNormWeightBackward",
+}
+"""The operations, and the structs in rows.cu and columns.cu that compute them."""
+
+COLUMN_OPERATIONS = frozenset(
+    {
+        *("sum", "mean", "var", "std", "softmax", "log_softmax", "logsumexp"),
+        *("rms_norm_weight_backward", "layer_norm_weight_backward"),
+    }
 )
+"""Those that columns.cu has."""
+
+SUMS = frozenset(("sum", "mean"))
+TERMS = {"sum": 0, "mean": 0, "rms_norm_weight_backward": 1, "layer_norm_weight_backward": 2}
+"""The operations that are a sum along a column, and of what (column_chunks.cu)."""
+
+EXPONENTIALS = frozenset(("softmax", "log_softmax", "logsumexp"))
+"""Their kernels differ by the result's dtype."""
+
+SPLIT = SUMS | {"softmax", "log_softmax"}
+"""Operations that may be spread over the GPU chunk by chunk."""
+
+# --------------------------------------------------------------------------------------------------------------- rows
+
+LANES, CTA, CLUSTER = "LANES", "CTA", "CLUSTER"
+
+CTA_WARPS = 4
+"""Of a CTA, where a row is a warp's or part of one's."""
+OCTETS, MANY_OCTETS = 4, (64, 512)
+"""Of a thread, where rows are longer than the first and not longer than the second: what a row costs beside its
+elements is then shared by four of them."""
+BATCHES = (8, 4, 2, 1)
+"""How many rows such a team begins to read at a time."""
+BATCH_BYTES = 4096
+"""That a warp reads at a time, if it has several rows."""
+MAX_WARPS = 16
+"""Of a CTA."""
+STREAMING_WARPS = 8
+"""Of a CTA, where rows are not kept, which takes more registers."""
+MAX_CTAS = 8
+"""Of a cluster, on every GPU that has clusters."""
+PREFERRED_WARPS, PREFERRED_BYTES = 8, 48 * 1024
+"""Of a CTA, at most: of larger ones a multiprocessor holds too few for one to read while another computes."""
+ROUNDS = 8
+"""Chunks of a warp, at most, where there is a choice."""
 
 
-def reduction_kernel(source: str, x_dtype: str, accumulate: str) -> Kernel:
-    """The kernel for x of that dtype: its own where it accumulates as its dtype does, else one for all dtypes."""
-    own = x_dtype in ROW_ELEMENTS and ACCUMULATE[x_dtype] == accumulate
+class RowSchedule(NamedTuple):
+    """How threads share rows (team.cuh)."""
+
+    team: str
+    lanes: int
+    """Of a warp: 32 unless the team is smaller."""
+    warps: int
+    """Of a CTA."""
+    ctas: int
+    """Of a team."""
+    batch: int = 1
+    """Rows of a team, where it is a warp or less."""
+    keeps: bool = True
+    """Whether a row is read once."""
+    octets: int = 1
+    """Of 8 elements, that a thread has of every 256 (row.cuh)."""
+
+    @property
+    def rows(self) -> int:
+        """Of a CTA, or of a cluster."""
+        return self.warps * 32 // self.lanes * self.batch if self.team == LANES else 1
+
+    def rounds(self, n: int) -> int:
+        """Chunks of a warp."""
+        return 1 if self.team == LANES else max(1, -(-chunks_of(n) // (self.warps * self.ctas)))
+
+
+class Kept(NamedTuple):
+    """Bytes of shared memory that a row takes."""
+
+    element: dict[str, int]
+    """For each element, by the kind of team."""
+    accumulate: int
+    """Of a partial sum."""
+
+    def of_warp(self, schedule: RowSchedule, n: int) -> int:
+        """For the elements of a warp that belong to one row of each team, in steps of SUM_LANES of them."""
+        element = self.element[schedule.team]
+        if schedule.team == LANES:
+            return -(-n // SUM_LANES) * SUM_LANES * schedule.octets * element
+        return schedule.rounds(n) * SUM_CHUNK * element if schedule.keeps else 0
+
+    def bytes(self, schedule: RowSchedule, n: int) -> int:
+        """Of a CTA. Behind the elements, where there are several warps: an array of the warps' maxima, two of chunks'
+        sums, one of those sums' sums, one of counts.
+        """
+        exchanged, chunks = 0, chunks_of(n)
+        if schedule.team != LANES:
+            places = max(schedule.warps * schedule.ctas, min(chunks, SUM_CHUNK))
+            exchanged = places * (3 * self.accumulate + 4) + chunks_of(chunks) * self.accumulate
+        return schedule.warps * schedule.batch * self.of_warp(schedule, n) + exchanged
+
+
+def chunks_of(n: int) -> int:
+    """Chunks of a row of n elements."""
+    return -(-n // SUM_CHUNK)
+
+
+def kept(operation: str, element: str, accumulate: str) -> Kept:
+    """What an operation keeps of rows; those that are read as ANY are kept in the accumulate dtype."""
+    stored = ITEMSIZE[accumulate if element == ANY else element]
+    if operation.endswith("backward"):
+        stored *= 2
+    results = ITEMSIZE[accumulate] if operation == "softmax" else stored
+    of_team = {LANES: results, CTA: results, CLUSTER: stored}
+    if operation in SUMS:
+        of_team |= {CTA: 0, CLUSTER: 0}
+    return Kept(of_team, ITEMSIZE[accumulate])
+
+
+def row_schedules(n: int, of: Kept, device: GPU) -> list[RowSchedule]:
+    """The schedules for rows of n elements that fit and keep them; of long rows, the fewest CTAs first."""
+    if n <= SUM_CHUNK:
+        lanes = min(32, 1 << max(0, -(-n // GROUP_LANES) - 1).bit_length())
+        shorts = [RowSchedule(LANES, lanes, CTA_WARPS, 1, batch) for batch in BATCHES]
+        if MANY_OCTETS[0] < n <= MANY_OCTETS[1]:
+            shorts = [one._replace(lanes=32 // OCTETS, octets=OCTETS) for one in shorts] + shorts
+        return [one for one in shorts if one.batch == 1 or one.batch * of.of_warp(one, n) <= BATCH_BYTES]
+    chunks = chunks_of(n)
+    found: dict[RowSchedule, None] = {}
+    for ctas in _cluster_sizes(device):
+        for rounds in (1, 2, 4, ROUNDS) if of.element[CTA] else (1, 2, 4, ROUNDS, -(-chunks // (ctas * MAX_WARPS))):
+            warps = -(-chunks // (ctas * rounds))
+            schedule = RowSchedule(CTA if ctas == 1 else CLUSTER, 32, warps, ctas)
+            fits = of.bytes(schedule, n) <= device.shared_bytes and chunks <= SUM_CHUNK
+            if ctas <= chunks and warps <= MAX_WARPS and fits:
+                found[schedule] = None
+    return list(found)
+
+
+def streaming_schedule(device: GPU) -> RowSchedule:
+    """The schedule that reads a row anew whenever it is used."""
+    ctas = _cluster_sizes(device)[-1]
+    return RowSchedule(CTA if ctas == 1 else CLUSTER, 32, STREAMING_WARPS, ctas, keeps=False)
+
+
+def _cluster_sizes(device: GPU) -> tuple[int, ...]:
+    return (1, 2, 4, MAX_CTAS) if device.compute_capability >= FIRST_WITH_CLUSTERS else (1,)
+
+
+def choose_row_schedule(rows: int, n: int, of: Kept, device: GPU) -> RowSchedule | None:
+    """A schedule that keeps rows; None if none fits.
+
+    Where rows fill the GPU, warps have several chunks each if those take little memory, since a CTA of few warps that
+    live long reads better. Of schedules alike, the one of the fewest CTAs that are small enough.
+    """
+    found = row_schedules(n, of, device)
+    if not found:
+        return None
+    if n <= SUM_CHUNK:
+        return next((one for one in found if rows >= 2 * device.multiprocessors * one.rows), found[-1])
+    chunks = chunks_of(n)
+    element = of.element[CLUSTER]
+    wanted = 4 if element == 0 else 2 if element <= 2 else 1
+    while wanted > 1 and (chunks < 2 * wanted or rows * chunks < 16 * device.multiprocessors * wanted):
+        wanted //= 2
+    closest = min(abs(one.rounds(n) - wanted) for one in found)
+    alike = [one for one in found if abs(one.rounds(n) - wanted) == closest]
+    for one in alike:
+        is_small = one.warps <= PREFERRED_WARPS and of.bytes(one, n) <= PREFERRED_BYTES
+        if is_small and rows * one.ctas >= device.multiprocessors:
+            return one
+    return alike[-1]
+
+
+def splits_rows(rows: int, n: int, device: GPU, fits: bool) -> bool:
+    """Whether rows are spread over the GPU chunk by chunk: no schedule fits, or too few CTAs would work."""
+    if not fits:
+        return True
+    if device.compute_capability >= FIRST_WITH_CLUSTERS:
+        return chunks_of(n) > MAX_CTAS * MAX_WARPS and rows * MAX_CTAS * 2 < device.multiprocessors
+    return chunks_of(n) >= 32 and rows < device.multiprocessors
+
+
+# ------------------------------------------------------------------------------------------------------------ columns
+
+
+class ColumnSchedule(NamedTuple):
+    """How threads share columns (columns.cuh)."""
+
+    width: int
+    """Columns of a thread: those of a 16-byte vector, or 1."""
+    groups: int
+    """Threads that share a column in a CTA."""
+    ctas: int
+    """That share a tile."""
+
+    @property
+    def threads(self) -> int:
+        return column_threads(self.width)
+
+    @property
+    def bits(self) -> int:
+        return self.groups.bit_length() - 1
+
+    @property
+    def tile(self) -> int:
+        """Columns."""
+        return self.threads // self.groups * self.width
+
+    def bytes(self, n: int, accumulate: str) -> int:
+        """Of shared memory: partial sums, the chunks' sums, maxima and counts of each CTA."""
+        elements = self.groups * (self.tile + 1) + (max(1, chunks_of(n)) + 2 * self.ctas) * self.tile
+        return elements * ITEMSIZE[accumulate]
+
+
+def column_threads(width: int) -> int:
+    """Of a CTA: 32 columns side by side or more, for every group of lanes."""
+    return 256 if width > 1 else 1024
+
+
+def vector_width(element: str) -> int:
+    """Columns of a 16-byte vector."""
+    return 1 if element == ANY else 16 // ITEMSIZE[element]
+
+
+def column_schedules(n: int, width: int, device: GPU) -> list[ColumnSchedule]:
+    """The schedules for columns of n elements, of which a thread takes `width`, the fewest CTAs first."""
+    lanes = min(max(n, 1), SUM_LANES)
+    groups = 1 << max(0, -(-lanes // GROUP_LANES) - 1).bit_length()
+    most = MAX_CTAS if device.compute_capability >= FIRST_WITH_CLUSTERS else 1
+    return [ColumnSchedule(width, groups, ctas) for ctas in (1, 2, 4, 8) if ctas <= min(most, max(1, chunks_of(n)))]
+
+
+def choose_column_schedule(columns: int, n: int, width: int, device: GPU) -> ColumnSchedule:
+    """The fewest CTAs of which there are two for every multiprocessor."""
+    found = column_schedules(n, width, device)
+    for one in found:
+        if -(-columns // one.tile) * one.ctas >= 2 * device.multiprocessors:
+            return one
+    return found[-1]
+
+
+def splits_columns(columns: int, n: int, width: int, device: GPU, first: bool) -> bool:
+    """Whether a sum along a strided axis is spread over CTAs, a chunk each; `first`: not yet, at the first level."""
+    chunks = chunks_of(n)
+    if chunks > MAX_COLUMN_CHUNKS:
+        return True
+    most = column_schedules(n, width, device)[-1]
+    return first and chunks > most.ctas and -(-columns // most.tile) * most.ctas < device.multiprocessors
+
+
+# ------------------------------------------------------------------------------------------------------------ kernels
+
+
+def element_of(x_dtype: str, accumulate: str, rounds: bool) -> str:
+    """As what x is read: its dtype, if that accumulates so and is not rounded first; else ANY."""
+    return x_dtype if x_dtype in ELEMENTS and ACCUMULATE[x_dtype] == accumulate and not rounds else ANY
+
+
+def _c_type(element: str) -> str:
+    return "any_dtype" if element == ANY else C_TYPE[element]
+
+
+def chunk_kernel(source: str, element: str, accumulate: str) -> Kernel:
+    """A kernel of row_chunks.cu or softmax_split_rows.cu."""
+    return Kernel(source, (("ELEMENT", _c_type(element)), ("ACCUMULATE", C_TYPE[accumulate])))
+
+
+def row_kernel(operation: str, element: str, out_dtype: str, team: str, keeps: bool = True, octets: int = 1) -> Kernel:
+    """The kernel of rows.cu."""
     return Kernel(
-        source,
+        "rows.cu",
         (
-            ("ELEMENT", C_TYPE[x_dtype] if own else "any_dtype"),
-            ("ACCUMULATE", C_TYPE[accumulate]),
-            ("SHORT_ROW", SHORT_ROW),
+            ("OPERATION", OPERATIONS[operation]),
+            ("ELEMENT", _c_type(element)),
+            ("RESULT", C_TYPE[out_dtype] if operation in EXPONENTIALS else "any_dtype"),
+            ("ACCUMULATE", C_TYPE[ACCUMULATE[out_dtype]]),
+            ("TEAM", team),
+            ("KEPT", str(keeps).lower()),
+            ("OCTETS", octets),
+            ("THREADS", (CTA_WARPS if team == LANES else MAX_WARPS if keeps else STREAMING_WARPS) * 32),
         ),
     )
 
 
-def row_warps(n: int) -> int:
-    """Warps for a row of n elements: one up to a chunk, else as many as share its chunks evenly, at most 16."""
-    chunks = max(1, -(-n // SUM_CHUNK))
-    rounds = -(-chunks // 16)
-    return 1 if chunks == 1 else max(2, -(-chunks // rounds))
+def column_kernel(operation: str, element: str, accumulate: str, width: int, in_cluster: bool) -> Kernel:
+    """The kernel of columns.cu."""
+    return Kernel(
+        "columns.cu",
+        (
+            ("OPERATION", OPERATIONS[operation]),
+            ("IN_CLUSTER", str(in_cluster).lower()),
+            *_column_macros(element, accumulate, width),
+        ),
+    )
 
 
-def splits_rows(rows: int, n: int, multiprocessors: int) -> bool:
-    """Whether rows are spread over CTAs: there are too few of them for the GPU, and each is long."""
-    return n > MAX_ROW_CHUNKS * SUM_CHUNK or (n >= 32 * SUM_CHUNK and rows < multiprocessors)
+def column_chunk_kernel(operation: str, element: str, accumulate: str, width: int) -> Kernel:
+    """The kernel of column_chunks.cu."""
+    return Kernel("column_chunks.cu", (("TERMS", TERMS[operation]), *_column_macros(element, accumulate, width)))
 
 
-def column_warps(n: int) -> int:
-    """Warps for rows side by side: a group of the tree's lanes each, at most 16."""
-    return min(16, max(1, -(-min(n, SUM_LANES) // 8)))
+def _column_macros(element: str, accumulate: str, width: int) -> tuple[tuple[str, str | int], ...]:
+    return (
+        ("ELEMENT", _c_type(element)),
+        ("ACCUMULATE", C_TYPE[accumulate]),
+        ("WIDTH", width),
+        ("THREADS", column_threads(width)),
+    )
 
 
-def splits_columns(rows: int, n: int, multiprocessors: int, first: bool) -> bool:
-    """Whether a mean along a strided axis is spread over CTAs, a chunk each; `first`: not yet, at the first level."""
-    return n > MAX_COLUMN_CHUNKS * SUM_CHUNK or (first and n > SUM_CHUNK and -(-rows // 32) < 2 * multiprocessors)
+def reduction_kernels(compute_capability: int) -> Iterator[Kernel]:
+    """Every kernel of the reductions that can be launched on a GPU of this compute capability (90 for 9.0)."""
+    has_clusters = compute_capability >= 10 * FIRST_WITH_CLUSTERS[0]
+    found: dict[Kernel, None] = {}
+    for element, accumulate in (*ACCUMULATE.items(), (ANY, "float32"), (ANY, "float64")):
+        for source in ("row_chunks.cu", "softmax_split_rows.cu"):
+            found[chunk_kernel(source, element, accumulate)] = None
+        for width in {1, vector_width(element)}:
+            for operation in TERMS:
+                found[column_chunk_kernel(operation, element, accumulate, width)] = None
+            for operation in filter(COLUMN_OPERATIONS.__contains__, OPERATIONS):
+                for in_cluster in (False, True) if has_clusters else (False,):
+                    found[column_kernel(operation, element, accumulate, width, in_cluster)] = None
+        for operation in OPERATIONS:
+            for out_dtype in ELEMENTS:
+                if ACCUMULATE[out_dtype] == accumulate and element in (ANY, out_dtype, *_widened_to(out_dtype)):
+                    for team in (LANES, CTA, CLUSTER) if has_clusters else (LANES, CTA):
+                        found[row_kernel(operation, element, out_dtype, team)] = None
+                    found[row_kernel(operation, element, out_dtype, LANES, octets=OCTETS)] = None
+                    if operation not in SPLIT:
+                        team = CLUSTER if has_clusters else CTA
+                        found[row_kernel(operation, element, out_dtype, team, keeps=False)] = None
+    yield from found
 
 
-def reduction_kernels() -> Iterator[Kernel]:
-    """Every kernel of the reductions that can be launched."""
-    for source in REDUCTION_SOURCES:
-        yield from {
-            reduction_kernel(source, x_dtype, accumulate): None
-            for x_dtype in (*ROW_ELEMENTS, "int64")
-            for accumulate in ("float32", "float64")
-        }
+def _widened_to(out_dtype: str) -> tuple[str, ...]:
+    return ("bfloat16", "float16") if out_dtype == "float32" else ()

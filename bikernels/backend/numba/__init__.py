@@ -31,7 +31,7 @@ class NumbaBackend:
 
     name = "numba"
     device_type = "cuda"
-    reductions = frozenset({"mean", "softmax", "log_softmax"})
+    reductions = frozenset({"mean", "sum", "softmax", "log_softmax"})
 
     def unavailable(self) -> str | None:
         if importlib.util.find_spec("numba_cuda") is None:

@@ -1,4 +1,4 @@
-"""Reductions of rows: mean, softmax and log_softmax.
+"""Reductions of rows: mean, sum, softmax and log_softmax.
 
 The contract's sum tree fits a warp: of a chunk's 256 lanes every thread has 8. Neighbours are added between threads by
 shuffles and within a thread in registers. A thread block is 16 warps and works in one of three modes, which decide
@@ -652,9 +652,12 @@ def prepare(spec: ReductionSpec, gpu: Device) -> ReductionLaunch:
     """Choose a schedule and build the launches."""
     kept, x, out = spec.kept, spec.x, spec.out
     outer = as_dimensions(x.shape[:kept], x.strides[:kept], out.strides[:kept])
-    out_row = out.strides[kept:] if spec.operation != "mean" else (0,) * len(x.shape[kept:])
+    is_sum = spec.operation in ("mean", "sum")
+    whole_stage = "mean" if is_sum else spec.operation  # a sum is a mean that divides by 1
+    out_row = (0,) * len(x.shape[kept:]) if is_sum else out.strides[kept:]
     layout = _Rows(*outer, *as_dimensions(x.shape[kept:], x.strides[kept:], out_row))
     rows, n = math.prod(layout.kept_shape), math.prod(layout.row_shape)
+    divisor = 1 if spec.operation == "sum" else n
     near, far = abs(layout.x_kept[-1]), abs(layout.x_row[-1])
     by_columns = layout.kept_shape[-1] > 1 and layout.row_shape[-1] > 1 and 0 < near < far
     fill = BLOCKS * multiprocessors(gpu)
@@ -668,21 +671,20 @@ def prepare(spec: ReductionSpec, gpu: Device) -> ReductionLaunch:
 
     if plan.parts == 1:
         with on(gpu):
-            whole = step(spec.operation)
+            whole = step(whole_stage)
 
         def launch(out: View, x: View) -> None:
             with on(gpu):
-                whole.launch(out.stream, out.pointer, x.pointer, 0, 0, 0, rows, n, n, *whole.layout)
+                whole.launch(out.stream, out.pointer, x.pointer, 0, 0, 0, rows, n, divisor, *whole.layout)
 
         return launch
 
     accumulate = ACCUMULATE[out.dtype]
     itemsize = ITEMSIZE[accumulate]
-    is_mean = spec.operation == "mean"
     counts = [-(-n // SUM_CHUNK)]
     with on(gpu):
-        maximum = None if is_mean else step("maximum")
-        first = step("sums" if is_mean else "exp_sums")
+        maximum = None if is_sum else step("maximum")
+        first = step("sums" if is_sum else "exp_sums")
         levels = []
         while counts[-1] > SUM_CHUNK:  # the chunk sums become the elements of the next level
             level = schedule(rows, counts[-1], False, fill)
@@ -690,7 +692,7 @@ def prepare(spec: ReductionSpec, gpu: Device) -> ReductionLaunch:
             levels.append(step("sums", level, sums_layout, accumulate, accumulate))
             counts.append(-(-counts[-1] // SUM_CHUNK))
         count = counts[-1]
-        if is_mean:
+        if is_sum:
             shape = layout.kept_shape
             strides = tuple(math.prod(shape[i + 1 :]) * count for i in range(len(shape)))
             sums_layout = _Rows(shape, strides, layout.out_kept, (count,), (1,), (0,))
@@ -708,8 +710,8 @@ def prepare(spec: ReductionSpec, gpu: Device) -> ReductionLaunch:
             for level, length in zip(levels, counts, strict=False):
                 below, sums = sums, sums + itemsize * rows * length
                 level.launch(stream, 0, below, keys, ties, sums, rows, length, 0, *level.layout)
-            if is_mean:
-                last.launch(stream, out.pointer, sums, keys, ties, 0, rows, count, n, *last.layout)
+            if is_sum:
+                last.launch(stream, out.pointer, sums, keys, ties, 0, rows, count, divisor, *last.layout)
             else:
                 last.launch(stream, out.pointer, x.pointer, keys, ties, sums, rows, n, count, *last.layout)
 

@@ -69,10 +69,45 @@ __device__ __forceinline__ unsigned cluster_rank() {
     return rank;
 }
 
-// All threads of all CTAs of the cluster: each arrives, and has waited before it arrives again. Neither asks the threads of
-// a warp to stay together.
+__device__ __forceinline__ unsigned cluster_size() {
+    unsigned size;
+    asm volatile("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
+    return size;
+}
+
+// A barrier of all threads of all CTAs of the cluster, in two halves: each thread arrives, and has waited before it
+// arrives again. Neither asks the threads of a warp to stay together.
 __device__ __forceinline__ void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+__device__ __forceinline__ void sync_cluster() {
+    arrive_at_cluster();
+    wait_for_cluster();
+}
+
+// Write to what lies at that address of shared memory in CTA `rank` of the cluster.
+__device__ __forceinline__ void store_in_cluster(unsigned shared, unsigned rank, unsigned value) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "st.shared::cluster.u32 [there], %2;\n"
+        "}" ::"r"(shared),
+        "r"(rank), "r"(value)
+        : "memory");
+}
+__device__ __forceinline__ void store_in_cluster(unsigned shared, unsigned rank, float value) {
+    store_in_cluster(shared, rank, __float_as_uint(value));
+}
+__device__ __forceinline__ void store_in_cluster(unsigned shared, unsigned rank, double value) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "st.shared::cluster.f64 [there], %2;\n"
+        "}" ::"r"(shared),
+        "r"(rank), "d"(value)
+        : "memory");
+}
 
 // ----------------------------------------------------------------------------------------------------------------- TMA
 

@@ -15,20 +15,6 @@ struct Copied {
     long long batch[2];  // along the batch's dimensions
 };
 
-// Elements `skipped` to `skipped` + 7 of two vectors.
-__device__ __forceinline__ uint4 joined(const uint4& low, const uint4& high, unsigned skipped) {
-    const bool two = skipped & 4, one = skipped & 2;
-    const unsigned all[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    unsigned some[6], word[5];
-#pragma unroll
-    for (int i = 0; i < 6; i++) some[i] = two ? all[i + 2] : all[i];
-#pragma unroll
-    for (int i = 0; i < 5; i++) word[i] = one ? some[i + 1] : some[i];
-    const unsigned bits = skipped % 2 * 16;
-    return make_uint4(__funnelshift_r(word[0], word[1], bits), __funnelshift_r(word[1], word[2], bits),
-                      __funnelshift_r(word[2], word[3], bits), __funnelshift_r(word[3], word[4], bits));
-}
-
 // The first `left` elements of a vector, and zeros.
 __device__ __forceinline__ uint4 first_of(const uint4& vector, int left) {
     auto kept = [&](unsigned word, int element) {
@@ -90,7 +76,7 @@ struct Batch {
             const int pass = batch * SIZE + i;
             unsigned offset = line(pass) * Operand::WIDTH * 2 + threadIdx.x % 32 % VECTORS * 16;
             if constexpr (CHUNKS > 0) offset ^= (offset >> 7) % CHUNKS << 4;
-            const uint4 vector = first_of(joined(low[i], high[i], skipped[i]), left[i]);
+            const uint4 vector = first_of(shift_words(low[i], high[i], skipped[i] * sizeof(ELEMENT)), left[i]);
             asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(stage + slab(pass) * Operand::SLAB_BYTES + offset),
                          "r"(vector.x), "r"(vector.y), "r"(vector.z), "r"(vector.w)
                          : "memory");

@@ -14,10 +14,34 @@ struct float16 {
 // An element whose dtype is known at run time only (a DTYPE_ code).
 struct any_dtype {};
 
+// The code of a dtype; -1 for any_dtype.
+template <class X>
+struct dtype_code {
+    static constexpr int value = -1;
+};
+template <>
+struct dtype_code<bfloat16> {
+    static constexpr int value = DTYPE_BFLOAT16;
+};
+template <>
+struct dtype_code<float16> {
+    static constexpr int value = DTYPE_FLOAT16;
+};
+template <>
+struct dtype_code<float> {
+    static constexpr int value = DTYPE_FLOAT32;
+};
+template <>
+struct dtype_code<double> {
+    static constexpr int value = DTYPE_FLOAT64;
+};
+
 // ---------------------------------------------------------------------------------------------------------- arithmetic
 
 __device__ __forceinline__ float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ __forceinline__ double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
+__device__ __forceinline__ float root(float x) { return __fsqrt_rn(x); }
+__device__ __forceinline__ double root(double x) { return __dsqrt_rn(x); }
 
 // ------------------------------------------------------------------------------------------------------------ widening
 
@@ -112,18 +136,24 @@ __device__ __forceinline__ float round_through(float x, int dtype) {
 
 __device__ __forceinline__ double round_through(double x, int) { return x; }  // only float64 accumulates in float64
 
-// out[index] = x, rounded once, every NaN the canonical one.
+// *out = x, rounded once, every NaN the canonical one.
+__device__ __forceinline__ void store(bfloat16* out, float x) { *out = to_bfloat16(x); }
+__device__ __forceinline__ void store(float16* out, float x) { *out = to_float16(x); }
+__device__ __forceinline__ void store(float* out, float x) { *out = __uint_as_float(to_float32_bits(x)); }
+__device__ __forceinline__ void store(double* out, double x) { *out = __longlong_as_double(to_float64_bits(x)); }
+
+// out[index] = x, for a dtype that is known at run time only.
 __device__ __forceinline__ void store(void* out, long long index, int dtype, float x) {
     switch (dtype) {
-        case DTYPE_BFLOAT16: static_cast<bfloat16*>(out)[index] = to_bfloat16(x); break;
-        case DTYPE_FLOAT16: static_cast<float16*>(out)[index] = to_float16(x); break;
-        case DTYPE_FLOAT32: static_cast<unsigned*>(out)[index] = to_float32_bits(x); break;
-        default: static_cast<unsigned long long*>(out)[index] = to_float64_bits(x);
+        case DTYPE_BFLOAT16: store(static_cast<bfloat16*>(out) + index, x); break;
+        case DTYPE_FLOAT16: store(static_cast<float16*>(out) + index, x); break;
+        case DTYPE_FLOAT32: store(static_cast<float*>(out) + index, x); break;
+        default: store(static_cast<double*>(out) + index, static_cast<double>(x));
     }
 }
 
 __device__ __forceinline__ void store(void* out, long long index, int, double x) {
-    static_cast<unsigned long long*>(out)[index] = to_float64_bits(x);
+    store(static_cast<double*>(out) + index, x);
 }
 
 // --------------------------------------------------------------------------------------------------- vectors of 16
@@ -164,6 +194,14 @@ __device__ __forceinline__ void unpack(uint4 raw, double*, double* v) {
     v[1] = __hiloint2double(raw.w, raw.z);
 }
 
+// The bits of as many values as a vector has.
+__device__ __forceinline__ uint4 as_vector(const float* v) {
+    return make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3]));
+}
+__device__ __forceinline__ uint4 as_vector(const double* v) {
+    return make_uint4(__double2loint(v[0]), __double2hiint(v[0]), __double2loint(v[1]), __double2hiint(v[1]));
+}
+
 // Eight values from aligned contiguous memory.
 template <class X, class A>
 __device__ __forceinline__ void load_8(const X* x, A (&v)[8]) {
@@ -173,35 +211,140 @@ __device__ __forceinline__ void load_8(const X* x, A (&v)[8]) {
         unpack(reinterpret_cast<const uint4*>(x)[i], static_cast<X*>(nullptr), v + i * VECTOR);
 }
 
-__device__ __forceinline__ unsigned pair(unsigned short low, unsigned short high) { return low | (unsigned)high << 16; }
+// The words of 16 bytes from any multiple of 2 bytes on, of two vectors that hold them: `bytes` behind the first one's
+// start.
+__device__ __forceinline__ uint4 shift_words(uint4 a, uint4 b, unsigned bytes) {
+    unsigned w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+    for (int i = 0; i < 6; i++) w[i] = bytes & 8 ? w[i + 2] : w[i];
+#pragma unroll
+    for (int i = 0; i < 5; i++) w[i] = bytes & 4 ? w[i + 1] : w[i];
+    const unsigned bits = (bytes & 2) * 8;
+    return make_uint4(__funnelshift_r(w[0], w[1], bits), __funnelshift_r(w[1], w[2], bits),
+                      __funnelshift_r(w[2], w[3], bits), __funnelshift_r(w[3], w[4], bits));
+}
 
-// Eight values to aligned contiguous memory; `out` is the first one's address.
-__device__ __forceinline__ void store_8(void* out, int dtype, const float (&v)[8]) {
-    uint4* vector = static_cast<uint4*>(out);
+// Eight values from contiguous memory that is not aligned. Whole vectors are read, each of which holds at least one of
+// the values, so that they lie where those do.
+template <class X, class A>
+__device__ __forceinline__ void load_8_anywhere(const X* x, A (&v)[8]) {
+    constexpr int VECTORS = sizeof(X) / 2, LENGTH = 16 / sizeof(X);
+    const unsigned bytes = static_cast<unsigned>(reinterpret_cast<unsigned long long>(x) & 15);
+    const uint4* from = reinterpret_cast<const uint4*>(reinterpret_cast<unsigned long long>(x) - bytes);
+    uint4 raw[VECTORS + 1];
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++) raw[i] = from[i];
+    raw[VECTORS] = bytes > 0 ? from[VECTORS] : raw[0];
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++)
+        unpack(shift_words(raw[i], raw[i + 1], bytes), static_cast<X*>(nullptr), v + i * LENGTH);
+}
+
+// The same from index on, for a floating-point dtype that is known at run time only.
+template <class X, class W, class A>
+__device__ __forceinline__ void load_8_as(const void* x, long long index, A (&v)[8]) {
+    W wide[8];
+    load_8(static_cast<const X*>(x) + index, wide);
+#pragma unroll
+    for (int j = 0; j < 8; j++) v[j] = static_cast<A>(wide[j]);
+}
+template <class A>
+__device__ __forceinline__ void load_8(const void* x, long long index, int dtype, A (&v)[8]) {
     switch (dtype) {
-        case DTYPE_BFLOAT16:
-            *vector = make_uint4(pair(to_bfloat16(v[0]).bits, to_bfloat16(v[1]).bits),
-                                 pair(to_bfloat16(v[2]).bits, to_bfloat16(v[3]).bits),
-                                 pair(to_bfloat16(v[4]).bits, to_bfloat16(v[5]).bits),
-                                 pair(to_bfloat16(v[6]).bits, to_bfloat16(v[7]).bits));
-            break;
-        case DTYPE_FLOAT16:
-            *vector = make_uint4(
-                pair(to_float16(v[0]).bits, to_float16(v[1]).bits), pair(to_float16(v[2]).bits, to_float16(v[3]).bits),
-                pair(to_float16(v[4]).bits, to_float16(v[5]).bits), pair(to_float16(v[6]).bits, to_float16(v[7]).bits));
-            break;
-        default:
-            vector[0] =
-                make_uint4(to_float32_bits(v[0]), to_float32_bits(v[1]), to_float32_bits(v[2]), to_float32_bits(v[3]));
-            vector[1] =
-                make_uint4(to_float32_bits(v[4]), to_float32_bits(v[5]), to_float32_bits(v[6]), to_float32_bits(v[7]));
+        case DTYPE_BFLOAT16: load_8_as<bfloat16, float>(x, index, v); break;
+        case DTYPE_FLOAT16: load_8_as<float16, float>(x, index, v); break;
+        case DTYPE_FLOAT32: load_8_as<float, float>(x, index, v); break;
+        default: load_8_as<double, double>(x, index, v);
     }
 }
 
-__device__ __forceinline__ void store_8(void* out, int, const double (&v)[8]) {
-    ulonglong2* vector = static_cast<ulonglong2*>(out);
+__device__ __forceinline__ unsigned pair(unsigned short low, unsigned short high) { return low | (unsigned)high << 16; }
+
+// Eight values as 16-byte vectors, rounded once, every NaN the canonical one.
+__device__ __forceinline__ void pack(const float (&v)[8], bfloat16*, uint4 (&raw)[1]) {
+    raw[0] = make_uint4(
+        pair(to_bfloat16(v[0]).bits, to_bfloat16(v[1]).bits), pair(to_bfloat16(v[2]).bits, to_bfloat16(v[3]).bits),
+        pair(to_bfloat16(v[4]).bits, to_bfloat16(v[5]).bits), pair(to_bfloat16(v[6]).bits, to_bfloat16(v[7]).bits));
+}
+
+__device__ __forceinline__ void pack(const float (&v)[8], float16*, uint4 (&raw)[1]) {
+    raw[0] = make_uint4(
+        pair(to_float16(v[0]).bits, to_float16(v[1]).bits), pair(to_float16(v[2]).bits, to_float16(v[3]).bits),
+        pair(to_float16(v[4]).bits, to_float16(v[5]).bits), pair(to_float16(v[6]).bits, to_float16(v[7]).bits));
+}
+
+__device__ __forceinline__ void pack(const float (&v)[8], float*, uint4 (&raw)[2]) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) vector[i] = make_ulonglong2(to_float64_bits(v[2 * i]), to_float64_bits(v[2 * i + 1]));
+    for (int i = 0; i < 2; i++)
+        raw[i] = make_uint4(to_float32_bits(v[4 * i]), to_float32_bits(v[4 * i + 1]), to_float32_bits(v[4 * i + 2]),
+                            to_float32_bits(v[4 * i + 3]));
+}
+
+__device__ __forceinline__ void pack(const double (&v)[8], double*, uint4 (&raw)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const unsigned long long low = to_float64_bits(v[2 * i]), high = to_float64_bits(v[2 * i + 1]);
+        raw[i] = make_uint4(static_cast<unsigned>(low), static_cast<unsigned>(low >> 32), static_cast<unsigned>(high),
+                            static_cast<unsigned>(high >> 32));
+    }
+}
+
+// Eight values to aligned contiguous memory; `out` is the first one's address.
+template <class X, class A>
+__device__ __forceinline__ void store_8(void* out, const A (&v)[8]) {
+    uint4 raw[sizeof(X) / 2];
+    pack(v, static_cast<X*>(nullptr), raw);
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(X) / 2); i++) static_cast<uint4*>(out)[i] = raw[i];
+}
+
+// Eight values to contiguous memory that is not aligned, by words as far as possible.
+template <class X, class A>
+__device__ __forceinline__ void store_8_anywhere(void* out, const A (&v)[8]) {
+    uint4 raw[sizeof(X) / 2];
+    pack(v, static_cast<X*>(nullptr), raw);
+    if constexpr (sizeof(X) == 2) {
+        if (reinterpret_cast<unsigned long long>(out) % 4 != 0) {
+            unsigned short* const half = static_cast<unsigned short*>(out);
+            half[0] = static_cast<unsigned short>(raw[0].x);
+            unsigned* const words = reinterpret_cast<unsigned*>(half + 1);
+            words[0] = __funnelshift_r(raw[0].x, raw[0].y, 16);
+            words[1] = __funnelshift_r(raw[0].y, raw[0].z, 16);
+            words[2] = __funnelshift_r(raw[0].z, raw[0].w, 16);
+            half[7] = static_cast<unsigned short>(raw[0].w >> 16);
+            return;
+        }
+    }
+    unsigned* const words = static_cast<unsigned*>(out);
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(X) / 2); i++) {
+        words[4 * i] = raw[i].x;
+        words[4 * i + 1] = raw[i].y;
+        words[4 * i + 2] = raw[i].z;
+        words[4 * i + 3] = raw[i].w;
+    }
+}
+
+__device__ __forceinline__ void store_8(void* out, int dtype, const float (&v)[8]) {
+    switch (dtype) {
+        case DTYPE_BFLOAT16: store_8<bfloat16>(out, v); break;
+        case DTYPE_FLOAT16: store_8<float16>(out, v); break;
+        default: store_8<float>(out, v);
+    }
+}
+
+__device__ __forceinline__ void store_8(void* out, int, const double (&v)[8]) { store_8<double>(out, v); }
+
+__device__ __forceinline__ void store_8_anywhere(void* out, int dtype, const float (&v)[8]) {
+    switch (dtype) {
+        case DTYPE_BFLOAT16: store_8_anywhere<bfloat16>(out, v); break;
+        case DTYPE_FLOAT16: store_8_anywhere<float16>(out, v); break;
+        default: store_8_anywhere<float>(out, v);
+    }
+}
+
+__device__ __forceinline__ void store_8_anywhere(void* out, int, const double (&v)[8]) {
+    store_8_anywhere<double>(out, v);
 }
 
 // --------------------------------------------------------------------------------------------------------- exp and log

@@ -23,7 +23,7 @@ __device__ __forceinline__ void for_each_chunk(const Reduction& p, Work work) {
 extern "C" __global__ void __launch_bounds__(128, 1)
     chunk_maxima(const __grid_constant__ Reduction p, A* maxima, const void* x) {
     for_each_chunk(p, [&](long long index, long long row, long long chunk) {
-        const Reader reader(p, x, p.row_offset(row));
+        const Reader reader(p, x, p.row_offset<OF_X>(row));
         const long long end = min(p.n, (chunk + 1) * SUM_CHUNK);
         A maximum = lowest<A>();
 #pragma unroll 2
@@ -57,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(128, 1)
     chunk_exponentials(const __grid_constant__ Reduction p, A* sums, unsigned* counts, const A* maximum,
                        const void* x) {
     for_each_chunk(p, [&](long long index, long long row, long long chunk) {
-        const Reader reader(p, x, p.row_offset(row));
+        const Reader reader(p, x, p.row_offset<OF_X>(row));
         const A m = maximum[row];
         unsigned count = 0;
         const A sum = sum_chunk<A, 2>(chunk * SUM_CHUNK, p.n, [&](long long i, A(&v)[THREAD_LANES]) {
@@ -99,10 +99,8 @@ extern "C" __global__ void __launch_bounds__(512, 1)
 extern "C" __global__ void __launch_bounds__(128, 1)
     write_chunks(const __grid_constant__ Reduction p, void* out, const A* maximum, const A* normaliser, const void* x) {
     for_each_chunk(p, [&](long long index, long long row, long long chunk) {
-        long long start[2];
-        p.row_offsets(row, start);
-        const Reader reader(p, x, start[0]);
-        const RowWriter<A> writer(p, out, start[1]);
+        const Reader reader(p, x, p.row_offset<OF_X>(row));
+        const RowWriter<any_dtype, A> writer(p, out, p.row_offset<OF_OUT>(row));
         const A m = maximum[row], divisor = normaliser[row];
         const long long end = min(p.n, (chunk + 1) * SUM_CHUNK);
 #pragma unroll 2

@@ -386,7 +386,6 @@ __device__ __forceinline__ void multiply(unsigned shared, const Wgmma& p, void* 
         consume<WRITTEN>(shared, p, out, c, alpha, beta);
     }
     if constexpr (CLUSTER > 1) {
-        arrive_at_cluster();  // no CTA leaves while another may still write to its shared memory
-        wait_for_cluster();
+        sync_cluster();  // no CTA leaves while another may still write to its shared memory
     }
 }

@@ -1,0 +1,38 @@
+// Sums of chunks along a strided axis, elements of the tree's next level: sums[chunk][column].
+//
+// TERMS: of what, a number below. ELEMENT: the dtype of x; ACCUMULATE: float or double. WIDTH: columns of a thread.
+// THREADS: of a CTA, at most.
+#include "columns.cuh"
+
+using A = ACCUMULATE;
+constexpr int ELEMENTS = 0, RMS_NORM_WEIGHT = 1, LAYER_NORM_WEIGHT = 2;
+
+extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS > 0 ? 512 / THREADS : 1)
+    sum_column_chunks(const __grid_constant__ Reduction p, int bits, A* sums, const void* x, const void* grad,
+                      const void* mean, const void* rstd) {
+    extern __shared__ __align__(16) unsigned char shared[];
+    Columns<ELEMENT, A, WIDTH, false> tile(p, bits, shared);
+    const long long blocks = (p.rows + tile.tile - 1) / tile.tile * p.chunks.number;
+    for (long long block = blockIdx.x; block < blocks; block += gridDim.x) {
+        long long chunk = block;
+        const long long first = p.chunks.divide(chunk) * tile.tile;
+        tile.move(first, x);
+        tile.narrow(chunk);
+        A sum[WIDTH];
+        if constexpr (TERMS == ELEMENTS) {
+            tile.sum_elements(0, sum);
+        } else {
+            WeightTerms<ELEMENT, A, WIDTH, TERMS == LAYER_NORM_WEIGHT> terms(p, tile.column, grad, mean, rstd);
+            const int before = static_cast<int>(chunk * SUM_CHUNK);
+            tile.sum_terms<8>(0, sum, [&](int i, A(&lane)[WIDTH]) {
+                A v[WIDTH];
+                tile.read(i, v);
+                terms.add(before + i, v, lane);
+            });
+        }
+        tile.fold_groups(sum, tile.chunk_sums, [](A a, A b) { return a + b; });
+        for (int at = threadIdx.x; at < tile.tile && first + at < p.rows; at += blockDim.x)
+            sums[chunk * p.rows + first + at] = tile.chunk_sums[at];
+        __syncthreads();
+    }
+}

@@ -1,0 +1,195 @@
+"""Every schedule of every CUDA C++ reduction kernel gives the bytes of the reference. Needs a GPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from bikernels import reference
+from bikernels.contract import ACCUMULATE, ITEMSIZE
+from bikernels.dtypes import NUMPY_DTYPE
+from bikernels.specs import REDUCTIONS, Layout, ReductionSpec
+from bikernels.views import Device, View
+
+from .cases import assert_same_bits, draw
+
+pytest.importorskip("cupy", reason='CuPy is not installed; pip install "bikernels[cuda13]"')
+
+from bikernels.backend.cupy import launch, reductions, schedules
+
+DTYPES = (("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "float32"), ("float64", "float64"))
+CASTS = (("bfloat16", "float32"), ("float16", "float32"), ("float32", "bfloat16"), ("bfloat16", "float64"))
+ROWS = ((1, 1), (9, 7), (70, 24), (300, 100), (3, 257), (6, 2048), (4, 2049), (3, 9001), (2, 33000), (2, 152000))
+"""Rows and their length. Of odd ones, rows begin anywhere in a vector."""
+COLUMNS = ((13, 1), (24, 40), (2056, 8), (64, 300), (72, 2100), (33, 5000), (8, 9001), (16, 66000))
+"""Columns and their length. Some are whole vectors side by side and some are not."""
+CORRECTION, EPS = 1.0, 1e-3
+
+
+class Case(NamedTuple):
+    """Rows (the last axis) or columns (the first) of arrays, and what the reference makes of them."""
+
+    operands: dict[str, np.ndarray]
+    """By their names in the spec, of two dimensions; of length 1 where they are broadcast."""
+    expected: dict[str, np.ndarray]
+    """The results, by their names in the spec."""
+    in_columns: bool
+
+
+@functools.cache
+def cases(operation: str, dtype: str, out_dtype: str) -> list[Case]:
+    rng, made = np.random.default_rng(9), []
+    for in_columns, shapes in ((False, ROWS), (True, COLUMNS)):
+        for count, n in shapes:
+            x = draw(rng, (count, n), dtype, "wide")
+            x[count // 2] = draw(rng, (n,), dtype, "special")
+            x[0, n // 3] = -np.inf if operation in schedules.EXPONENTIALS else 0
+            if n > 20:
+                x[-1, ::7] = 1000  # the maximum, many times
+            made.append(case(rng, operation, x, out_dtype, in_columns))
+    return made
+
+
+def case(rng: np.random.Generator, operation: str, x: np.ndarray, out_dtype: str, in_columns: bool) -> Case:
+    (count, n), dtype = x.shape, str(x.dtype)
+    compute = functools.partial(getattr(reference, operation), dtype=out_dtype)
+    grad, weight, bias = (draw(rng, shape, dtype) for shape in (x.shape, (1, n), (1, n)))
+    statistics_dtype = NUMPY_DTYPE[ACCUMULATE[out_dtype]]
+    if operation in ("var", "std"):
+        return Case({"x": x}, {"out": compute(x, 1, correction=CORRECTION)}, in_columns)
+    if operation in ("rms_norm", "layer_norm"):
+        names = ("out", "rstd") if operation == "rms_norm" else ("out", "mean", "rstd")
+        operands = {"weight": weight} if operation == "rms_norm" else {"weight": weight, "bias": bias}
+        compute = functools.partial(getattr(reference, f"{operation}_with_statistics"), dtype=out_dtype)
+        results = compute(x, *(operand[0] for operand in operands.values()), kept=1, eps=EPS)
+        return Case({"x": x} | operands, dict(zip(names, results, strict=True)), in_columns)
+    if operation in ("softmax_backward", "log_softmax_backward"):
+        return Case({"x": x, "grad": grad}, {"out": compute(grad, x, 1)}, in_columns)
+    is_of_weight = operation.endswith("weight_backward")
+    if operation.endswith("norm_backward") or is_of_weight:
+        shape = (1, n) if is_of_weight else (count, 1)
+        names = ("rstd",) if operation.startswith("rms") else ("mean", "rstd")
+        of_rows = {name: abs(rng.standard_normal(shape)).astype(statistics_dtype) for name in names}
+        if is_of_weight:  # the reference has the batch first
+            statistics = (of_rows[name].T for name in names)
+            expected = compute(grad.T, x.T, *statistics, kept=1)
+            return Case({"x": x, "grad": grad} | of_rows, {"out": expected}, in_columns)
+        expected = compute(grad, x, *of_rows.values(), weight[0], kept=1)
+        return Case({"x": x, "grad": grad, "weight": weight} | of_rows, {"out": expected}, in_columns)
+    return Case({"x": x}, {"out": compute(x, 1)}, in_columns)
+
+
+def spec_of(operation: str, shape: tuple[int, ...], arrays: dict[str, Any]) -> ReductionSpec:
+    def layout(array: Any) -> Layout:
+        steps = [step // array.itemsize for step in array.strides]
+        if array.ndim == 1:
+            return Layout(str(array.dtype), shape[:1], tuple(steps))
+        strides = (step if length > 1 else 0 for step, length in zip(steps, array.shape, strict=True))
+        return Layout(str(array.dtype), shape, tuple(strides))
+
+    layouts = {name: layout(array) for name, array in arrays.items()}
+    for name in ("mean", "rstd"):  # a result has one dimension, and is broadcast along rows
+        if name in layouts and len(layouts[name].shape) == 1:
+            layouts[name] = Layout(layouts[name].dtype, shape, (*layouts[name].strides, 0))
+    return ReductionSpec(operation, 1, correction=CORRECTION, eps=EPS, **layouts)
+
+
+def view(array: Any) -> View:
+    strides = tuple(step // array.itemsize for step in array.strides)
+    return View(array.data.ptr, str(array.dtype), array.shape, strides, Device("cuda", array.device.id), owner=array)
+
+
+def forced(case: Case, operation: str, element: str, accumulate: str, gpu: launch.GPU) -> Iterator[tuple[str, Any]]:
+    """Patches that force each schedule that the case can have, with a name."""
+    count, n = case.operands["x"].shape
+    if case.in_columns and operation in schedules.COLUMN_OPERATIONS:
+        vector = schedules.vector_width(element)
+        for width in {1, vector if count % vector == 0 else 1}:
+            if n <= schedules.MAX_COLUMN_CHUNKS * schedules.SUM_CHUNK:
+                for column_schedule in schedules.column_schedules(n, width, gpu):
+                    yield str(column_schedule), {"choose_column_schedule": column_schedule, "splits_columns": False}
+        if operation in schedules.TERMS and n > schedules.SUM_CHUNK:
+            yield "chunks", {"splits_columns": lambda columns, length, *rest: length == n}
+    else:
+        for schedule in schedules.row_schedules(n, schedules.kept(operation, element, accumulate), gpu):
+            yield str(schedule), {"choose_row_schedule": schedule, "splits_rows": False}
+        if operation not in schedules.SPLIT:
+            yield "streaming", {"choose_row_schedule": None}
+        elif n > schedules.SUM_CHUNK:
+            yield "chunks", {"splits_rows": lambda rows, length, *rest: length == n}
+
+
+def run(backend: Any, operation: str, dtype: str, out_dtype: str) -> int:
+    """Compute all cases with all schedules and compare bytes; how many there were."""
+    ran, index = 0, backend.xp.cuda.runtime.getDevice()
+    accumulate = ACCUMULATE[out_dtype]
+    rounds = ITEMSIZE[out_dtype] == 2 and dtype != out_dtype and not operation.endswith("backward")
+    element = schedules.element_of(dtype, accumulate, rounds)
+    for case in cases(operation, dtype, out_dtype):
+
+        def put(x: np.ndarray, is_transposed: bool = case.in_columns) -> Any:
+            return backend.put(x.T).T if is_transposed and x.ndim > 1 else backend.put(x)
+
+        operands = {name: put(operand) for name, operand in case.operands.items()}
+        for name, patches in forced(case, operation, element, accumulate, launch.gpu(index)):
+            results = {key: put(np.full_like(expected, 7)) for key, expected in case.expected.items()}
+            arrays = operands | results
+            spec = spec_of(operation, case.operands["x"].shape, arrays)
+            order = ("out", "x", *(side for side in reductions.SIDES if side in arrays))
+            answers = {function: _answering(value) for function, value in patches.items()}
+            with mock.patch.multiple(schedules, **answers):
+                reductions.prepare(spec, Device("cuda", index))(*(view(arrays[key]) for key in order))
+            for key, expected in case.expected.items():
+                message = f"{key} of {case.operands['x'].shape}, columns {case.in_columns}, {name}"
+                assert_same_bits(backend.get(results[key]), expected, message)
+            ran += 1
+    return ran
+
+
+def _answering(value: Any) -> Callable[..., Any]:
+    return value if callable(value) else lambda *arguments: value
+
+
+@pytest.mark.parametrize("operation", REDUCTIONS)
+@pytest.mark.parametrize(("dtype", "out_dtype"), DTYPES + CASTS)
+def test_bytes(backend: Any, operation: str, dtype: str, out_dtype: str) -> None:
+    if backend.name != "cupy":
+        pytest.skip("the schedules are those of the backend 'cupy'")
+    assert run(backend, operation, dtype, out_dtype) >= 20
+
+
+# ------------------------------------------------------------------------------------------------------- without a GPU
+
+H100 = launch.GPU("H100", (9, 0), 132, 232_448, 3.35e6)
+A100 = launch.GPU("A100", (8, 0), 108, 166_912, 2.04e6)
+
+
+@pytest.mark.parametrize("gpu", [H100, A100], ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("operation", REDUCTIONS)
+@pytest.mark.parametrize("element", [*schedules.ELEMENTS, schedules.ANY])
+def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> None:
+    accumulate = ACCUMULATE.get(element, "float64")
+    of = schedules.kept(operation, element, accumulate)
+    for rows in (1, 8, 64, 1000, 65536):
+        for n in (0, 1, 2, 8, 9, 100, 256, 257, 2048, 2049, 4096, 32000, 50257, 151936, 262144, 600_000, 10_000_000):
+            chosen = schedules.choose_row_schedule(rows, n, of, gpu)
+            if chosen is None:
+                assert n * of.element[schedules.CTA] > 100_000 or n > 4_000_000
+                chosen = schedules.streaming_schedule(gpu)
+            assert of.bytes(chosen, n) <= gpu.shared_bytes
+            assert chosen.ctas == 1 or (gpu is H100 and chosen.team == schedules.CLUSTER)
+            if chosen.team == schedules.LANES:
+                assert chosen.lanes * chosen.octets * 8 >= min(n, 256)
+            else:
+                assert chosen.warps * chosen.ctas * chosen.rounds(n) * schedules.SUM_CHUNK >= n
+            for width in {1, schedules.vector_width(element)}:
+                one = schedules.choose_column_schedule(rows, n, width, gpu)
+                assert one.groups * 8 >= min(n, schedules.SUM_LANES)
+                assert one.threads % one.groups == 0
+                if schedules.chunks_of(n) <= schedules.MAX_COLUMN_CHUNKS:
+                    assert one.bytes(n, accumulate) <= 48 * 1024
