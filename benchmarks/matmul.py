@@ -193,7 +193,7 @@ def record(case: Case, timed: Timed, row: str, gpu: str) -> Record:
     if not bounds.known(gpu):
         return Record(case, None, None, timed.us, row, timed.failed)
     steps = bounds.chain_us(case.dtype, case.k)
-    floor = max(steps, bounds.floor_us(case.dtype, 2.0 * case.products, case.moved))
+    floor = max(steps, bounds.floor_us(gpu, case.dtype, 2.0 * case.products, case.moved))
     measured = None
     if steps and case.k >= bounds.CHAIN_RATIO * case.n:
         from chain import measured_us

@@ -3,8 +3,8 @@
     python benchmarks/operations.py [--device cuda|cpu] [--backend NAME] [--quick] [--json FILE]
 
 On a GPU both are captured in CUDA graphs over rotating operands, which are replayed in turn (see timing.py). A time is
-the median of the samples, the floor what an H200 allows (see bounds.py; on other devices there is none), and the last
-column the speed relative to the standard.
+the median of the samples, the floor what an H200 or H100 allows (see bounds.py; on other devices there is none), and
+the last column the speed relative to the standard.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def main() -> int:
             standard, invariant = (spread(timed[name]).median for name in MODES)
             floor = None
             if bounds.known(str(machine["device"])):
-                floor = bounds.floor_us(workload.dtype, workload.flops, workload.bytes)
+                floor = bounds.floor_us(str(machine["device"]), workload.dtype, workload.flops, workload.bytes)
             results.append(Measurement(workload.name, workload.dtype, standard, invariant, floor))
             bound = "" if floor is None else f"{floor:.1f}"
             print(

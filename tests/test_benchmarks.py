@@ -49,7 +49,7 @@ def record(module: Any) -> Any:
         us: dict[str, float], m: int = 8, n: int = 4096, k: int = 4096, group: str = "small", check: str = "ok"
     ) -> Any:
         case = cases.Case(group, "bf16", "nk", m, n, k)
-        floor = bounds.floor_us(case.dtype, 2.0 * case.products, case.moved)
+        floor = bounds.floor_us("NVIDIA H200", case.dtype, 2.0 * case.products, case.moved)
         timed = {name: samples(value) for name, value in us.items()}
         chain = bounds.chain_us(case.dtype, k) if k >= bounds.CHAIN_RATIO * n else None
         return cases.Record(case, floor, chain, timed, check, {})
@@ -129,11 +129,12 @@ def test_rotation(module: Any) -> None:
 
 def test_bounds(module: Any) -> None:
     bounds = module("bounds")
-    assert bounds.floor_us("bf16", 790e12, 1) == pytest.approx(1e6)
-    assert bounds.floor_us("bf16", 1, 4.3e12) == pytest.approx(1e6)
+    h200, h100 = "NVIDIA H200", "NVIDIA H100 80GB HBM3"
+    assert bounds.floor_us(h200, "bf16", 790e12, 1) == bounds.floor_us(h100, "bf16", 790e12, 1) == pytest.approx(1e6)
+    assert bounds.floor_us(h200, "bf16", 1, 4.3e12) == bounds.floor_us(h100, "bf16", 1, 3.35e12) == pytest.approx(1e6)
     assert bounds.chain_us("bf16", 4096) == bounds.chain_us("fp16", 4081) == pytest.approx(3.103, abs=1e-3)
     assert bounds.chain_us("fp32", 4096) == 0
-    assert bounds.known("NVIDIA H200")
+    assert bounds.known(h200) and bounds.known(h100)
     assert not bounds.known("NVIDIA A100-SXM4-80GB")
 
 
