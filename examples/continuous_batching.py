@@ -149,12 +149,13 @@ class Engine:
         self.tokens_per_step = tokens_per_step
         self.random = random.Random(seed)
         config = model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         # Zeros, since a masked key's weight of 0 is multiplied with its value, and 0 times what memory held before
         # might be 0 times a NaN.
         self.keys, self.values = (
             [
-                torch.zeros(slots, config.num_key_value_heads, max_length, size, dtype=model.dtype, device=self.device)
+                torch.zeros(slots, heads, max_length, size, dtype=model.dtype, device=self.device)
                 for _ in range(config.num_hidden_layers)
             ]
             for _ in range(2)

@@ -176,6 +176,16 @@ def test_errors_name_the_argument(batching: Any, model: Any) -> None:
             e.run([batching.Request(prompt, new)])
 
 
+def test_sliding_windows_are_refused(batching: Any) -> None:
+    import transformers
+
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 8}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.MistralConfig(**sizes, **heads))
+    with pytest.raises(ValueError, match=r"sliding_window=8.*choose a model without"):
+        engine(batching, model).run([batching.Request([1], 1)])
+
+
 def test_the_example_runs(example: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The program as it is called, with a model that was saved to a folder."""
     size = example.Size(0, 0, 0, 0, torch.float32, 64, 2, VOCABULARY)
