@@ -184,6 +184,10 @@ class Engine:
         Returns:
             (log-probabilities of these tokens, of the whole vocabulary at their positions), float32.
         """
+        if not 0 < first < len(tokens):
+            raise ValueError(f"first is {first} of {len(tokens)} tokens; pass 1 or more, and less than their number")
+        if not self.free:
+            raise RuntimeError("every slot is taken; score when a request has left")
         request = Request(tokens[:-1], 1)
         self._check(request)
         self._join(request, reuse=False)
@@ -233,7 +237,6 @@ class Engine:
                     chunk = min(budget, missing[request])
                 plan.append((request, chunk))
                 budget -= chunk
-
         plan.sort(key=lambda item: item[1] != 1)  # those that take one token make one group of the attention
 
         last, kept, complete = -1, [], []

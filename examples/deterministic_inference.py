@@ -18,18 +18,18 @@ operator made the difference.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
 from continuous_batching import Engine, Request, common_prefix
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 import bikernels
@@ -99,26 +99,6 @@ def traffic(
     return same, requests
 
 
-@contextlib.contextmanager
-def progress_bar(total: int, name: str) -> Iterator[Callable[[int], object]]:
-    """A function that is told of new tokens; tqdm's bar where that is installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        done = 0
-
-        def advance(tokens: int) -> None:
-            nonlocal done
-            done += tokens
-            print(f"\r{name}: {done} of {total} tokens", end="", file=sys.stderr, flush=True)
-
-        yield advance
-        print(file=sys.stderr)
-    else:
-        with tqdm(total=total, desc=name, unit="token", leave=False) as bar:
-            yield bar.update
-
-
 # ---- One run, and what it gave ---------------------------------------------------------------------------------------
 
 
@@ -161,9 +141,9 @@ def how_many(completions: Sequence[tuple[Hashable, ...]]) -> str:
 def run(model: PreTrainedModel, same: list[Request], requests: list[Request], engine: Engine, name: str) -> Run:
     """Serve the requests, then score the first completion."""
     total = sum(request.new_tokens for request in requests)
-    with progress_bar(total, name) as advance:
+    with tqdm(total=total, desc=name, unit="token", leave=False) as bar:
         start = time.perf_counter()
-        engine.run(requests, advance)
+        engine.run(requests, progress=bar.update)
         if model.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start

@@ -171,6 +171,8 @@ def test_errors_name_the_argument(batching: Any, model: Any) -> None:
     with pytest.raises(ValueError, match="tokens_per_step is 3 with slots=6; pass at least 6"):
         engine(batching, model, tokens_per_step=3)
     e = engine(batching, model)
+    with pytest.raises(ValueError, match="first is 0 of 3 tokens"):
+        e.score([1, 2, 3], 0)
     for prompt, new in (([], 1), ([1], 0), ([1] * 60, 5)):
         with pytest.raises(ValueError, match="at most max_length=64"):
             e.run([batching.Request(prompt, new)])
