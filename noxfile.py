@@ -1,4 +1,7 @@
-"""Sessions: demo, tests, tests_gpu, sanitize, lint, bench. With `nox --no-venv -s NAME` in the current environment."""
+"""Sessions: demo, inference, tests, tests_gpu, sanitize, lint, bench.
+
+With `nox --no-venv -s NAME` in the current environment.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +44,13 @@ def demo(session: nox.Session) -> None:
     """Show that results change with the batch size in standard PyTorch and do not in the mode (CPU or GPU)."""
     install(session, *group("torch"), extras=("cuda13",) if has_gpu() else ())
     session.run("python", "examples/demo.py", *session.posargs)
+
+
+@nox.session
+def inference(session: nox.Session) -> None:
+    """One prompt many times under continuous batching: how many answers there are, without the mode and in it."""
+    install(session, *group("examples"), extras=("cuda13",) if has_gpu() else ())
+    session.run("python", "examples/deterministic_inference.py", *session.posargs)
 
 
 @nox.session
