@@ -57,7 +57,7 @@ def inference(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Everything that needs no GPU: the CPU backend, the adapter, and every GPU kernel compiled."""
     install(session, *group("test"), extras=("cuda13",))
-    session.run("pytest", *(session.posargs or ["-m", "not gpu"]))
+    session.run("pytest", *(session.posargs or ["-n", "auto", "-m", "not gpu"]))
 
 
 @nox.session
