@@ -36,10 +36,16 @@ class Experiment(NamedTuple):
     compute: Callable[[int, int], torch.Tensor]
 
 
+def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether PyTorch has fast products of this dtype; those of a CPU without are left out, at about 1 GFLOP/s."""
+    if device.type == "cuda" or dtype is torch.float32:
+        return True
+    return dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def operations(device: torch.device) -> Iterator[Experiment]:
     """Row 0 of each operator's result, over batch sizes."""
-    # PyTorch's float16 product on a CPU runs at about 1 GFLOP/s, so it is left to GPUs.
-    product_dtypes = [torch.bfloat16, torch.float32] + ([torch.float16] if device.type == "cuda" else [])
+    product_dtypes = [dtype for dtype in (torch.bfloat16, torch.float32, torch.float16) if multiplies(dtype, device)]
     batches = [(size, 0) for size in BATCH_SIZES]
     for dtype in product_dtypes:
         a = torch.linspace(-100, 100, ROWS * COLUMNS, device=device).reshape(ROWS, COLUMNS).to(dtype)
@@ -109,7 +115,7 @@ def models(device: torch.device) -> Iterator[Experiment]:
     others = torch.randint(1000, (64, 5))
     batches = [(size, at) for size in (1, 2, 3, 5, 8, 16, 33, 64) for at in sorted({0, size // 2, size - 1})]
 
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in filter(lambda dtype: multiplies(dtype, device), (torch.bfloat16, torch.float32)):
         on_device = Transformer().to(device, dtype).eval()
         on_device.load_state_dict(model.state_dict())
 
