@@ -2,8 +2,8 @@
 // the PTX manual has their semantics.
 #pragma once
 #include "async_copy.cuh"
-#include "overlap.cuh"
 #include "numerics.cuh"
+#include "overlap.cuh"
 
 // A CUtensorMap: what cuTensorMapEncodeTiled fills in.
 struct alignas(64) TensorMap {

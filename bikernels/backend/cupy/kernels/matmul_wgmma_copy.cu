@@ -1,6 +1,6 @@
 // Matrix products with wgmma (wgmma.cuh) of operands that the TMA does not take: lines of contiguous elements at any
-// address and any distance. (It takes no coordinates within 16 bytes, so maps that begin early do not help.) Two warps for
-// each operand copy them, 16 bytes at a time.
+// address and any distance. (It takes no coordinates within 16 bytes, so maps that begin early do not help.) Two warps
+// for each operand copy them, 16 bytes at a time.
 //
 // Where a line begins within a vector of global memory, 16 bytes of it are made of two vectors there, so that every load
 // is aligned. Loads run a batch ahead of the stores that need them.
@@ -26,7 +26,7 @@ __device__ __forceinline__ uint4 first_of(const uint4& vector, int left) {
 // A batch of an operand's vectors on their way. A pass is one vector for each of the operand's threads.
 template <class Operand>
 struct Batch {
-    static constexpr int VECTOR = 8;                        // elements
+    static constexpr int VECTOR = 8;                         // elements
     static constexpr int VECTORS = Operand::WIDTH / VECTOR;  // of a line
     static constexpr int LINES = 32 / VECTORS;               // of a warp's pass
     static constexpr int PASSES = Operand::SLABS * Operand::LINES / (WARPS * LINES);
@@ -77,8 +77,9 @@ struct Batch {
             unsigned offset = line(pass) * Operand::WIDTH * 2 + threadIdx.x % 32 % VECTORS * 16;
             if constexpr (CHUNKS > 0) offset ^= (offset >> 7) % CHUNKS << 4;
             const uint4 vector = first_of(shift_words(low[i], high[i], skipped[i] * sizeof(ELEMENT)), left[i]);
-            asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(stage + slab(pass) * Operand::SLAB_BYTES + offset),
-                         "r"(vector.x), "r"(vector.y), "r"(vector.z), "r"(vector.w)
+            const unsigned to = stage + slab(pass) * Operand::SLAB_BYTES + offset;
+            asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(vector.x), "r"(vector.y),
+                         "r"(vector.z), "r"(vector.w)
                          : "memory");
         }
     }

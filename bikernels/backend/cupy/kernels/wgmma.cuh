@@ -9,8 +9,8 @@
 // memory and are not written. CTAs of a cluster lie CLUSTER_M x CLUSTER_N. A tile that is walked along K in shared memory
 // lies in slabs of 64 elements of K (128 bytes) times its rows, else in slabs of up to 64 of its rows times TILE_K.
 //
-// CTAS: that a multiprocessor holds. ELEMENT: bfloat16 or float16. TILE_M, TILE_N, TILE_K: of a CTA. A_K_CONTIGUOUS, B_K_CONTIGUOUS: how the operands lie in
-// global memory.
+// ELEMENT: bfloat16 or float16. TILE_M, TILE_N, TILE_K: of a CTA. A_K_CONTIGUOUS, B_K_CONTIGUOUS: how the operands lie in
+// global memory. CTAS: that a multiprocessor holds.
 #pragma once
 #define WGMMA_N TILE_N
 #include "hopper.cuh"
