@@ -73,9 +73,22 @@ def reduction(name: str, *operands: str, results: tuple[str, ...] = ("out",)) ->
     return Operation(operands, functools.partial(_result, name, operands, results[1:]), results=results)
 
 
-def without_absent(x: Any, **others: Any) -> dict[str, Any]:
-    """The operands by name, without those that are None: for `reduction` and `reduce`."""
-    return {"x": x} | {name: operand for name, operand in others.items() if operand is not None}
+def reduce_rows(
+    name: str,
+    required: dict[str, Any],
+    axis: Any,
+    *,
+    optional: dict[str, Any] | None = None,
+    results: tuple[str, ...] = ("out",),
+    eps: float | None = 0.0,
+    dtype: Any,
+    out: Any,
+    backend: str | None,
+) -> Any:
+    """Compute a reduction of rows by its name, of operands by theirs, x first; an optional one may be None."""
+    operands = required | {name: operand for name, operand in (optional or {}).items() if operand is not None}
+    operation = reduction(name, *operands, results=results)
+    return reduce(operation, tuple(operands.values()), row_axes(axis), eps=eps, dtype=dtype, out=out, backend=backend)
 
 
 def as_index(axis: Any, allowed: str) -> int:

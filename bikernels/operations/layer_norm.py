@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ._common import real
-from ._reduction import reduce, reduction, row_axes, without_absent
+from ._reduction import reduce_rows
 
 
 def layer_norm(
@@ -114,9 +114,9 @@ def layer_norm_backward(
 
     The order of operations is section 6 of docs/contract.md.
     """
-    operands = without_absent(x, grad=grad, mean=mean, rstd=rstd, weight=weight)
-    operation = reduction("layer_norm_backward", *operands)
-    return reduce(operation, tuple(operands.values()), row_axes(axis), dtype=dtype, out=out, backend=backend)
+    required, optional = {"x": x, "grad": grad, "mean": mean, "rstd": rstd}, {"weight": weight}
+    name = "layer_norm_backward"
+    return reduce_rows(name, required, axis, optional=optional, dtype=dtype, out=out, backend=backend)
 
 
 def layer_norm_weight_backward(
@@ -140,8 +140,8 @@ def layer_norm_weight_backward(
     Returns:
         An array of the lengths of x along the axes, ascending.
     """
-    operation = reduction("layer_norm_weight_backward", "x", "grad", "mean", "rstd")
-    return reduce(operation, (x, grad, mean, rstd), row_axes(axis), dtype=dtype, out=out, backend=backend)
+    required = {"x": x, "grad": grad, "mean": mean, "rstd": rstd}
+    return reduce_rows("layer_norm_weight_backward", required, axis, dtype=dtype, out=out, backend=backend)
 
 
 def _forward(
@@ -155,7 +155,14 @@ def _forward(
     out: Any,
     backend: str | None,
 ) -> Any:
-    operands = without_absent(x, weight=weight, bias=bias)
-    operation = reduction("layer_norm", *operands, results=results)
-    axis, eps = row_axes(axis), real(eps, "eps")
-    return reduce(operation, tuple(operands.values()), axis, eps=eps, dtype=dtype, out=out, backend=backend)
+    return reduce_rows(
+        "layer_norm",
+        {"x": x},
+        axis,
+        optional={"weight": weight, "bias": bias},
+        results=results,
+        eps=real(eps, "eps"),
+        dtype=dtype,
+        out=out,
+        backend=backend,
+    )

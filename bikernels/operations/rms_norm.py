@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ._common import real
-from ._reduction import reduce, reduction, row_axes, without_absent
+from ._reduction import reduce_rows
 
 
 def rms_norm(
@@ -108,9 +108,8 @@ def rms_norm_backward(
 
     The order of operations is section 6 of docs/contract.md.
     """
-    operands = without_absent(x, grad=grad, rstd=rstd, weight=weight)
-    operation = reduction("rms_norm_backward", *operands)
-    return reduce(operation, tuple(operands.values()), row_axes(axis), dtype=dtype, out=out, backend=backend)
+    required, optional = {"x": x, "grad": grad, "rstd": rstd}, {"weight": weight}
+    return reduce_rows("rms_norm_backward", required, axis, optional=optional, dtype=dtype, out=out, backend=backend)
 
 
 def rms_norm_weight_backward(
@@ -132,8 +131,8 @@ def rms_norm_weight_backward(
     Returns:
         An array of the lengths of x along the axes, ascending.
     """
-    operation = reduction("rms_norm_weight_backward", "x", "grad", "rstd")
-    return reduce(operation, (x, grad, rstd), row_axes(axis), dtype=dtype, out=out, backend=backend)
+    required = {"x": x, "grad": grad, "rstd": rstd}
+    return reduce_rows("rms_norm_weight_backward", required, axis, dtype=dtype, out=out, backend=backend)
 
 
 def _forward(
@@ -146,7 +145,14 @@ def _forward(
     out: Any,
     backend: str | None,
 ) -> Any:
-    operands = without_absent(x, weight=weight)
-    operation = reduction("rms_norm", *operands, results=results)
-    axis, eps = row_axes(axis), None if eps is None else real(eps, "eps")
-    return reduce(operation, tuple(operands.values()), axis, eps=eps, dtype=dtype, out=out, backend=backend)
+    return reduce_rows(
+        "rms_norm",
+        {"x": x},
+        axis,
+        optional={"weight": weight},
+        results=results,
+        eps=None if eps is None else real(eps, "eps"),
+        dtype=dtype,
+        out=out,
+        backend=backend,
+    )
