@@ -1,4 +1,4 @@
-"""Sessions: demo, inference, tests, tests_gpu, sanitize, lint, bench.
+"""Sessions: demo, inference, tests, kernels, tests_gpu, sanitize, lint, bench.
 
 With `nox --no-venv -s NAME` in the current environment.
 """
@@ -55,9 +55,16 @@ def inference(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Everything that needs no GPU: the CPU backend, the adapter, and every GPU kernel compiled."""
+    """Everything that needs no GPU: the CPU backend, the adapter, and GPU kernels compiled."""
     install(session, *group("test"), extras=("cuda13",))
     session.run("pytest", *(session.posargs or ["-n", "auto", "-m", "not gpu"]))
+
+
+@nox.session
+def kernels(session: nox.Session) -> None:
+    """Every GPU kernel compiled, without a GPU; `tests` compiles a share of the reductions'."""
+    install(session, *group("test"), extras=("cuda13",))
+    session.run("pytest", "-n", "auto", "--every-kernel", "tests/test_cuda_kernels.py", *session.posargs)
 
 
 @nox.session

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import zlib
 
 import pytest
@@ -16,13 +17,14 @@ from bikernels.backend.cupy.compile import all_kernels
 ARCHITECTURES = ("sm_80", "sm_90a")
 NEWER = ("sm_100a", "sm_120")
 
-
 SHARE = 6
+"""One in so many kernels of each reduction, of hundreds that differ by little, unless --every-kernel asks for all."""
 
 
-def kernels(arch: str) -> dict[str, compiler.Kernel]:
-    """All of the products, but in float16, which differs from bfloat16 by the name of an instruction, one layout; of
-    the reductions, which are some hundreds and differ by little, one in six of every operation.
+@functools.cache
+def kernels(arch: str, share: int) -> dict[str, compiler.Kernel]:
+    """All of the products, but in float16, which differs from bfloat16 by the name of an instruction, one layout; a
+    share of each reduction's.
     """
     numbers: collections.Counter[str] = collections.Counter()
 
@@ -31,17 +33,21 @@ def kernels(arch: str) -> dict[str, compiler.Kernel]:
         if "OPERATION" in macros:
             operation = f"{kernel.source} {macros['OPERATION']}"
             numbers[operation] += 1
-            return (numbers[operation] + zlib.crc32(operation.encode())) % SHARE != 0
+            return (numbers[operation] + zlib.crc32(operation.encode())) % share != 0
         return macros.get("ELEMENT") == "float16" and 0 in (macros.get("A_K_CONTIGUOUS"), macros.get("B_K_CONTIGUOUS"))
 
     return {str(kernel): kernel for kernel in all_kernels(arch) if not is_left_out(kernel)}
 
 
-@pytest.mark.parametrize(
-    ("arch", "name"), [(arch, name) for arch in ARCHITECTURES for name in kernels(arch)], ids=lambda value: value
-)
-def test_no_spills(arch: str, name: str) -> None:
-    for function in compiler.resources(kernels(arch)[name], arch):
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "kernel" in metafunc.fixturenames:
+        share = 1 if metafunc.config.getoption("every_kernel") else SHARE
+        listed = [(arch, kernel) for arch in ARCHITECTURES for kernel in kernels(arch, share).values()]
+        metafunc.parametrize(("arch", "kernel"), listed, ids=str)
+
+
+def test_no_spills(arch: str, kernel: compiler.Kernel) -> None:
+    for function in compiler.resources(kernel, arch):
         assert function.spill_bytes == 0, function
         assert function.local_bytes == 0, function
         assert not function.serialized, function
