@@ -102,6 +102,8 @@ class Record(NamedTuple):
     """The chain of additions alone, where it may be what limits."""
     us: dict[str, list[float]]
     """Per implementation, samples in microseconds a call; those that failed are absent."""
+    beside: dict[str, list[float]]
+    """Per implementation that was timed in a process of its own, the samples of ours in turn with it."""
     check: str
     """"ok" if a row alone has the bytes that it has in the batch, "DIFFERENT" if not, else why it is not known."""
     failed: dict[str, str]

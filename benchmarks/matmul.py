@@ -87,13 +87,15 @@ def time_gpu(selection: Selection, peers: Mapping[str, Product], backend: str | 
             for case in listed:
                 products = {TORCH: torch_product, OURS: ours()} | (dict(peers) if is_plain_16_bit(case) else {})
                 timed = on_gpu(case, memory, products)
+                in_turn = {}
                 if case in beside:
                     timed = Timed(beside[case].us | timed.us, beside[case].failed | timed.failed)
+                    in_turn = {NO_SPLIT_K: beside[case].us[OURS]} if OURS in beside[case].us else {}
                 for name in timed.failed.keys() - reported:
                     print(f"{name}: {timed.failed[name]}", file=sys.stderr)
                     reported.add(name)
                 row = check(timed, functools.partial(memory.row_is_invariant, case, ours()))
-                results.cases.append(record(case, timed, row, torch.cuda.get_device_name()))
+                results.cases.append(record(case, timed, in_turn, row, torch.cuda.get_device_name()))
                 print_row(results.cases[-1], [TORCH, NO_SPLIT_K, *peers])
     results.machine["drift"] = drift(results.cases, beside)
 
@@ -174,7 +176,7 @@ def time_cpu(selection: Selection, results: Results) -> None:
         product = ours(case.arithmetic)
         timed = on_cpu(case, (a, b, out), {OURS: product} if case.arithmetic else {TORCH: torch_product, OURS: product})
         row = check(timed, functools.partial(row_is_invariant, a, b, out, product))
-        results.cases.append(record(case, timed, row, gpu=""))
+        results.cases.append(record(case, timed, {}, row, gpu=""))
         print_row(results.cases[-1], [TORCH])
 
 
@@ -188,10 +190,10 @@ def check(timed: Timed, invariant: Callable[[], bool]) -> str:
     return "ok" if invariant() else "DIFFERENT"
 
 
-def record(case: Case, timed: Timed, row: str, gpu: str) -> Record:
+def record(case: Case, timed: Timed, beside: dict[str, list[float]], row: str, gpu: str) -> Record:
     """A case with its bounds, where those of the device are known."""
     if not bounds.known(gpu):
-        return Record(case, None, None, timed.us, row, timed.failed)
+        return Record(case, None, None, timed.us, beside, row, timed.failed)
     steps = bounds.chain_us(case.dtype, case.k)
     floor = max(steps, bounds.floor_us(gpu, case.dtype, 2.0 * case.products, case.moved))
     measured = None
@@ -199,7 +201,7 @@ def record(case: Case, timed: Timed, row: str, gpu: str) -> Record:
         from chain import measured_us
 
         measured = measured_us(case.k)
-    return Record(case, floor, measured, timed.us, row, timed.failed)
+    return Record(case, floor, measured, timed.us, beside, row, timed.failed)
 
 
 HEADS = f"{'N x K':15}{'dtype':6}{'layout':7}{'M':>6}"

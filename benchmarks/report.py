@@ -3,9 +3,9 @@
     python benchmarks/report.py RESULTS.json [--section NAME ...] [--plot FILE.svg]
 
 Times are medians of the samples with their quartiles in brackets. "Best cuBLAS" is, per case, the faster of cuBLAS as
-PyTorch ships it and cuBLASLt without split-K. A case is "reached" if it meets its group's goal, "at chain" if M < 128,
-K / N ≥ 16 and it is within 1.5 µs of its chain of additions alone (`chain.py`), "in noise" if it would meet the goal at
-the favourable quartiles of both times; otherwise it is "missed".
+PyTorch ships it and cuBLASLt without split-K, each relative to ours as timed in turn with it. A case is "reached" if it
+meets its group's goal, "at chain" if M < 128, K / N ≥ 16 and it is within 1.5 µs of its chain of additions alone
+(`chain.py`), "in noise" if it would meet the goal at the favourable quartiles of both times; otherwise it is "missed".
 """
 
 from __future__ import annotations
@@ -70,21 +70,34 @@ class Verdict(enum.Enum):
 # -------------------------------------------------------------------------------------------------------------- figures
 
 
-def best(record: Record) -> Spread | None:
-    """The faster baseline."""
-    return min((spread(record.us[name]) for name in BASELINES if name in record.us), key=_median, default=None)
+class Pair(NamedTuple):
+    """A baseline, and ours as timed in turn with it; None if ours failed."""
+
+    baseline: Spread
+    ours: Spread | None
+
+    @property
+    def speed(self) -> float:
+        """Of ours relative to the baseline's, whose own stands in where ours failed."""
+        return self.baseline.median / (self.ours or self.baseline).median
 
 
-def _median(samples: Spread) -> float:
-    return samples.median
+def pair(record: Record) -> Pair | None:
+    """Ours beside the baseline that it is slowest against."""
+    pairs = []
+    for name in BASELINES:
+        if name in record.us:
+            ours = record.beside.get(name, record.us.get(OURS))
+            pairs.append(Pair(spread(record.us[name]), spread(ours) if ours else None))
+    return min(pairs, key=lambda each: (each.speed, each.baseline.median), default=None)
 
 
 def relative(record: Record, name: str = OURS) -> float | None:
     """Speed of an implementation relative to the best baseline."""
-    baseline = best(record)
-    if baseline is None or name not in record.us:
+    against = pair(record)
+    if against is None or name not in record.us:
         return None
-    return baseline.median / spread(record.us[name]).median
+    return against.speed if name == OURS else against.baseline.median / spread(record.us[name]).median
 
 
 def goal(record: Record, backend: str) -> Goal | None:
@@ -98,13 +111,13 @@ def verdict(record: Record, machine: Mapping[str, Any]) -> Verdict | None:
     """How the case stands to its goal; None if it has none or no baseline was timed."""
     if record.case.group == "tc16f25" and OURS in record.us:
         return Verdict.REACHED if products_per_core(record, machine) >= TENSOR_CORE_GOAL else Verdict.MISSED
-    target, speed, baseline = goal(record, machine["backend"]), relative(record), best(record)
-    if target is None or baseline is None:
+    target, against = goal(record, machine["backend"]), pair(record)
+    if target is None or against is None:
         return None
-    if speed is None:
+    baseline, ours = against
+    if ours is None:
         return Verdict.MISSED
-    ours = spread(record.us[OURS])
-    if speed >= target.each:
+    if against.speed >= target.each:
         return Verdict.REACHED
     by_chain = record.case.group == "small" and record.chain_us is not None
     if by_chain and ours.median <= (record.chain_us or 0.0) + CHAIN_MARGIN_US:
@@ -159,10 +172,11 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _time(samples: Sequence[float] | None) -> str:
-    if not samples:
-        return "-"
-    low, median, high = spread(samples)
-    return f"{median:.1f} [{low:.1f}..{high:.1f}]"
+    return _spread(spread(samples) if samples else None)
+
+
+def _spread(times: Spread | None) -> str:
+    return f"{times.median:.1f} [{times.low:.1f}..{times.high:.1f}]" if times else "-"
 
 
 def _number(value: float | None, digits: int = 2) -> str:
@@ -236,7 +250,7 @@ def peers(results: Results) -> str:
         speeds = [speed for record in records if (speed := relative(record, name)) is not None]
         return _number(statistics.geometric_mean(speeds) if speeds else None)
 
-    compared = [record for record in results.cases if best(record)]
+    compared = [record for record in results.cases if pair(record)]
     rows = ([group, *(mean(records, name) for name in names)] for group, records in grouped(compared))
     return table(["speed / best, geometric mean", *(title(results, name) for name in names)], rows)
 
@@ -254,11 +268,9 @@ def misses(results: Results) -> str:
             rate = 1e-6 * products_per_core(record, results.machine)
             lines.append(f"{text}{rate:.0f} million products a second and core in tc16f25")
         else:
-            baseline = best(record)
-            lines.append(
-                f"{text}{_number(relative(record))} ({_time(record.us.get(OURS))} µs beside "
-                f"{_number(baseline and baseline.median, 1)}; bound {_number(record.floor_us, 1)})"
-            )
+            against = pair(record)
+            times = f"{_spread(against and against.ours)} µs beside {_spread(against and against.baseline)}"
+            lines.append(f"{text}{_number(relative(record))} ({times}; bound {_number(record.floor_us, 1)})")
     for each in results.host:
         medians = {name: spread(samples).median for name, samples in each.us.items()}
         if OURS in each.failed:
@@ -440,8 +452,8 @@ def _draw(panel: Any, results: Results, records: Sequence[Record]) -> None:
             panel.plot(*zip(*sorted(points), strict=True), label=label, **how)
 
     def ceiling(record: Record) -> float | None:
-        baseline, bound = best(record), record.floor_us
-        return baseline.median / bound if baseline and bound else None
+        against, bound = pair(record), record.floor_us
+        return against.baseline.median / bound if against and bound else None
 
     drawn = records[0].case.layout  # the peers and the bound differ little between layouts
     line(drawn, ceiling, "hardware bound", color=GREY, linewidth=1, linestyle=":")

@@ -46,13 +46,20 @@ def record(module: Any) -> Any:
     cases, bounds = module("cases"), module("bounds")
 
     def make(
-        us: dict[str, float], m: int = 8, n: int = 4096, k: int = 4096, group: str = "small", check: str = "ok"
+        us: dict[str, float],
+        m: int = 8,
+        n: int = 4096,
+        k: int = 4096,
+        group: str = "small",
+        check: str = "ok",
+        beside: dict[str, float] | None = None,
     ) -> Any:
         case = cases.Case(group, "bf16", "nk", m, n, k)
         floor = bounds.floor_us("NVIDIA H200", case.dtype, 2.0 * case.products, case.moved)
         timed = {name: samples(value) for name, value in us.items()}
         chain = bounds.chain_us(case.dtype, k) if k >= bounds.CHAIN_RATIO * n else None
-        return cases.Record(case, floor, chain, timed, check, {})
+        in_turn = {name: samples(value) for name, value in (beside or {}).items()}
+        return cases.Record(case, floor, chain, timed, in_turn, check, {})
 
     return make
 
@@ -186,6 +193,14 @@ def test_verdicts(module: Any, record: Any, results: Any) -> None:
     assert report.verdict(narrow, results.machine) is report.Verdict.MISSED
     assert report.verdict(record({"torch": 5.0}), results.machine) is report.Verdict.MISSED
     assert report.verdict(record({"bikernels": 5.0}), results.machine) is None
+
+
+def test_a_baseline_of_another_process(module: Any, record: Any) -> None:
+    """It is compared with ours in that process, whatever the clocks were in this one."""
+    report, us = module("report"), {"torch": 12.0, "cublaslt": 11.0, "bikernels": 10.0}
+    assert report.relative(record(us, beside={"cublaslt": 8.8})) == pytest.approx(1.2)
+    assert report.relative(record(us, beside={"cublaslt": 11.0})) == pytest.approx(1.0)
+    assert report.relative(record(us | {"peer": 24.0}, beside={"cublaslt": 8.8}), "peer") == pytest.approx(0.5)
 
 
 def test_report(module: Any, results: Any) -> None:
