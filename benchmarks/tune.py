@@ -21,7 +21,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from cases import DTYPE, ROWS, Case, Selection, gpu_cases, shape
@@ -43,6 +43,10 @@ MOST = 14
 """Choices that are timed for a product, unless --most says otherwise."""
 FINALISTS = 3
 """Of these, all variants are timed."""
+PAIRED = 6
+"""Variants that are timed once more, each in turn with PyTorch's product alone: near the power limit a neighbour that
+draws less helps.
+"""
 LONG_US = 1000.0
 
 
@@ -89,8 +93,22 @@ def compile_ahead(problems: list[Problem], most: int) -> None:
         list(pool.map(cubin, kernels, [arch] * len(kernels), chunksize=4))
 
 
-def measure(case: Case, buffer: torch.Tensor, most: int) -> tuple[Problem, dict[Choice, float], float]:
-    """Median microseconds of each promising choice, then of all variants of the best, and of torch beside them."""
+class Measured(NamedTuple):
+    """What was timed of a product."""
+
+    problem: Problem
+    us: dict[Choice, float]
+    """Medians of each promising choice and of all variants of the best."""
+    beside: float
+    """The median of PyTorch's product."""
+    best: Choice
+    """The fastest in turn with PyTorch's product alone."""
+    speed: float
+    """Of the best, relative to PyTorch's product."""
+
+
+def measure(case: Case, buffer: torch.Tensor, most: int) -> Measured:
+    """Time a product's promising choices, then variants of the best of them, then the best of these one by one."""
     given = operands(case, buffer)
     problem = problem_of(*given[0])
     listed = promising(problem, most)
@@ -116,8 +134,11 @@ def measure(case: Case, buffer: torch.Tensor, most: int) -> tuple[Problem, dict[
 
     beside: list[float] = []
     first = timed(listed)
-    best = sorted(first, key=first.__getitem__)[:FINALISTS]
-    return problem, first | timed([variant for choice in best for variant in variants(problem, choice)]), beside[-1]
+    finalists = sorted(first, key=first.__getitem__)[:FINALISTS]
+    second = timed([variant for choice in finalists for variant in variants(problem, choice)])
+    us = first | second
+    alone = {choice: timed([choice])[choice] / beside[-1] for choice in sorted(second, key=second.__getitem__)[:PAIRED]}
+    return Measured(problem, us, statistics.median(beside), min(alone, key=alone.__getitem__), 1 / min(alone.values()))
 
 
 def main() -> None:
@@ -156,11 +177,10 @@ def main() -> None:
         for case in cases:
             if time.perf_counter() - start > arguments.seconds:
                 break
-            problem, times, beside = measure(case, buffer, arguments.most)
-            best = min(times, key=times.__getitem__)
+            problem, times, beside, best, speed = measure(case, buffer, arguments.most)
             table["products"][key(problem)] = best
             picked = min(times, key=lambda choice: (predicted_us(problem, choice, gpu(0)), times[choice]))
-            speeds[case.group].append((beside / times[best], beside / times[picked]))
+            speeds[case.group].append((speed, beside / times[picked]))
             record += [
                 {
                     "case": case,
