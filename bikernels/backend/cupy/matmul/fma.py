@@ -15,7 +15,7 @@ from ..compile import Kernel
 from ..launch import gpu
 from ..parameters import C_TYPE
 from .launch import prepare_tiles
-from .problem import BAND, Problem, along_k, tiles_of
+from .problem import BAND, SINGLY, Problem, along_k, lies_in_vectors, tiles_of
 
 NARROW_COMPUTE_CAPABILITY = (8, 0)
 """The least one that has cp.async and the shared memory for `Narrow`."""
@@ -170,22 +170,16 @@ SCHEDULES: dict[str, tuple[Schedule, ...]] = {
 def choose(problem: Problem, multiprocessors: int, compute_capability: tuple[int, int] = (9, 0)) -> Schedule:
     """The schedule that should take the least time; see `prepare`."""
     m, n = max(problem.m, problem.n), min(problem.m, problem.n)
+    in_vectors = lies_in_vectors(problem)
 
     def cycles(schedule: Schedule) -> float:
         tiles = -(-tiles_of(m, n, schedule.m, schedule.n) * problem.matrices // multiprocessors)
-        return schedule.cycles.alone if tiles == 1 else tiles * schedule.cycles.shared
+        time = schedule.cycles.alone if tiles == 1 else tiles * schedule.cycles.shared
+        return SINGLY * time if isinstance(schedule, Narrow) and not in_vectors else time
 
-    narrow = compute_capability >= NARROW_COMPUTE_CAPABILITY and _is_copied(problem)
+    # `Narrow` copies while it multiplies, but would wait for single elements of 2 bytes.
+    narrow = compute_capability >= NARROW_COMPUTE_CAPABILITY and (in_vectors or ITEMSIZE[problem.dtype] > 2)
     return min((s for s in SCHEDULES[problem.dtype] if narrow or isinstance(s, Wide)), key=cycles)
-
-
-def _is_copied(problem: Problem) -> bool:
-    """Whether `Narrow` can copy the operands while it multiplies: single elements of 2 bytes it would wait for."""
-    vector = 16 // ITEMSIZE[problem.dtype]
-    return ITEMSIZE[problem.dtype] > 2 or all(
-        sorted((mn == 1, k == 1)) == [False, True] and (mn if k == 1 else k) % vector == 0
-        for mn, k in (problem.a, problem.b)
-    )
 
 
 def prepare(problem: Problem, schedule: Schedule, index: int) -> MatmulLaunch:

@@ -8,12 +8,15 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from ....contract import ACCUMULATE
+from ....contract import ACCUMULATE, ITEMSIZE
 from ....specs import Layout, MatmulSpec
 from ..parameters import DTYPE_CODE, MATMUL, divisor, fill_dims
 
 BAND = 8
 """Tiles along m that are walked before the next step along n: CTAs that run together share operands in the L2."""
+
+SINGLY = 1.3
+"""How much longer a narrow tile takes whose elements are copied one by one, an estimate."""
 
 Strides = tuple[int, ...]
 
@@ -107,6 +110,15 @@ def along_k(strides: tuple[int, int]) -> bool:
     """Whether an operand is read along k, else along m or n."""
     mn, k = strides
     return k == 1 or (mn != 1 and abs(k) <= abs(mn))
+
+
+def lies_in_vectors(problem: Problem) -> bool:
+    """Whether both operands lie in lines of whole vectors of 16 bytes, but for their addresses."""
+    vector = 16 // ITEMSIZE[problem.dtype]
+    return all(
+        sorted((mn == 1, k == 1)) == [False, True] and (mn if k == 1 else k) % vector == 0
+        for mn, k in (problem.a, problem.b)
+    )
 
 
 def tiles_of(m: int, n: int, tile_m: int, tile_n: int) -> int:
