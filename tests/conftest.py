@@ -19,9 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=NAMES,
         help="test this backend (may be repeated) and fail if it is not available; by default all that are",
     )
-    parser.addoption(
-        "--every-kernel", action="store_true", help="compile all GPU kernels, not a share of the reductions'"
-    )
+    parser.addoption("--every-kernel", action="store_true", help="compile all GPU kernels, not a share of them")
 
 
 def pytest_report_header() -> list[str]:
