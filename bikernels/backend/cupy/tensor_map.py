@@ -14,7 +14,7 @@ _ALIGNMENT = 64
 _DTYPE = {"float16": 6, "float32": 7, "float64": 8, "bfloat16": 9}
 _SWIZZLE = {0: 0, 32: 1, 64: 2, 128: 3}
 _NOT_INTERLEAVED = 0
-_PROMOTION_TO_256_BYTES = 3
+_PROMOTION_TO_128_BYTES = 2
 _ZEROS_OUTSIDE = 0
 
 
@@ -31,7 +31,7 @@ class TensorMaps(dict[int, bytes]):
             where there is a swizzle, at most its width.
         swizzle: width in bytes, 0, 32, 64 or 128.
 
-    Copies are rounded up to 256 bytes in the L2; elements outside of the operand are zeros.
+    Copies are rounded up to 128 bytes in the L2; elements outside of the operand are zeros.
 
     Raises:
         RuntimeError: at the look-up, if the driver takes no such map (the address must be a multiple of 16).
@@ -55,7 +55,7 @@ class TensorMaps(dict[int, bytes]):
             ones,
             _NOT_INTERLEAVED,
             _SWIZZLE[swizzle],
-            _PROMOTION_TO_256_BYTES,
+            _PROMOTION_TO_128_BYTES,
             _ZEROS_OUTSIDE,
         )
 

@@ -37,10 +37,13 @@ def choose(problem: Problem, gpu: GPU) -> Choice:
 
 
 def choices(problem: Problem, gpu: GPU) -> list[Choice]:
-    """Every schedule, straight and swapped, whose tile is not mostly outside of the product."""
+    """Every schedule, straight and swapped, whose tile is not mostly outside of the product.
+
+    Swapped first if that makes the shorter side m: of equals the first is chosen, and bands then span more of m.
+    """
     early = _memory_us(problem, gpu) > EARLY * _flops_us(problem)
     found = []
-    for swap in (False, True):
+    for swap in (problem.m > problem.n, problem.m <= problem.n):
         m, n = (problem.n, problem.m) if swap else (problem.m, problem.n)
         for schedule in SCHEDULES:
             rows, columns = schedule.m * schedule.cluster_m, schedule.n * schedule.cluster_n
@@ -88,7 +91,10 @@ def _read(path: str | Path | None) -> dict[str, Choice]:
 # Fitted by hand to timings on an H200; `benchmarks/tune.py --record` keeps timings beside predictions.
 CYCLES_PER_US = 1560.0
 FLOPS_PER_US = 1.4e9
-L2_BYTES_PER_US = 20e6
+L2_BYTES_PER_US = {128: 20e6, 64: 9e6, 32: 8.5e6, 16: 5.1e6}
+"""By what the distance between an operand's lines is a multiple of. CTAs that ask for the same lines get them together,
+but only lines that begin and end where those of the L2 do.
+"""
 MEMORY_EFFICIENCY = 0.95
 """Of reads."""
 EARLY = 4
@@ -134,12 +140,13 @@ def predicted_us(problem: Problem, choice: Choice, gpu: GPU) -> float:
     outputs = schedule.m * schedule.n / (128 * schedule.consumers)  # of a thread
     epilogue = EPILOGUE_CYCLES + OUTPUT_CYCLES * outputs
     alone = max(groups * step + stages * STAGE_CYCLES, stages * LATENCY_CYCLES / (schedule.stages - 1))
-    cycles = max(busiest * groups * step, rounds * alone) + (busiest - 1) * epilogue
+    cycles = max(busiest * groups * step, rounds * alone) + (busiest - 1) * epilogue / schedule.resident
 
-    l2 = ctas * k * 2 * (schedule.m / schedule.cluster_n + schedule.n / schedule.cluster_m)
+    brought = ((schedule.m / schedule.cluster_n, problem.a), (schedule.n / schedule.cluster_m, problem.b))
+    l2_us = sum(ctas * k * 2 * lines / L2_BYTES_PER_US[_aligned_bytes(strides)] for lines, strides in brought)
     efficiency = [LINE_EFFICIENCY[_line_bytes(tile, along_k(strides))] for tile, _, strides in sides]
     memory_us = _memory_us(problem, gpu, *efficiency)
-    slowest = (cycles / CYCLES_PER_US, l2 / L2_BYTES_PER_US, memory_us, _flops_us(problem))
+    slowest = (cycles / CYCLES_PER_US, l2_us, memory_us, _flops_us(problem))
     second, first = sorted(slowest)[-2:]
     return START_US + first + OVERLAP * second
 
@@ -158,6 +165,11 @@ def _flops_us(problem: Problem) -> float:
 def _line_bytes(tile: int, k_contiguous: bool) -> int:
     """Of what the TMA brings in one piece; see `Operand` in wgmma.cuh."""
     return 128 if k_contiguous else 2 * math.gcd(tile, 64)
+
+
+def _aligned_bytes(strides: tuple[int, int]) -> int:
+    """A power of two, at most 128, of which the distance between lines is a multiple."""
+    return math.gcd(2 * max(strides), 128)
 
 
 def _lines(tile: int, length: int, k_contiguous: bool) -> float:

@@ -156,7 +156,7 @@ SCHEDULES = (
     Schedule(192, 32, 64, 7),
     Schedule(192, 64, 64, 6),
     # Several CTAs on a multiprocessor: for short chains, of which most time goes into the ends.
-    Schedule(64, 64, 64, 4),
+    Schedule(64, 64, 64, 6),
     Schedule(64, 128, 64, 4),
     # One warpgroup, 64 rows.
     Schedule(64, 64, 128, 7),
@@ -170,8 +170,13 @@ SCHEDULES = (
     Schedule(128, 128, 64, 7, 2),
     Schedule(128, 160, 64, 6, 2),
     Schedule(128, 192, 64, 5, 2),
+    Schedule(128, 192, 64, 5, 2, 2, 1),
+    Schedule(128, 224, 64, 5, 2),
     Schedule(128, 256, 64, 4, 2),
     Schedule(128, 256, 64, 4, 2, 2, 1),
+    Schedule(256, 160, 64, 4, 2),
+    Schedule(256, 160, 64, 4, 2, 1, 2),
+    Schedule(256, 176, 64, 4, 2),
     Schedule(256, 192, 64, 4, 2),
 )
 
