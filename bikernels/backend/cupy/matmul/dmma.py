@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 from ... import MatmulLaunch
 from ..compile import Kernel
-from .fma import Cycles
 from .launch import prepare_tiles
-from .problem import BAND, SINGLY, Problem, along_k, lies_in_vectors, tiles_of
+from .problem import BAND, Cycles, Problem, along_k, resident_ctas, tiles_of
 
 COMPUTE_CAPABILITIES = ((9, 0),)
 """GPUs whose instructions have been compared with the chain, in every bit. Others take `fma`."""
@@ -62,13 +61,11 @@ class Schedule(NamedTuple):
         )
 
 
-NARROW = 64
-"""Tiles of fewer columns spend most of their time on bringing the other operand."""
-
 SCHEDULES = (
     Schedule(32, 8, 64, 2, 1, 4, 1, 16, Cycles(17, 16)),
     Schedule(32, 16, 64, 2, 2, 4, 1, 16, Cycles(18.5, 14)),
-    Schedule(32, 32, 32, 2, 2, 6, 1, 16, Cycles(22, 17)),
+    Schedule(32, 32, 32, 2, 2, 3, 1, 16, Cycles(22, 17)),
+    Schedule(64, 32, 32, 2, 2, 3, 1, 16, Cycles(32.5, 26)),
     Schedule(64, 64, 32, 2, 2, 3, 1, 16, Cycles(57, 43)),
     Schedule(128, 64, 16, 2, 2, 3, 2, 8, Cycles(103, 74)),
 )
@@ -77,12 +74,10 @@ SCHEDULES = (
 def choose(problem: Problem, multiprocessors: int) -> Schedule:
     """The schedule that should take the least time; see `prepare`."""
     m, n = max(problem.m, problem.n), min(problem.m, problem.n)
-    singly = not lies_in_vectors(problem)
 
     def cycles(schedule: Schedule) -> float:
         tiles = -(-tiles_of(m, n, schedule.m, schedule.n) * problem.matrices // multiprocessors)
-        time = schedule.cycles.alone if tiles == 1 else tiles * schedule.cycles.shared
-        return SINGLY * time if singly and schedule.n < NARROW else time
+        return schedule.cycles.of(tiles, resident_ctas(schedule.shared_bytes))
 
     return min(SCHEDULES, key=cycles)
 
@@ -97,7 +92,7 @@ def prepare(problem: Problem, schedule: Schedule, index: int) -> MatmulLaunch:
 
 def _b_k_contiguous(schedule: Schedule, along_k: bool) -> bool:
     """Narrow tiles keep b along k in shared memory, however it is read: there is little of it."""
-    return along_k or schedule.n < NARROW
+    return along_k or schedule.n < 64
 
 
 def kernels(compute_capability: int) -> Iterator[Kernel]:

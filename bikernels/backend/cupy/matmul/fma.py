@@ -15,10 +15,15 @@ from ..compile import Kernel
 from ..launch import gpu
 from ..parameters import C_TYPE
 from .launch import prepare_tiles
-from .problem import BAND, SINGLY, Problem, along_k, lies_in_vectors, tiles_of
+from .problem import BAND, Cycles, Problem, along_k, lies_in_vectors, resident_ctas, tiles_of
 
 NARROW_COMPUTE_CAPABILITY = (8, 0)
 """The least one that has cp.async and the shared memory for `Narrow`."""
+
+ANY_NUMBER = 2**62
+
+SINGLY = 1.3
+"""How much longer a `Narrow` tile takes whose elements are copied one by one, an estimate."""
 
 OVERLAPPING_COMPUTE_CAPABILITY = (9, 0)
 """The least one whose launches overlap."""
@@ -31,13 +36,6 @@ class CTA(NamedTuple):
     n: int
     threads: int
     shared_bytes: int
-
-
-class Cycles(NamedTuple):
-    """Estimates for an H200, per step of k: of a tile that has a multiprocessor to itself, and of one of many."""
-
-    alone: float
-    shared: float
 
 
 class Wide(NamedTuple):
@@ -59,6 +57,10 @@ class Wide(NamedTuple):
     @property
     def early(self) -> bool:
         return False
+
+    def resident(self, dtype: str) -> int:
+        """Tiles that a multiprocessor takes at once: as many as there are, for all that it matters."""
+        return ANY_NUMBER
 
     def cta(self, dtype: str) -> CTA:
         shared = 2 * (self.m + self.n) * self.k * ITEMSIZE[ACCUMULATE[dtype]]
@@ -97,6 +99,10 @@ class Narrow(NamedTuple):
     def early(self) -> bool:
         """Whether it may start before the kernels before it have ended, as is best where memory limits."""
         return self.n == 2
+
+    def resident(self, dtype: str) -> int:
+        """Tiles that a multiprocessor takes at once."""
+        return resident_ctas(self.cta(dtype).shared_bytes)
 
     def cta(self, dtype: str) -> CTA:
         padding = 16 // ITEMSIZE[dtype]  # of a line along k
@@ -150,9 +156,9 @@ SCHEDULES: dict[str, tuple[Schedule, ...]] = {
         Narrow(32, 2, 128, 1, 1, 1, 5, 4, Cycles(10.3, 9)),
         Narrow(32, 8, 128, 2, 2, 2, 4, 4, Cycles(13.7, 13)),
         Narrow(32, 16, 128, 2, 2, 2, 3, 4, Cycles(16, 16)),
-        Narrow(32, 32, 64, 2, 4, 2, 5, 2, Cycles(23.6, 22)),
-        Narrow(32, 32, 64, 4, 4, 4, 5, 2, Cycles(33, 18)),
-        Narrow(32, 64, 32, 4, 4, 4, 6, 1, Cycles(40, 33)),
+        Narrow(32, 32, 64, 2, 4, 2, 3, 2, Cycles(23.6, 16.5)),
+        Narrow(64, 32, 64, 4, 4, 4, 3, 2, Cycles(32.5, 27)),
+        Narrow(64, 32, 32, 4, 4, 4, 3, 1, Cycles(33.5, 26)),
         Wide(64, 64, 16, 4, 4, 1, Cycles(69, 62)),
         Wide(128, 64, 32, 8, 4, 1, Cycles(111, 113)),
         Wide(128, 128, 16, 8, 8, 1, Cycles(184, 188)),
@@ -174,7 +180,7 @@ def choose(problem: Problem, multiprocessors: int, compute_capability: tuple[int
 
     def cycles(schedule: Schedule) -> float:
         tiles = -(-tiles_of(m, n, schedule.m, schedule.n) * problem.matrices // multiprocessors)
-        time = schedule.cycles.alone if tiles == 1 else tiles * schedule.cycles.shared
+        time = schedule.cycles.of(tiles, schedule.resident(problem.dtype))
         return SINGLY * time if isinstance(schedule, Narrow) and not in_vectors else time
 
     # `Narrow` copies while it multiplies, but would wait for single elements of 2 bytes.

@@ -15,8 +15,8 @@ from ..parameters import DTYPE_CODE, MATMUL, divisor, fill_dims
 BAND = 8
 """Tiles along m that are walked before the next step along n: CTAs that run together share operands in the L2."""
 
-SINGLY = 1.3
-"""How much longer a narrow tile takes whose elements are copied one by one, an estimate."""
+SHARED_BYTES, RESERVED_BYTES = 227 * 1024, 1024
+"""Of a multiprocessor of Hopper, and what a CTA takes of it beside its own."""
 
 Strides = tuple[int, ...]
 
@@ -143,6 +143,24 @@ def parameters(problem: Problem, tile_m: int, tile_n: int) -> tuple[Any, int]:
     p["batch_dims"] = len(problem.batch)
     fill_dims(p["batch"], problem.batch, problem.batch_a, problem.batch_b, problem.batch_c, problem.batch_out)
     return p, tiles * problem.matrices
+
+
+def resident_ctas(shared_bytes: int) -> int:
+    """How many CTAs a multiprocessor of Hopper has the shared memory for."""
+    return SHARED_BYTES // (shared_bytes + RESERVED_BYTES)
+
+
+class Cycles(NamedTuple):
+    """Estimates for an H100, per step of k: of a tile that has a multiprocessor to itself, and of one of many."""
+
+    alone: float
+    shared: float
+
+    def of(self, tiles: int, resident: int) -> float:
+        """Of a multiprocessor that goes over so many tiles, of which it holds `resident` at a time."""
+        rounds, rest = divmod(tiles, resident)
+        last = max(self.alone, rest * self.shared) if rest else 0.0
+        return rounds * max(self.alone, resident * self.shared) + last
 
 
 class Tile(Protocol):

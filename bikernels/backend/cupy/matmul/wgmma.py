@@ -16,7 +16,7 @@ from ..compile import Kernel
 from ..launch import ADDRESS, FLOAT32, TENSOR_MAP, gpu, load, shaped
 from ..parameters import C_TYPE, DTYPE_CODE
 from ..tensor_map import TensorMaps
-from .problem import Problem, along_k
+from .problem import Problem, along_k, resident_ctas
 
 COMPUTE_CAPABILITY = (9, 0)
 ALIGNMENT = 16
@@ -70,9 +70,6 @@ AHEAD_BYTES = 32 * 1024
 LONGEST_BOX = 256
 """Elements along a dimension that the TMA takes at once."""
 
-SHARED_BYTES = 227 * 1024
-"""That a CTA may have."""
-
 
 class Schedule(NamedTuple):
     """A tile and how CTAs go over it; see wgmma.cuh."""
@@ -102,8 +99,7 @@ class Schedule(NamedTuple):
     @property
     def resident(self) -> int:
         """CTAs that a multiprocessor holds. One with several consumers takes all its registers."""
-        reserved = 1024
-        return 1 if self.consumers > 1 else SHARED_BYTES // (self.shared_bytes + reserved)
+        return 1 if self.consumers > 1 else resident_ctas(self.shared_bytes)
 
     def grid(self, tiles: int, multiprocessors: int) -> int:
         """CTAs to launch: as many as run at once. Clusters of more than two may not fill every part of the GPU; there,
