@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 import bikernels
 
 from .. import core
+from ..plans import planned
 
 Affine = torch.Tensor | None
 
@@ -239,13 +240,13 @@ def _gradients(
 
 
 OVERRIDES: dict[str, Callable[..., Any]] = {
-    "native_layer_norm": native_layer_norm,
+    "native_layer_norm": planned(native_layer_norm),
     "native_layer_norm.out": native_layer_norm_out,
-    "native_layer_norm_backward": native_layer_norm_backward,
+    "native_layer_norm_backward": planned(native_layer_norm_backward),
 }
 CUDA_OVERRIDES: dict[str, Callable[..., Any]] = {
-    "_fused_rms_norm": fused_rms_norm,
-    "_fused_rms_norm_backward": fused_rms_norm_backward,
+    "_fused_rms_norm": planned(fused_rms_norm),
+    "_fused_rms_norm_backward": planned(fused_rms_norm_backward),
 }
 COMPOSITE_OVERRIDES: dict[str, Callable[..., Any]] = {"rms_norm": rms_norm}
 FAKES: dict[str, Callable[..., Any]] = {"native_layer_norm": fake_native_layer_norm}

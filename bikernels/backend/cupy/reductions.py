@@ -11,7 +11,7 @@ import numpy as np
 
 from ...contract import ACCUMULATE, ITEMSIZE, SUM_CHUNK
 from ...specs import ReductionSpec, contiguous_strides, merge_dimensions
-from ...views import Device, View
+from ...views import Device
 from .. import ReductionLaunch
 from . import schedules
 from .compile import Kernel
@@ -179,18 +179,16 @@ class _Plan:
         steps, size, index = tuple(self.steps), self.bytes, self.index
         places = [sides.index(name) if name in sides else -1 for name in SIDES]
 
-        def addresses(others: tuple[View, ...]) -> Addresses:
-            return tuple([0 if place < 0 else others[place].pointer for place in places]) if others else NO_SIDES
+        def by_side(others: Addresses) -> Addresses:
+            return tuple([0 if place < 0 else others[place] for place in places]) if others else NO_SIDES
 
-        def launch(out: View, x: View, *others: View) -> None:
-            (step,) = steps
-            step(out.stream, out.pointer, x.pointer, addresses(others), 0)
+        def launch(stream: int, out: int, x: int, *others: int) -> None:
+            steps[0](stream, out, x, by_side(others), 0)
 
-        def launch_with_workspace(out: View, x: View, *others: View) -> None:
-            stream = out.stream
+        def launch_with_workspace(stream: int, out: int, x: int, *others: int) -> None:
             with cupy.cuda.Device(index), workspace(size, index, stream) as address:
                 for step in steps:
-                    step(stream, out.pointer, x.pointer, addresses(others), address)
+                    step(stream, out, x, by_side(others), address)
 
         return launch_with_workspace if size else launch
 
