@@ -47,6 +47,10 @@ COMPOSITES: dict[str, Override] = {
 """Operators that PyTorch makes of others, replaced by another composition; autograd sees what they are made of."""
 
 
+BELOW_AUTOGRAD: dict[str, Override] = {**linear.BELOW_AUTOGRAD, **norm.BELOW_AUTOGRAD}
+"""Of these composites, kernels for CPU and CUDA tensors that autograd does not follow, such as those of inference mode.
+The others take the composite. To those who look at operators from without they are composites as before."""
+
 FAKES: dict[str, Callable[..., Any]] = norm.FAKES
 """The results' shapes and dtypes, for compilers, where those of a replacement are not those of PyTorch's kernel."""
 
@@ -78,7 +82,13 @@ class Overrides:
                     for name, override in kernels(key.lower()).items():
                         _replace(library, name, override, key)
                 for name, override in COMPOSITES.items():
-                    _replace(library, name, override, "CompositeImplicitAutograd")
+                    keys = ["CompositeImplicitAutograd"]
+                    if name in BELOW_AUTOGRAD:  # PyTorch takes no composite for granted that has a kernel beside it
+                        keys += [f"Autograd{key}" for key in dispatch.backend_keys()]
+                    _replace(library, name, override, *keys)
+                for name, override in BELOW_AUTOGRAD.items():
+                    for key in dispatch.backend_keys():
+                        _replace(library, name, override, key)
             undo.append(attention.avoid_fused_layers())
             undo.append(matmul.contract_left_to_right())
             undo.append(compiled.install())
@@ -95,9 +105,11 @@ class Overrides:
             self._switches.pop()()
 
 
-def _replace(library: Any, name: str, override: Override, key: str) -> None:
+def _replace(library: Any, name: str, override: Override, *keys: str) -> None:
     operator = f"aten::{name}"
-    kernel_key = "CPU" if key.startswith("Composite") else key  # a composite is computed alike under every key
+    kernel_key = "CPU" if keys[0].startswith("Composite") else keys[0]  # a composite is computed alike under every key
     # Of some operators PyTorch has no kernel, e.g. mm.dtype on a CPU (it says so), or a later PyTorch has it.
     if dispatch.has_kernel(operator, kernel_key):
-        library.impl(name, functools.partial(override, dispatch.kernel(operator, kernel_key)), key)
+        replacement = functools.partial(override, dispatch.kernel(operator, kernel_key))
+        for key in keys:
+            library.impl(name, replacement, key)

@@ -104,13 +104,13 @@ def _differ(arguments: Sequence[Any]) -> bool:
 
 
 def _plan(arguments: Sequence[Any], results: Any, calls: Sequence[core.Recorded]) -> _Replay | None:
-    """The plan of a call that has just been made; None where the core has not made all of its results."""
+    """The plan of a call that has just been made; None where the core has not made all of its results, of arguments."""
     given = results if isinstance(results, tuple) else (results,)
-    written = [one for call in calls for one in call.results]
-    if not calls or not _are_same(given, written):
-        return None
+    written = [[_place(one, given) for one in call.results] for call in calls]
     places = [[_place(one, arguments) for one in call.operands] for call in calls]
-    if any(place is None for each in places for place in each):
+    if any(place is None for each in (*written, *places) for place in each):
+        return None
+    if sorted(itertools.chain(*written)) != [*range(len(given))]:  # type: ignore[type-var]
         return None
     stream = _stream(given[0].device)
     allocate = [_allocator(one) for one in given]
@@ -118,14 +118,13 @@ def _plan(arguments: Sequence[Any], results: Any, calls: Sequence[core.Recorded]
         of_all_two = len(arguments) == 2 and places[0] == [0, 1]
         return _one_result(allocate[0], stream, calls[0].launch, _addresses(places[0]), of_all_two)
     steps = []
-    for call, each in zip(calls, places, strict=True):
-        of_results = [next(i for i, one in enumerate(given) if one is own) for own in call.results]
-        steps.append((call.launch, of_results, _addresses(each)))
+    for call, of_results, of_operands in zip(calls, written, places, strict=True):
+        steps.append((call.launch, _addresses(of_results), _addresses(of_operands)))
 
     def replay(arguments: Sequence[Any]) -> Any:
         results = tuple([new() for new in allocate])
-        for launch, of_results, addresses in steps:
-            launch(stream(), *[results[i].data_ptr() for i in of_results], *addresses(arguments))
+        for launch, to, from_ in steps:
+            launch(stream(), *to(results), *from_(arguments))
         return results
 
     return replay
@@ -152,13 +151,14 @@ def _one_result(
     return replay_of_two if of_all_two else replay
 
 
-def _are_same(some: Sequence[Any], others: Sequence[Any]) -> bool:
-    """Whether these are the same objects, in whatever order, each once."""
-    return sorted(map(id, some)) == sorted(map(id, others))
-
-
-def _place(x: torch.Tensor, arguments: Sequence[Any]) -> int | None:
-    return next((i for i, one in enumerate(arguments) if one is x), None)
+def _place(x: torch.Tensor, among: Sequence[Any]) -> int | None:
+    """Where a tensor stands, or the only one that begins where it does, since a plan only needs the address."""
+    for i, one in enumerate(among):
+        if one is x:
+            return i
+    address = x.data_ptr()
+    found = [i for i, one in enumerate(among) if isinstance(one, torch.Tensor) and one.data_ptr() == address]
+    return found[0] if len(found) == 1 and address else None
 
 
 _address = torch.Tensor.data_ptr
