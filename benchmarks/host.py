@@ -44,7 +44,7 @@ def calls(device: str) -> dict[str, Call]:
         return torch.randn(shape, device=device).to(dtype)
 
     a, b, c, x = random(16, 64), random(64, 16), random(16), random(16, 512)
-    batch_a, batch_b, weight = random(4, 16, 64), random(4, 64, 16), random(512)
+    batch_a, batch_b, weight, bias = random(4, 16, 64), random(4, 64, 16), random(512), random(512)
     functional = torch.nn.functional
     return {
         "mm": lambda: torch.mm(a, b),
@@ -57,7 +57,7 @@ def calls(device: str) -> dict[str, Call]:
         "mean": lambda: torch.mean(x, -1),
         "sum": lambda: torch.sum(x, -1),
         "rms_norm": lambda: functional.rms_norm(x, (512,), weight),
-        "layer_norm": lambda: functional.layer_norm(x, (512,), weight, weight),
+        "layer_norm": lambda: functional.layer_norm(x, (512,), weight, bias),
         "mm, out=": functools.partial(torch.mm, a, b, out=random(16, 16)),
     }
 

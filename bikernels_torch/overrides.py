@@ -82,13 +82,7 @@ class Overrides:
                     for name, override in kernels(key.lower()).items():
                         _replace(library, name, override, key)
                 for name, override in COMPOSITES.items():
-                    keys = ["CompositeImplicitAutograd"]
-                    if name in BELOW_AUTOGRAD:  # PyTorch takes no composite for granted that has a kernel beside it
-                        keys += [f"Autograd{key}" for key in dispatch.backend_keys()]
-                    _replace(library, name, override, *keys)
-                for name, override in BELOW_AUTOGRAD.items():
-                    for key in dispatch.backend_keys():
-                        _replace(library, name, override, key)
+                    _replace_composite(library, name, override)
             undo.append(attention.avoid_fused_layers())
             undo.append(matmul.contract_left_to_right())
             undo.append(compiled.install())
@@ -105,11 +99,22 @@ class Overrides:
             self._switches.pop()()
 
 
-def _replace(library: Any, name: str, override: Override, *keys: str) -> None:
+def _replace(library: Any, name: str, override: Override, key: str) -> None:
     operator = f"aten::{name}"
-    kernel_key = "CPU" if keys[0].startswith("Composite") else keys[0]  # a composite is computed alike under every key
     # Of some operators PyTorch has no kernel, e.g. mm.dtype on a CPU (it says so), or a later PyTorch has it.
-    if dispatch.has_kernel(operator, kernel_key):
-        replacement = functools.partial(override, dispatch.kernel(operator, kernel_key))
-        for key in keys:
-            library.impl(name, replacement, key)
+    if dispatch.has_kernel(operator, key):
+        library.impl(name, functools.partial(override, dispatch.kernel(operator, key)), key)
+
+
+def _replace_composite(library: Any, name: str, override: Override) -> None:
+    operator = f"aten::{name}"
+    if not dispatch.has_kernel(operator, "CPU"):
+        return
+    original = dispatch.kernel(operator, "CPU")  # computed alike under every key
+    library.impl(name, functools.partial(override, original), "CompositeImplicitAutograd")
+    below = BELOW_AUTOGRAD.get(name)
+    if below is not None:
+        for key in dispatch.backend_keys():
+            library.impl(name, functools.partial(below, original), key)
+            # Autograd takes no composite by itself where there is a kernel beside it.
+            library.impl(name, functools.partial(override, original), f"Autograd{key}")

@@ -37,6 +37,10 @@ def linear(original: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
     if dispatch.autograd_is_idle(x, weight, bias):
         with torch._C._AutoDispatchBelowAutograd():
             return torch.nn.functional.linear(x, weight, bias)
+    return _composed(original, x, weight, bias)
+
+
+def _composed(original: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if not _accepts(x, weight, bias):
         return original(x, weight, bias)
     assert bias is not None
@@ -56,15 +60,15 @@ def linear_out(
 
 
 def linear_without_autograd(
-    composite: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    original: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The same as one call of the core."""
     if x.numel() == 0 or x.dim() == 0 or weight.dim() != 2:
-        return composite(x, weight, bias)
+        return _composed(original, x, weight, bias)
     rows, columns = x.reshape(-1, x.shape[-1]), weight.t()
     shape = product_shape(rows, columns, 2, 2)
     if shape is None or (bias is not None and bias.dim() != 1) or not accepts(bias, shape, rows, x.dtype, 1, 1):
-        return composite(x, weight, bias)
+        return _composed(original, x, weight, bias)
     out = torch.empty((*x.shape[:-1], shape[1]), dtype=x.dtype, device=x.device)
     product(bias, rows, columns, out.view(shape), 1, 1)
     return out

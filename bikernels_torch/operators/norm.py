@@ -189,6 +189,12 @@ def rms_norm(
     if dispatch.autograd_is_idle(x, weight):
         with torch._C._AutoDispatchBelowAutograd():
             return torch.rms_norm(x, normalized_shape, weight, eps)
+    return _composed_rms_norm(original, x, normalized_shape, weight, eps)
+
+
+def _composed_rms_norm(
+    original: Any, x: torch.Tensor, normalized_shape: Sequence[int], weight: Affine, eps: float | None
+) -> torch.Tensor:
     if (
         x.device.type not in ("cpu", "cuda")
         or not _is_plain(x, weight)
@@ -201,11 +207,11 @@ def rms_norm(
 
 
 def rms_norm_without_autograd(
-    composite: Any, x: torch.Tensor, normalized_shape: Sequence[int], weight: Affine = None, eps: float | None = None
+    original: Any, x: torch.Tensor, normalized_shape: Sequence[int], weight: Affine = None, eps: float | None = None
 ) -> torch.Tensor:
     """The same as one call of the core, without the statistics."""
     if not fits(x, normalized_shape, weight):
-        return composite(x, normalized_shape, weight, eps)
+        return _composed_rms_norm(original, x, normalized_shape, weight, eps)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     core.normalise(bikernels.rms_norm, (out,), (x, weight), _axes(normalized_shape), eps)
     return out
