@@ -9,9 +9,9 @@ forms only allocate the results and launch the kernels that the core has prepare
     plan      what to allocate, and the launches, which take addresses and the device's current stream
 
 A plan holds no tensor and nothing that a call writes, so threads, streams and the capture of a CUDA graph share it.
-What a kernel needs to know of addresses, such as their alignment, its launch looks at. Only overrides whose results are
-new tensors that the core writes are planned; a call that is none of that (it goes to PyTorch, it has no kernels of its
-own, one tensor stands in two places) goes the ordinary way each time, which also raises all errors.
+What a kernel needs to know of addresses, such as their alignment, its launch looks at. Only overrides are planned whose
+results are new tensors that the core writes. Every other call goes the ordinary way each time, which also raises all
+errors: one that PyTorch computes, one of a tensor that stands in two places, one of an operand that had to be copied.
 """
 
 from __future__ import annotations

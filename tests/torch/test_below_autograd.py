@@ -65,6 +65,7 @@ def test_gradients_are_followed(device: str) -> None:
     assert F.linear(inference.clone(), w).requires_grad
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
 @pytest.mark.usefixtures("mode")
 def test_transforms(device: str) -> None:
     x, w = draw(4, 3, 16, device=device), draw(8, 16, device=device)
