@@ -75,7 +75,7 @@ class Overrides:
         if self._library is not None:
             return
         library = torch.library.Library("aten", "IMPL")
-        undo: list[Callable[[], None]] = [library._destroy]
+        undo: list[Callable[[], None]] = [_forget_resolved_keys, library._destroy]
         try:
             with dispatch.quietly():
                 for key in dispatch.backend_keys():
@@ -83,6 +83,7 @@ class Overrides:
                         _replace(library, name, override, key)
                 for name, override in COMPOSITES.items():
                     _replace_composite(library, name, override)
+            _forget_resolved_keys()
             undo.append(attention.avoid_fused_layers())
             undo.append(matmul.contract_left_to_right())
             undo.append(compiled.install())
@@ -97,6 +98,12 @@ class Overrides:
         self._library = None
         while self._switches:
             self._switches.pop()()
+
+
+def _forget_resolved_keys() -> None:
+    """Let PyTorch's dispatcher in Python, which compilers use, look anew for kernels that come and go."""
+    for name in BELOW_AUTOGRAD:
+        getattr(torch.ops.aten, name).default._dispatch_cache.clear()
 
 
 def _replace(library: Any, name: str, override: Override, key: str) -> None:
