@@ -120,7 +120,11 @@ def measure(case: Case, buffer: torch.Tensor, most: int) -> Measured:
 
     def launched(choice: Choice) -> Product:
         launch = wgmma.prepare(problem, choice, 0, refuse)
-        return lambda a, b, out: launch(view(out), None, view(a), view(b), 1.0, 0.0)
+
+        def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+            launch(torch.cuda.current_stream().cuda_stream, out.data_ptr(), a.data_ptr(), b.data_ptr())
+
+        return product
 
     def timed(candidates: list[Choice]) -> dict[Choice, float]:
         graphs = {}

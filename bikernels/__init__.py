@@ -8,6 +8,7 @@ from . import contract
 from .backend import BackendStatus
 from .contract import VERSION as contract_version
 from .errors import ArithmeticUnsupportedError, BackendUnavailableError, BikernelsError, OperationUnsupportedError
+from .operations._common import prepare
 from .operations.layer_norm import (
     layer_norm,
     layer_norm_backward,
@@ -48,6 +49,7 @@ __all__ = [
     "logsumexp",
     "matmul",
     "mean",
+    "prepare",
     "rms_norm",
     "rms_norm_backward",
     "rms_norm_weight_backward",

@@ -21,8 +21,8 @@ from .dtypes import NUMPY_DTYPE, dtype_name
 from .specs import contiguous_strides
 from .views import CPU, Description, Device, Form, FormView, View, description
 
-Allocate = Callable[[int], tuple[Any, View]]
-"""allocate(stream): a new C-contiguous array, uninitialised, that is used on this stream; and its view."""
+Allocate = Callable[[int], tuple[Any, int]]
+"""allocate(stream): a new C-contiguous array, uninitialised, that is used on this stream; and its address."""
 
 
 class Kind:
@@ -62,9 +62,9 @@ class NumpyKind(Kind):
     def allocator(self, dtype: str, shape: tuple[int, ...], device: Device) -> Allocate:
         own = NUMPY_DTYPE[dtype]
 
-        def allocate(stream: int) -> tuple[Any, View]:
+        def allocate(stream: int) -> tuple[Any, int]:
             array = np.empty(shape, own)
-            return array, self.view(array)
+            return array, array.__array_interface__["data"][0]
 
         return allocate
 
@@ -94,15 +94,14 @@ class CupyKind(Kind):
     def allocator(self, dtype: str, shape: tuple[int, ...], device: Device) -> Allocate:
         cupy, own, index = self._cupy, NUMPY_DTYPE[dtype], device.index
         new, current_device = cupy.ndarray, cupy.cuda.runtime.getDevice
-        form = View(0, dtype, shape, contiguous_strides(shape), device).form
 
-        def allocate(stream: int) -> tuple[Any, View]:
+        def allocate(stream: int) -> tuple[Any, int]:
             if current_device() == index:
                 array = new(shape, own)
             else:
                 with cupy.cuda.Device(index):
                     array = new(shape, own)
-            return array, FormView(form, array.data.ptr, stream, array)
+            return array, array.data.ptr
 
         return allocate
 
@@ -118,11 +117,11 @@ class NumbaKind(Kind):
     def allocator(self, dtype: str, shape: tuple[int, ...], device: Device) -> Allocate:
         cuda = importlib.import_module("numba.cuda")
 
-        def allocate(stream: int) -> tuple[Any, View]:
+        def allocate(stream: int) -> tuple[Any, int]:
             with cuda.gpus[device.index]:
                 bound = cuda.external_stream(stream) if stream else 0
                 array = cuda.device_array(shape, NUMPY_DTYPE[dtype], stream=bound)
-            return array, self.view(array)
+            return array, self.view(array).pointer
 
         return allocate
 

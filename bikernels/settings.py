@@ -92,6 +92,12 @@ def current_arithmetic() -> str | None:
     return entries[-1][1] if entries else None
 
 
+def current() -> tuple[str | None, str | None]:
+    """`current_backend` and `current_arithmetic`."""
+    backends, arithmetics = _backend_entries.get(), _arithmetic_entries.get()
+    return backends[-1][1] if backends else _environment_backend, arithmetics[-1][1] if arithmetics else None
+
+
 def choose_backend(name: str | None, device: Device) -> registry.Backend:
     """The backend for operands on `device`. A name given in the call must serve that device."""
     if name is not None:

@@ -63,6 +63,8 @@ class Description(NamedTuple):
 
     def overlaps_itself(self) -> bool:
         """True if two indices may lead to one element (a broadcast axis, say)."""
+        if self.size == 0:  # NumPy's strides are then 0
+            return False
         reach = 0
         steps = ((abs(stride), length) for stride, length in zip(self.strides, self.shape, strict=True))
         for stride, length in sorted(steps):

@@ -200,7 +200,11 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
 
 
 def _has_kernel_of_its_own(qualified: str) -> bool:
+    from .overrides import BELOW_AUTOGRAD
+
     has_kernel = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, qualified)
+    if qualified.removeprefix("aten::") in BELOW_AUTOGRAD:  # the kernel is ours
+        return False
     return has_kernel("CPU") or has_kernel("CUDA") or not has_kernel("CompositeImplicitAutograd")
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 import bikernels
 from bikernels import Device, View
-from bikernels.settings import current_arithmetic, current_backend
+from bikernels.settings import current, current_arithmetic, current_backend
 from bikernels.views import CPU
 
 FLOATS = {
@@ -21,6 +22,9 @@ FLOATS = {
     torch.float64: "float64",
 }
 """What the core computes with; other dtypes are left to PyTorch."""
+
+Launch = Callable[..., None]
+"""As `bikernels.prepare` gives it."""
 
 _NAMES = FLOATS | {
     getattr(torch, name): name
@@ -53,16 +57,57 @@ def set_mode_settings(settings: Settings) -> None:
     _settings = settings
 
 
-def _call(function: Callable[..., Any], *operands: View | None, **options: Any) -> None:
-    if _settings == NO_SETTINGS:
-        function(*operands, **options)
-        return
+def settings_in_force() -> tuple[Settings, tuple[str | None, str | None]]:
+    """What decides, with the operands, about a call of the core: of the mode, and of the calling thread's contexts."""
+    return _settings, current()
+
+
+class Recorded(NamedTuple):
+    """A call of the core that has been made, and how to make it again."""
+
+    launch: Launch
+    """launch(stream, *addresses) of the results and the operands."""
+    results: tuple[torch.Tensor, ...]
+    operands: tuple[torch.Tensor, ...]
+
+
+class _Recorder(threading.local):
+    calls: list[Recorded] | None = None
+
+
+_recorder = _Recorder()
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Recorded]]:
+    """The calls of the core that this thread makes within the context."""
+    before, calls = _recorder.calls, list[Recorded]()
+    _recorder.calls = calls
+    try:
+        yield calls
+    finally:
+        _recorder.calls = before
+
+
+def _call(
+    function: Callable[..., Any],
+    results: tuple[torch.Tensor, ...],
+    operands: tuple[torch.Tensor | None, ...],
+    **options: Any,
+) -> None:
+    """function(*operands) into the results, computed as the dtype of the first."""
+    views = [None if one is None else view(one) for one in operands]
+    outs = tuple(map(view, results))
+    options |= {"out": outs if len(outs) > 1 else outs[0], "dtype": _NAMES[results[0].dtype]}
     with contextlib.ExitStack() as stack:
         if _settings.backend is not None and current_backend() is None:
             stack.enter_context(bikernels.use_backend(_settings.backend))
         if _settings.arithmetic is not None and current_arithmetic() is None:
             stack.enter_context(bikernels.use_arithmetic(_settings.arithmetic))
-        function(*operands, **options)
+        function(*views, **options)
+        if _recorder.calls is not None:
+            given = tuple([one for one in operands if one is not None])
+            _recorder.calls.append(Recorded(bikernels.prepare(function, *views, **options), results, given))
 
 
 # -------------------------------------------------------------------------------------------------------- the tensors
@@ -121,13 +166,12 @@ def store(out: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
 
 def matmul(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """Write a @ b to out, rounded to its dtype."""
-    _call(bikernels.matmul, view(a), view(b), out=view(out), dtype=_NAMES[out.dtype])
+    _call(bikernels.matmul, (out,), (a, b))
 
 
 def addmm(out: torch.Tensor, c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: float, beta: float) -> None:
     """Write beta * c + alpha * (a @ b) to out, rounded once to its dtype; out may be c."""
-    options = {"out": view(out), "dtype": _NAMES[out.dtype], "alpha": alpha, "beta": beta}
-    _call(bikernels.addmm, view(c), view(a), view(b), **options)
+    _call(bikernels.addmm, (out,), (c, a, b), alpha=alpha, beta=beta)
 
 
 def reduce(
@@ -139,12 +183,12 @@ def reduce(
     **options: Any,
 ) -> None:
     """Write a reduction of x over some dimensions, or all, to out, computed as out's dtype."""
-    _call(operation, view(x), axis=dims, keepdims=keepdim, out=view(out), dtype=_NAMES[out.dtype], **options)
+    _call(operation, (out,), (x,), axis=dims, keepdims=keepdim, **options)
 
 
 def along_rows(operation: Callable[..., Any], out: torch.Tensor, operands: tuple[torch.Tensor, ...], dim: int) -> None:
     """Write a row for each row along one dimension to out, computed as out's dtype."""
-    _call(operation, *map(view, operands), axis=dim, out=view(out), dtype=_NAMES[out.dtype])
+    _call(operation, (out,), operands, axis=dim)
 
 
 def normalise(
@@ -155,9 +199,7 @@ def normalise(
     eps: float | None,
 ) -> None:
     """Write a norm and its statistics to `results`, computed as the dtype of the first."""
-    views = [None if one is None else view(one) for one in operands]
-    out = tuple(map(view, results))
-    _call(operation, *views, axis=dims, eps=eps, out=out, dtype=_NAMES[results[0].dtype])
+    _call(operation, results, operands, axis=dims, eps=eps)
 
 
 def differentiate(
@@ -167,5 +209,4 @@ def differentiate(
     dims: tuple[int, ...],
 ) -> None:
     """Write a norm's gradient to out, computed as out's dtype."""
-    views = [None if one is None else view(one) for one in operands]
-    _call(operation, *views, axis=dims, out=view(out), dtype=_NAMES[out.dtype])
+    _call(operation, (out,), operands, axis=dims)

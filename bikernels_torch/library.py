@@ -26,6 +26,7 @@ from . import core
 from .operators import matmul as products
 from .operators import norm, reduction
 from .operators import softmax as softmaxes
+from .plans import planned_operator
 
 _library = torch.library.Library("bikernels", "DEF")
 
@@ -35,8 +36,9 @@ Scalar = int | float
 def _operator(schema: str, compute: Callable[..., Any], fake: Callable[..., Any], backward: Any, context: Any) -> None:
     name = schema[: schema.index("(")]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    kernel = planned_operator(compute)
     for key in ("CPU", "CUDA"):
-        _library.impl(name, compute, key)
+        _library.impl(name, kernel, key)
     torch.library.register_fake(f"bikernels::{name}", fake, lib=_library)
     torch.library.register_autograd(f"bikernels::{name}", backward, setup_context=context, lib=_library)
 

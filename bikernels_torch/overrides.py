@@ -47,6 +47,10 @@ COMPOSITES: dict[str, Override] = {
 """Operators that PyTorch makes of others, replaced by another composition; autograd sees what they are made of."""
 
 
+BELOW_AUTOGRAD: dict[str, Override] = {**linear.BELOW_AUTOGRAD, **norm.BELOW_AUTOGRAD}
+"""Of these composites, kernels for CPU and CUDA tensors that autograd does not follow, such as those of inference mode.
+The others take the composite. To those who look at operators from without they are composites as before."""
+
 FAKES: dict[str, Callable[..., Any]] = norm.FAKES
 """The results' shapes and dtypes, for compilers, where those of a replacement are not those of PyTorch's kernel."""
 
@@ -71,14 +75,15 @@ class Overrides:
         if self._library is not None:
             return
         library = torch.library.Library("aten", "IMPL")
-        undo: list[Callable[[], None]] = [library._destroy]
+        undo: list[Callable[[], None]] = [_forget_resolved_keys, library._destroy]
         try:
             with dispatch.quietly():
                 for key in dispatch.backend_keys():
                     for name, override in kernels(key.lower()).items():
                         _replace(library, name, override, key)
                 for name, override in COMPOSITES.items():
-                    _replace(library, name, override, "CompositeImplicitAutograd")
+                    _replace_composite(library, name, override)
+            _forget_resolved_keys()
             undo.append(attention.avoid_fused_layers())
             undo.append(matmul.contract_left_to_right())
             undo.append(compiled.install())
@@ -95,9 +100,28 @@ class Overrides:
             self._switches.pop()()
 
 
+def _forget_resolved_keys() -> None:
+    """Let PyTorch's dispatcher in Python, which compilers use, look anew for kernels that come and go."""
+    for name in BELOW_AUTOGRAD:
+        getattr(torch.ops.aten, name).default._dispatch_cache.clear()
+
+
 def _replace(library: Any, name: str, override: Override, key: str) -> None:
     operator = f"aten::{name}"
-    kernel_key = "CPU" if key.startswith("Composite") else key  # a composite is computed alike under every key
     # Of some operators PyTorch has no kernel, e.g. mm.dtype on a CPU (it says so), or a later PyTorch has it.
-    if dispatch.has_kernel(operator, kernel_key):
-        library.impl(name, functools.partial(override, dispatch.kernel(operator, kernel_key)), key)
+    if dispatch.has_kernel(operator, key):
+        library.impl(name, functools.partial(override, dispatch.kernel(operator, key)), key)
+
+
+def _replace_composite(library: Any, name: str, override: Override) -> None:
+    operator = f"aten::{name}"
+    if not dispatch.has_kernel(operator, "CPU"):
+        return
+    original = dispatch.kernel(operator, "CPU")  # computed alike under every key
+    library.impl(name, functools.partial(override, original), "CompositeImplicitAutograd")
+    below = BELOW_AUTOGRAD.get(name)
+    if below is not None:
+        for key in dispatch.backend_keys():
+            library.impl(name, functools.partial(below, original), key)
+            # Autograd takes no composite by itself where there is a kernel beside it.
+            library.impl(name, functools.partial(override, original), f"Autograd{key}")

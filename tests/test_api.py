@@ -143,6 +143,60 @@ def test_torch_cuda_tensors_are_answered_in_cupy(backend: Any) -> None:
     assert_same_bits(backend.get(actual), reference.matmul(*host, arithmetic=backend.arithmetic["bfloat16"]))
 
 
+# ---------------------------------------------------------------------------------------------------- prepared calls
+
+
+def address(x: np.ndarray) -> int:
+    return int(x.ctypes.data)
+
+
+def test_prepared_calls(rng: np.random.Generator) -> None:
+    def operands() -> tuple[np.ndarray, ...]:
+        return tuple(draw(rng, shape, "float32") for shape in ((5, 3), (5, 7), (7, 3)))
+
+    first, out = operands(), ones(5, 3)
+    launch = bikernels.prepare(bikernels.addmm, *first, out=out, alpha=0.3, beta=-2)
+    assert (out == 1).all()  # nothing has been computed
+    for c, a, b in (first, operands()):
+        launch(0, address(out), address(c), address(a), address(b))
+        assert_same_bits(out, bikernels.addmm(c, a, b, alpha=0.3, beta=-2))
+
+
+def test_prepared_calls_of_several_results_and_of_operands_that_are_left_out(rng: np.random.Generator) -> None:
+    x, bias = draw(rng, (4, 9), "float32"), draw(rng, (9,), "float32")
+    expected = bikernels.layer_norm_with_statistics(x, None, bias)
+    out = tuple(np.empty_like(one) for one in expected)
+    launch = bikernels.prepare(bikernels.layer_norm_with_statistics, x, None, bias, out=out)
+    launch(0, *map(address, (*out, x, bias)))
+    for one, wanted in zip(out, expected, strict=True):
+        assert_same_bits(one, wanted)
+    (grad, y), dx = (draw(rng, (4, 9), "float32") for _ in range(2)), np.empty_like(x)
+    launch = bikernels.prepare(bikernels.softmax_backward, grad, y, out=dx)  # another order than the operation's own
+    launch(0, address(dx), address(grad), address(y))
+    assert_same_bits(dx, bikernels.softmax_backward(grad, y))
+
+
+def test_prepared_calls_keep_the_settings(rng: np.random.Generator) -> None:
+    a, b, out = draw(rng, (8, 4096), "bfloat16"), draw(rng, (4096, 8), "bfloat16"), ones(8, 8)
+    with bikernels.use_arithmetic("tc16f25"):
+        launch = bikernels.prepare(bikernels.matmul, a, b, out=out, dtype="float32")
+    launch(0, address(out), address(a), address(b))
+    assert_same_bits(out, bikernels.matmul(a, b, dtype="float32", arithmetic="tc16f25"))
+    assert not np.array_equal(out, bikernels.matmul(a, b, dtype="float32"))
+
+
+def test_what_cannot_be_prepared() -> None:
+    a, b = ones(2, 3), ones(4, 5)
+    with pytest.raises(ValueError, match="do not match"):
+        bikernels.prepare(bikernels.matmul, a, b, out=ones(2, 5))
+    with pytest.raises(ValueError, match="out has shape"):
+        bikernels.prepare(bikernels.matmul, a, ones(3, 5), out=ones(5, 5))
+    with pytest.raises(ValueError, match="given twice"):
+        bikernels.prepare(bikernels.matmul, b, b, out=ones(4, 4))
+    empty = ones(0, 5)
+    bikernels.prepare(bikernels.matmul, ones(0, 4), b, out=empty)(0, address(empty), 0, address(b))
+
+
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 PRODUCT_ERRORS = {

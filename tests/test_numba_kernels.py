@@ -148,5 +148,5 @@ def test_every_tile_gives_the_same_bits(backend: Any, dtype: str, rng: np.random
                         of_a, of_b, of_out = (one.description.layout for one in (x, y, z))
                         spec = MatmulSpec(arithmetic, of_a, of_b, None, of_out)
                         with mock.patch.object(matmul, "choose", return_value=(tile, swapped)):
-                            matmul.prepare(spec, gpu)(z, None, x, y, 1.0, 0.0)
+                            matmul.prepare(spec, gpu)(0, z.pointer, x.pointer, y.pointer)
                         assert_same_bits(backend.get(out), expected, f"{arithmetic} {tile}, swapped {swapped}")

@@ -188,8 +188,8 @@ def run(backend: Any, case: Forced, product: Product) -> int:
         problem = Problem.of(MatmulSpec(case.arithmetic, of_a, of_b, of_c, of_out))
         if not case.takes(problem):
             continue
-        scale = (1.0, 0.0) if c is None else (ALPHA, BETA)
-        case.prepare(problem, index)(z, w, x, y, *scale)
+        addend = () if w is None else (w.pointer, ALPHA, BETA)
+        case.prepare(problem, index)(z.stream, z.pointer, x.pointer, y.pointer, *addend)
         names = f"{a.shape} @ {b.shape}, {put_a.__name__} {put_b.__name__} {put_out.__name__}, addend {c is not None}"
         assert_same_bits(backend.get(out), expected, names)
         ran += 1

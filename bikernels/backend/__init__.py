@@ -10,14 +10,21 @@ from typing import NamedTuple, Protocol
 from ..contract import FLOAT_DTYPES
 from ..errors import BackendUnavailableError
 from ..specs import MatmulSpec, ReductionSpec
-from ..views import Device, View
+from ..views import Device
 
-MatmulLaunch = Callable[[View, View | None, View, View, float, float], None]
-"""launch(out, c, a, b, alpha, beta): queue the product on out.stream. Only addresses are read from the views."""
 
-ReductionLaunch = Callable[..., None]
-"""launch(out, x, *others): queue the reduction on out.stream; `others` are those that the spec has, in its order. Only
-addresses are read from the views."""
+class MatmulLaunch(Protocol):
+    """Queues a product on the stream of that handle (0 on a CPU), by the addresses of its operands; c of none is 0."""
+
+    def __call__(
+        self, stream: int, out: int, a: int, b: int, c: int = 0, alpha: float = 1.0, beta: float = 0.0, /
+    ) -> None: ...
+
+
+class ReductionLaunch(Protocol):
+    """Queues a reduction likewise; `others` are the addresses of those that the spec has, in its order."""
+
+    def __call__(self, stream: int, out: int, x: int, /, *others: int) -> None: ...
 
 
 class Backend(Protocol):

@@ -7,6 +7,7 @@ made at the first call of its kind and looked up at the others.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,10 +15,10 @@ from ..contract import FLOAT_DTYPES, INTEGER_DTYPES, ITEMSIZE
 from ..dtypes import dtype_name
 from ..kinds import Allocate, Kind, described, kind_of, order_streams, view_of, views_of
 from ..specs import contiguous_strides
-from ..views import Description, Device, Form, FormView, View, share_memory
+from ..views import Description, Device, Form, View, share_memory
 
 Launch = Callable[..., None]
-"""launch(out, *operands, *factors): queue the kernels on out.stream. Only addresses are read from the views."""
+"""launch(stream, *results, *operands, *factors): queue the kernels on the stream of that handle, by addresses."""
 
 
 class Result(NamedTuple):
@@ -72,29 +73,85 @@ def run(operation: Operation, arrays: Sequence[Any], settings: tuple[Any, ...], 
     views = views_of(arrays, operation.names)
     stream = views[0].stream
     forms = tuple([view.form for view in views])
+    elsewhere: list[int] = []
     if out is None:
         plan = _plan(operation, settings, forms, kind_of(arrays[0], operation.names[0]), ())
         allocated = [allocate(stream) for allocate in plan.allocate]
-        outs = [view for _, view in allocated]
+        addresses = [address for _, address in allocated]
         out = allocated[0][0] if len(allocated) == 1 else tuple([array for array, _ in allocated])
     else:
-        outs = _views_of_out(operation, out)
+        prepares = type(out) is _ToPrepare
+        outs = _views_of_out(operation, out.out if prepares else out)
         plan = _plan(operation, settings, forms, None, tuple([one.form for one in outs]))
+        if prepares:
+            return _prepared(plan.launch, len(outs), out.places(arrays), factors)
         _check_memory(operation, plan, outs, views)
+        addresses = [one.pointer for one in outs]
+        elsewhere = [one.stream for one in outs if one.stream != stream]
     if plan.launch is None:
         return out
     for view in views:
         if view.stream != stream:
             order_streams(view.stream, stream, plan.device)
-    elsewhere = [one.stream for one in outs if one.stream != stream]
-    if elsewhere:
-        for other in elsewhere:
-            order_streams(other, stream, plan.device)
-        outs = [FormView(one.form, one.pointer, stream) for one in outs]
-    plan.launch(*outs, *views, *factors)
+    for other in elsewhere:
+        order_streams(other, stream, plan.device)
+    plan.launch(stream, *addresses, *[view.pointer for view in views], *factors)
     for other in elsewhere:
         order_streams(stream, other, plan.device)
     return out
+
+
+class _ToPrepare(NamedTuple):
+    """In the place of `out`: the call is to be prepared, not made."""
+
+    out: Any
+    operands: tuple[Any, ...]
+
+    def places(self, arrays: Sequence[Any]) -> list[int]:
+        """Of an operation's arrays among the operands that the caller gave."""
+        return [next(i for i, one in enumerate(self.operands) if one is array) for array in arrays]
+
+
+def prepare(function: Callable[..., Any], /, *operands: Any, out: Any, **options: Any) -> Launch:
+    """What `function(*operands, out=out, **options)` would launch, to be launched for other arrays of the same forms.
+
+    For programs that call again and again with the like, adapters of other frameworks above all: a call costs what the
+    launch costs. The kernels are loaded, and compiled if need be; nothing is computed.
+
+    Args:
+        function: a function of this package that takes arrays, such as `matmul`.
+        operands: its operands, each an object of its own (they may share memory); those that may be left out may be
+            None.
+        out: an array for the result; of several, a tuple.
+        options: its other arguments. Of alpha and beta the values are kept, as are the backend and the arithmetic class
+            of the contexts around this call.
+
+    Returns:
+        launch(stream, *addresses): queue the kernels on the CUDA stream of that handle (0 for the default stream, and
+        on a CPU, where it waits for the result). `addresses` are those of the results, then of the operands that are
+        not None, in the order in which they were given. It may be called in any thread, and in the capture of a CUDA
+        graph. The arrays must have the dtypes, shapes, strides and devices of those given here, and a result must
+        share no memory with an operand or another result: nothing of that is checked.
+
+    Raises:
+        ValueError: an operand is given twice.
+        Otherwise what the function raises.
+    """
+    given = tuple([one for one in operands if one is not None])
+    if len({id(one) for one in given}) < len(given):
+        raise ValueError("an operand is given twice; pass two views of it, so that each has a place of its own")
+    launch: Launch = function(*operands, out=_ToPrepare(out, given), **options)
+    return launch
+
+
+def _prepared(launch: Launch | None, results: int, places: list[int], factors: tuple[float, ...]) -> Launch:
+    """A launch by the addresses of the results, and of the operands in the caller's order."""
+    if launch is None:
+        return lambda stream, *addresses: None
+    if places == sorted(places):
+        return (lambda stream, *addresses: launch(stream, *addresses, *factors)) if factors else launch
+    order = operator.itemgetter(*range(results), *[results + place for place in places])
+    return lambda stream, *addresses: launch(stream, *order(addresses), *factors)
 
 
 def _views_of_out(operation: Operation, out: Any) -> list[View]:

@@ -161,7 +161,7 @@ def _in_order(launch: Launch, results: tuple[str, ...], operands: tuple[str, ...
     order = [given.index(name) for name in _ORDER if name in given]
     if order == sorted(order):
         return launch
-    return lambda *views: launch(*[views[i] for i in order])
+    return lambda stream, *addresses: launch(stream, *[addresses[i] for i in order])
 
 
 _ORDER = ("out", "x", "grad", "weight", "bias", "mean", "rstd")

@@ -12,7 +12,7 @@ from ..backend import MatmulLaunch
 from ..contract import ACCUMULATE
 from ..settings import choose_arithmetic, choose_backend, current_arithmetic, current_backend
 from ..specs import Layout, MatmulSpec, merge_dimensions
-from ..views import Device, View
+from ..views import Device
 from ._common import Launch, Operation, Result, at_least, floating, real, result_dtype, run
 
 
@@ -96,7 +96,9 @@ def _settings(dtype: Any, backend: str | None, arithmetic: str | None) -> tuple[
 
 
 def _rounded(value: float, accumulate: str) -> float:
-    return value if accumulate == "float64" else ctypes.c_float(value).value  # to nearest; infinite if too large
+    if accumulate == "float64" or value in (0, 1):
+        return value
+    return ctypes.c_float(value).value  # to nearest; infinite if too large
 
 
 def _result(
@@ -171,14 +173,13 @@ def _result(
             return backend.prepare_matmul(spec, device)
 
         if c is None:
-            launch = product(False)
-            return lambda out, a, b: launch(out, None, a, b, 1.0, 0.0)
+            return product(False)
         accumulate = ACCUMULATE[a.dtype]
 
-        def sum_of_products(out: View, a: View, b: View, c: View, alpha: float, beta: float) -> None:
+        def sum_of_products(stream: int, out: int, a: int, b: int, c: int, alpha: float, beta: float) -> None:
             alpha, beta = _rounded(alpha, accumulate), _rounded(beta, accumulate)
             addend = beta != 0
-            product(addend)(out, c if addend else None, a, b, alpha, beta)
+            product(addend)(stream, out, a, b, c if addend else 0, alpha, beta)
 
         return sum_of_products
 

@@ -324,7 +324,9 @@ def is_composite(operator: Any, device_type: str) -> bool:
     """Whether PyTorch makes the operator of others, which then go through the dispatcher themselves."""
     name = operator._name
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    if has_kernel(name, device_type.upper()) or base_name(name) in _CHOOSING:
+    if base_name(name) in _CHOOSING:
+        return False
+    if has_kernel(name, device_type.upper()) and name.removeprefix("aten::") not in overrides.BELOW_AUTOGRAD:
         return False
     if has_kernel(name, "CompositeImplicitAutograd"):
         return True

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+
+from .. import core, dispatch
 
 
 class AttentionBlockSize(NamedTuple):
@@ -41,6 +44,15 @@ def scaled_dot_product_attention(
     ):
         options = {"scale": scale, "enable_gqa": enable_gqa}
         return original(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    if (
+        attn_mask is None
+        and not is_causal
+        and dropout_p == 0
+        and (scale is None or scale > 0)
+        and dispatch.autograd_is_idle(*tensors)
+        and _is_batch_of_heads(query, key, value, enable_gqa)
+    ):
+        return _attend(query, key, value, scale)
     if attn_mask is not None and attn_mask.dtype is torch.bool:
         zero, masked = (torch.full((), v, dtype=query.dtype, device=query.device) for v in (0.0, float("-inf")))
         attn_mask = torch.where(attn_mask, zero, masked)
@@ -48,6 +60,35 @@ def scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
     )
     return out
+
+
+def _is_batch_of_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool) -> bool:
+    """Whether these are (B, heads, L, D), (B, groups, S, D) and (B, groups, S, E), with elements."""
+    if not query.dim() == key.dim() == value.dim() == 4 or query.dtype not in core.FLOATS:
+        return False
+    batch, heads, _, width = query.shape
+    groups = key.shape[1]
+    return (
+        key.shape[0] == batch
+        and key.shape[3] == width
+        and key.shape[:3] == value.shape[:3]
+        and min(query.numel(), key.numel(), value.numel()) > 0
+        and (heads == groups or (enable_gqa and heads % groups == 0))
+    )
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """PyTorch's path in fewer steps, with its bits: heads that share keys are rows of one product."""
+    (batch, heads, length, width), groups = query.shape, key.shape[1]
+    wide = core.accumulate_dtype(query.dtype)
+    if torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed():
+        wide = query.dtype
+    factor = math.sqrt(scale or 1.0 / math.sqrt(width))
+    rows = (query.to(wide) * factor).reshape(batch * groups, heads // groups * length, width)
+    columns = (key.to(wide) * factor).flatten(0, 1).mT
+    weights = torch.softmax(torch.bmm(rows, columns), -1)
+    out = torch.bmm(weights, value.to(wide).flatten(0, 1))
+    return out.view(batch, heads, length, -1).to(query.dtype)
 
 
 OVERRIDES: dict[str, Callable[..., Any]] = {"scaled_dot_product_attention": scaled_dot_product_attention}

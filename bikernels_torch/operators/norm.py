@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import bikernels
 
-from .. import core
+from .. import core, dispatch
+from ..plans import planned
 
 Affine = torch.Tensor | None
 
@@ -185,6 +186,15 @@ def rms_norm(
 
     torch.func's transforms and forward-mode derivatives take those several, which are row by row in the mode too.
     """
+    if dispatch.autograd_is_idle(x, weight):
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.rms_norm(x, normalized_shape, weight, eps)
+    return _composed_rms_norm(original, x, normalized_shape, weight, eps)
+
+
+def _composed_rms_norm(
+    original: Any, x: torch.Tensor, normalized_shape: Sequence[int], weight: Affine, eps: float | None
+) -> torch.Tensor:
     if (
         x.device.type not in ("cpu", "cuda")
         or not _is_plain(x, weight)
@@ -194,6 +204,17 @@ def rms_norm(
     ):
         return original(x, normalized_shape, weight, eps)
     return torch.ops.bikernels.rms_norm(x, normalized_shape, weight, eps)
+
+
+def rms_norm_without_autograd(
+    original: Any, x: torch.Tensor, normalized_shape: Sequence[int], weight: Affine = None, eps: float | None = None
+) -> torch.Tensor:
+    """The same as one call of the core, without the statistics."""
+    if not fits(x, normalized_shape, weight):
+        return _composed_rms_norm(original, x, normalized_shape, weight, eps)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    core.normalise(bikernels.rms_norm, (out,), (x, weight), _axes(normalized_shape), eps)
+    return out
 
 
 def _is_plain(*tensors: Affine) -> bool:
@@ -239,13 +260,14 @@ def _gradients(
 
 
 OVERRIDES: dict[str, Callable[..., Any]] = {
-    "native_layer_norm": native_layer_norm,
+    "native_layer_norm": planned(native_layer_norm),
     "native_layer_norm.out": native_layer_norm_out,
-    "native_layer_norm_backward": native_layer_norm_backward,
+    "native_layer_norm_backward": planned(native_layer_norm_backward),
 }
 CUDA_OVERRIDES: dict[str, Callable[..., Any]] = {
-    "_fused_rms_norm": fused_rms_norm,
-    "_fused_rms_norm_backward": fused_rms_norm_backward,
+    "_fused_rms_norm": planned(fused_rms_norm),
+    "_fused_rms_norm_backward": planned(fused_rms_norm_backward),
 }
 COMPOSITE_OVERRIDES: dict[str, Callable[..., Any]] = {"rms_norm": rms_norm}
+BELOW_AUTOGRAD: dict[str, Callable[..., Any]] = {"rms_norm": planned(rms_norm_without_autograd)}
 FAKES: dict[str, Callable[..., Any]] = {"native_layer_norm": fake_native_layer_norm}

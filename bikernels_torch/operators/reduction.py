@@ -14,6 +14,7 @@ import torch
 import bikernels
 
 from .. import core
+from ..plans import planned
 
 
 def normalise(x: torch.Tensor, dim: Sequence[int] | None) -> tuple[int, ...] | None:
@@ -111,7 +112,7 @@ def _with_dtype(operation: Callable[..., Any]) -> tuple[Callable[..., Any], Call
             return original(x, dim, keepdim, dtype=dtype, out=out)
         return _write(operation, out, x, axes, keepdim)
 
-    return functional, with_out
+    return planned(functional), with_out
 
 
 # ------------------------------------------------------------------------------------------------------------ var, std
@@ -165,7 +166,7 @@ def _of_sample(operation: Callable[..., Any]) -> tuple[Callable[..., Any], Calla
         reduced = functools.partial(_reduced, x=x, axes=axes, keepdim=keepdim, dtype=x.dtype)
         return reduced(operation, correction=less), reduced(bikernels.mean)
 
-    return functional, with_out, with_mean
+    return planned(functional), with_out, planned(with_mean)
 
 
 # ----------------------------------------------------------------------------------------------------------- logsumexp
@@ -205,6 +206,6 @@ OVERRIDES: dict[str, Callable[..., Any]] = {
     "std.correction": _std,
     "std.correction_out": _std_out,
     "std_mean.correction": _std_mean,
-    "logsumexp": logsumexp,
+    "logsumexp": planned(logsumexp),
     "logsumexp.out": logsumexp_out,
 }

@@ -10,6 +10,7 @@ import torch
 import bikernels
 
 from .. import core
+from ..plans import planned
 
 Operation = Callable[..., Any]
 
@@ -41,7 +42,7 @@ def _forward(operation: Operation) -> tuple[Callable[..., Any], Callable[..., An
             return original(x, dim, half_to_float, out=out)
         return core.write(out, tuple(x.shape), (x,), lambda result: fill(operation, result, (x,), dim))
 
-    return functional, with_out
+    return planned(functional), with_out
 
 
 def _backward(operation: Operation, out_name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -71,7 +72,7 @@ def _backward(operation: Operation, out_name: str) -> tuple[Callable[..., Any], 
             return original(grad, y, dim, dtype, **keywords)
         return core.write(out, tuple(y.shape), (grad, y), lambda result: fill(operation, result, (grad, y), dim))
 
-    return functional, with_out
+    return planned(functional), with_out
 
 
 _softmax, _softmax_out = _forward(bikernels.softmax)

@@ -234,6 +234,19 @@ def test_other_backends_compute_as_the_mode(compiler: str) -> None:
 # ------------------------------------------------------------------------------------------------------ the other state
 
 
+def test_gradients_after_inference_in_the_mode() -> None:
+    """The kernels that composites have beside them in the mode are not looked for when they are gone."""
+    model = torch.nn.Sequential(torch.nn.Linear(33, 17), torch.nn.RMSNorm(17))
+    x = torch.randn(7, 33)
+    with set_batch_invariant_mode(), torch.inference_mode():
+        torch.compile(model, backend="aot_eager")(x)
+    torch._dynamo.reset()
+    function = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(
+        training_step(model, x, model.parameters()), training_step(function, x, model.parameters())
+    )
+
+
 def test_each_state_has_its_own_graphs() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(33, 17), torch.nn.Softmax(-1))
     function = torch.compile(model)

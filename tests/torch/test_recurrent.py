@@ -37,6 +37,13 @@ def _always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recurrent, "is_fused", lambda name, x: True)
 
 
+@pytest.fixture(autouse=True)
+def _without_cudnn() -> Iterator[None]:
+    """PyTorch's own layers are those to compare with: cuDNN's round to TF32, and have no gradient in eval."""
+    with torch.backends.cudnn.flags(enabled=False):
+        yield
+
+
 def flat(results: Any) -> Iterator[torch.Tensor]:
     for one in results:
         if isinstance(one, PackedSequence):
@@ -76,7 +83,7 @@ def test_as_pytorch(name: str, dtype: torch.dtype, device: str) -> None:
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "tanh", "relu"])
 def test_bits_of_the_cells(name: str, device: str) -> None:
-    """A layer's bits are those of PyTorch's cell in a loop, in the mode."""
+    """A layer's bits are those of PyTorch's cell in a loop, in the mode; on a GPU its pointwise part is fused."""
     kind = {"LSTM": nn.LSTM, "GRU": nn.GRU}.get(name, functools.partial(nn.RNN, nonlinearity=name))
     one = {"LSTM": nn.LSTMCell, "GRU": nn.GRUCell}.get(name, functools.partial(nn.RNNCell, nonlinearity=name))
     layer, cell = kind(13, 7).to(device), one(13, 7).to(device)
@@ -88,7 +95,11 @@ def test_bits_of_the_cells(name: str, device: str) -> None:
         state = None
         for step in range(4):
             state = cell(x[step], state)
-            assert same_bits(output[step], state[0] if name == "LSTM" else state)
+            expected = state[0] if name == "LSTM" else state
+            if device == "cpu" or name in ("tanh", "relu"):
+                assert same_bits(output[step], expected)
+            else:
+                assert_close([output[step]], [expected], torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -125,7 +136,7 @@ def test_dropout_and_gradients(device: str) -> None:
         with set_batch_invariant_mode():
             first, again = run(train), run(train)
         assert all(same_bits(x, y) for x, y in zip(first, again, strict=True))
-        if not train or device == "cpu":  # cuDNN draws otherwise
+        if not train or device == "cpu":  # a GPU draws otherwise
             assert_close(first, run(train), torch.float32)
 
 

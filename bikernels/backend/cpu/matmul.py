@@ -24,7 +24,6 @@ from numba import types
 
 from ...contract import ACCUMULATE, ARITHMETIC, ITEMSIZE
 from ...specs import Layout, MatmulSpec
-from ...views import View
 from .. import MatmulLaunch
 from . import fma, tensor_core, threads
 from .compile import address_of, inner, invoke, kernel
@@ -301,7 +300,11 @@ def prepare(spec: MatmulSpec) -> MatmulLaunch:
     panels = _panels(spec)
     if n < min(m, panels.columns):
         launch = _launch(_transposed(spec), panels)
-        return lambda out, c, a, b, alpha, beta: launch(out, c, b, a, alpha, beta)
+
+        def swap(stream: int, out: int, a: int, b: int, c: int = 0, alpha: float = 1.0, beta: float = 0.0) -> None:
+            launch(stream, out, b, a, c, alpha, beta)
+
+        return swap
     return _launch(spec, panels)
 
 
@@ -386,26 +389,25 @@ def _launch(spec: MatmulSpec, panels: Panels) -> MatmulLaunch:
     packing_cost = block_rows * k * _NANOSECONDS_PER_PACKED
     block_cost = block_rows * n * k * panels.words * _NANOSECONDS_PER_PRODUCT + n * k * _NANOSECONDS_PER_PACKED
 
-    def launch(out: View, addend: View | None, a: View, b: View, alpha: float, beta: float) -> None:
+    def launch(stream: int, out: int, a: int, b: int, c: int = 0, alpha: float = 1.0, beta: float = 0.0) -> None:
         assert table.ctypes.data == g.batch  # the kernels read it
         packed = _aligned(round_blocks * packed_bytes)
-        c_pointer = 0 if addend is None else addend.pointer
         for first in range(0, blocks, round_blocks):
             count = min(blocks - first, round_blocks)
             counters = np.zeros(2, np.int64)
             counter = counters.ctypes.data
 
             def pack(first: int = first, count: int = count, counter: int = counter) -> None:
-                _pack_rows(g, a.pointer, first, count, packed.ctypes.data, counter)
+                _pack_rows(g, a, first, count, packed.ctypes.data, counter)
 
             def compute(first: int = first, count: int = count, counter: int = counter + 8) -> None:
                 workspace = _aligned(workspace_bytes)
                 _compute(
                     g,
-                    a.pointer,
-                    b.pointer,
-                    c_pointer,
-                    out.pointer,
+                    a,
+                    b,
+                    c,
+                    out,
                     float(alpha),
                     float(beta),
                     first,

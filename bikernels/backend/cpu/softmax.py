@@ -15,7 +15,6 @@ import numpy as np
 
 from ...contract import ACCUMULATE, SUM_CHUNK, SUM_LANES
 from ...specs import ReductionSpec
-from ...views import View
 from .. import ReductionLaunch
 from . import threads
 from .compile import inner, kernel
@@ -246,7 +245,7 @@ def prepare(spec: ReductionSpec) -> ReductionLaunch:
     workspace_bytes = (4 * SUM_LANES + 2 * SUM_CHUNK) * g.width * g.itemsize
     cost = g.groups * g.width * max(g.n, SUM_LANES) * _NANOSECONDS_PER_ELEMENT
 
-    def launch(out: View, x: View, keep: object = tables) -> None:  # the kernels read the tables
+    def launch(stream: int, out: int, x: int, *_: int, keep: object = tables) -> None:  # the kernels read the tables
         counters = np.zeros(3, np.int64)
         counter = counters.ctypes.data
 
@@ -260,8 +259,8 @@ def prepare(spec: ReductionSpec) -> ReductionLaunch:
                     operation,
                     precise,
                     g,
-                    x.pointer,
-                    out.pointer,
+                    x,
+                    out,
                     workspace + workspace_bytes,
                     workspace,
                     counter,
@@ -276,7 +275,7 @@ def prepare(spec: ReductionSpec) -> ReductionLaunch:
 
             def finish(step: int = step) -> None:
                 memory = np.empty(workspace_bytes, np.uint8)
-                _finish_pass(kind, operation, step, g, out.pointer, state.ctypes.data, memory.ctypes.data)
+                _finish_pass(kind, operation, step, g, out, state.ctypes.data, memory.ctypes.data)
 
             def work_on_chunks(step: int = step) -> None:
                 memory = np.empty(workspace_bytes, np.uint8)
@@ -286,8 +285,8 @@ def prepare(spec: ReductionSpec) -> ReductionLaunch:
                     precise,
                     step,
                     g,
-                    x.pointer,
-                    out.pointer,
+                    x,
+                    out,
                     state.ctypes.data,
                     memory.ctypes.data,
                     counter + 8 * step,

@@ -15,7 +15,6 @@ import numpy as np
 
 from ...contract import ACCUMULATE, SUM_CHUNK, SUM_LANES
 from ...specs import ReductionSpec
-from ...views import View
 from .. import ReductionLaunch
 from . import threads
 from .compile import inner, invoke, kernel
@@ -278,10 +277,10 @@ def prepare(spec: ReductionSpec) -> ReductionLaunch:
     cost = g.groups * g.width * max(g.n, SUM_LANES) * _NANOSECONDS_PER_PASS * number
     places = [i for i, name in enumerate(OPERANDS) if getattr(spec, name) is not None]
 
-    def launch(*views: View, keep: object = (tables, pass_tables)) -> None:  # the kernels read the tables
+    def launch(stream: int, *given: int, keep: object = (tables, pass_tables)) -> None:  # the kernels read the tables
         table = np.zeros(len(OPERANDS) + number, np.int64)  # addresses, then a counter for each pass
-        for place, view in zip(places, views, strict=True):
-            table[place] = view.pointer
+        for place, address in zip(places, given, strict=True):
+            table[place] = address
         addresses = table.ctypes.data
         counter = addresses + len(OPERANDS) * table.itemsize
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...contract import ACCUMULATE, ITEMSIZE, SUM_CHUNK
 from ...specs import ReductionSpec, contiguous_strides, merge_dimensions
-from ...views import Device, View
+from ...views import Device
 from .. import ReductionLaunch
 from . import schedules
 from .compile import Kernel
@@ -23,9 +23,7 @@ SIDES = OPERANDS[2:]
 """Operands that an operation may have beside x and out."""
 
 Addresses = tuple[int, ...]
-"""Of SIDES; 0 for those that are not there."""
-
-NO_SIDES: Addresses = (0,) * len(SIDES)
+"""Of those of SIDES that are there, in this order."""
 
 
 class _Operand(NamedTuple):
@@ -150,6 +148,8 @@ class _Plan:
     def __init__(self, device: Device) -> None:
         self.gpu, self.index = gpu(device.index), device.index
         self.steps: list[Step] = []
+        self.alone: Launch | None = None
+        """The kernel, where there is one and it takes what the reduction's launch takes."""
         self.bytes = 0
 
     def reserve(self, elements: int, dtype: str) -> int:
@@ -174,31 +174,23 @@ class _Plan:
         overlapping = overlapping and self.gpu.compute_capability >= schedules.FIRST_WITH_CLUSTERS
         return shaped(function, grid, block, shared_bytes, arguments, cluster=cluster, overlapping=overlapping)
 
-    def launch(self, sides: list[str]) -> ReductionLaunch:
-        """The launch of an operation that has these of SIDES."""
+    def launch(self) -> ReductionLaunch:
+        """The launch of all of them."""
+        if self.alone is not None:
+            return self.alone
         steps, size, index = tuple(self.steps), self.bytes, self.index
-        places = [sides.index(name) if name in sides else -1 for name in SIDES]
 
-        def addresses(others: tuple[View, ...]) -> Addresses:
-            return tuple([0 if place < 0 else others[place].pointer for place in places]) if others else NO_SIDES
-
-        def launch(out: View, x: View, *others: View) -> None:
-            (step,) = steps
-            step(out.stream, out.pointer, x.pointer, addresses(others), 0)
-
-        def launch_with_workspace(out: View, x: View, *others: View) -> None:
-            stream = out.stream
+        def launch(stream: int, out: int, x: int, *sides: int) -> None:
             with cupy.cuda.Device(index), workspace(size, index, stream) as address:
                 for step in steps:
-                    step(stream, out.pointer, x.pointer, addresses(others), address)
+                    step(stream, out, x, sides, address)
 
-        return launch_with_workspace if size else launch
+        return launch
 
 
 def prepare(spec: ReductionSpec, device: Device) -> ReductionLaunch:
     """See `bikernels.backend.Backend.prepare_reduction`."""
     rows, plan, operation = _rows_of(spec), _Plan(device), spec.operation
-    sides = [name for name in SIDES if name in rows.operands]
     if rows.in_columns and operation in schedules.TERMS:
         _plan_column_tree(plan, rows, operation)
     elif rows.in_columns and operation in schedules.COLUMN_OPERATIONS and rows.chunks <= schedules.MAX_COLUMN_CHUNKS:
@@ -211,12 +203,12 @@ def prepare(spec: ReductionSpec, device: Device) -> ReductionLaunch:
             _plan_split_softmax(plan, rows, operation)
         else:
             _plan_single(plan, _row_launch(plan, rows, operation, schedule))
-    return plan.launch(sides)
+    return plan.launch()
 
 
 def _plan_single(plan: _Plan, run: Launch) -> None:
     """One kernel, from x to out."""
-    plan.steps.append(lambda stream, out, x, sides, workspace: run(stream, out, x, *sides))
+    plan.alone = run
 
 
 def _choose_rows(plan: _Plan, rows: _Rows, operation: str) -> RowSchedule | None:
@@ -227,11 +219,16 @@ def _choose_rows(plan: _Plan, rows: _Rows, operation: str) -> RowSchedule | None
     return None if may_split and schedules.splits_rows(rows.number, rows.n, plan.gpu, chosen is not None) else chosen
 
 
-_ALL = (ADDRESS,) * len(OPERANDS)
+_NULL = np.uint64(0)
+
+
+def _addresses(rows: _Rows, names: Sequence[str] = SIDES) -> tuple[Argument, ...]:
+    """The addresses that a kernel takes: of out, of x, and of these sides, which no call gives where they are not."""
+    return ADDRESS, ADDRESS, *[ADDRESS if name in rows.operands else _NULL for name in names]
 
 
 def _row_launch(plan: _Plan, rows: _Rows, operation: str, schedule: RowSchedule | None) -> Launch:
-    """A launch of rows.cu, called with the addresses of out, x and SIDES. Without a schedule, rows are not kept."""
+    """A launch of rows.cu, given the addresses of out, x and its sides. Without a schedule, rows are not kept."""
     kept = schedules.kept(operation, rows.element, rows.accumulate)
     schedule = schedule or schedules.streaming_schedule(plan.gpu)
     of_warp = np.int32(kept.of_warp(schedule, rows.n))
@@ -241,14 +238,14 @@ def _row_launch(plan: _Plan, rows: _Rows, operation: str, schedule: RowSchedule 
         -(-rows.number // schedule.rows) * schedule.ctas,
         schedule.warps * 32,
         kept.bytes(schedule, rows.n),
-        (rows.parameters(operation), np.int32(schedule.lanes), np.int32(schedule.batch), of_warp, *_ALL),
+        (rows.parameters(operation), np.int32(schedule.lanes), np.int32(schedule.batch), of_warp, *_addresses(rows)),
         cluster=schedule.ctas,
         overlapping=True,
     )
 
 
 def _column_launch(plan: _Plan, rows: _Rows, operation: str) -> Launch:
-    """A launch of columns.cu, called with the addresses of out, x and SIDES."""
+    """A launch of columns.cu, given the addresses of out, x and its sides."""
     schedule: ColumnSchedule = schedules.choose_column_schedule(rows.number, rows.n, rows.width, plan.gpu)
     return plan.shape(
         schedules.column_kernel(operation, rows.element, rows.accumulate, schedule.width, schedule.ctas > 1),
@@ -256,7 +253,7 @@ def _column_launch(plan: _Plan, rows: _Rows, operation: str) -> Launch:
         -(-rows.number // schedule.tile) * schedule.ctas,
         schedule.threads,
         schedule.bytes(rows.n, rows.accumulate),
-        (rows.parameters(operation), np.int32(schedule.bits), *_ALL),
+        (rows.parameters(operation), np.int32(schedule.bits), *_addresses(rows)),
         cluster=schedule.ctas,
         overlapping=True,
     )
@@ -271,7 +268,7 @@ def _plan_last_level(plan: _Plan, run: Launch, source: int | None) -> None:
         _plan_single(plan, run)
         return
     offset = source
-    plan.steps.append(lambda stream, out, x, sides, workspace: run(stream, out, workspace + offset, *NO_SIDES))
+    plan.steps.append(lambda stream, out, x, sides, workspace: run(stream, out, workspace + offset))
 
 
 def _plan_row_tree(plan: _Plan, rows: _Rows, operation: str) -> None:
@@ -317,13 +314,14 @@ def _plan_column_sums(plan: _Plan, rows: _Rows, operation: str, source: int | No
         -(-rows.number // schedule.tile) * rows.chunks,
         schedule.threads,
         schedule.bytes(SUM_CHUNK, rows.accumulate),
-        (rows.parameters(operation), np.int32(schedule.bits), *(ADDRESS,) * 5),
+        (rows.parameters(operation), np.int32(schedule.bits), *_addresses(rows, ("grad", "mean", "rstd"))),
     )
-    places = [SIDES.index(name) for name in ("grad", "mean", "rstd")]
 
     def sums(stream: int, out: int, x: int, sides: Addresses, workspace: int) -> None:
-        of_terms = [sides[place] for place in places]
-        run(stream, workspace + target, x if source is None else workspace + source, *of_terms)
+        if source is None:
+            run(stream, workspace + target, x, *sides)
+        else:
+            run(stream, workspace + target, workspace + source)
 
     plan.steps.append(sums)
     return target, rows.of_sums(contiguous_strides(rows.kept), rows.number)

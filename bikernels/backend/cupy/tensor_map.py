@@ -19,7 +19,7 @@ _ZEROS_OUTSIDE = 0
 
 
 class TensorMaps(dict[int, bytes]):
-    """Address -> tensor map, for operands that differ in nothing else: `maps[view.pointer]`. It keeps what it has made.
+    """Address -> tensor map, for operands that differ in nothing else: `maps[address]`. It keeps what it has made.
 
     Dimensions are in the driver's order, the contiguous one first.
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ...contract import ACCUMULATE, ARITHMETIC, ITEMSIZE
 from ...specs import Layout, MatmulSpec
-from ...views import Device, View
+from ...views import Device
 from .. import MatmulLaunch
 from .device import (
     OPERATIONS,
@@ -482,7 +482,11 @@ def prepare(spec: MatmulSpec, gpu: Device) -> MatmulLaunch:
     launch = with_tile(_transpose(spec) if swapped else spec, gpu, tile)
     if not swapped:
         return launch
-    return lambda out, c, a, b, alpha, beta: launch(out, c, b, a, alpha, beta)
+
+    def swap(stream: int, out: int, a: int, b: int, c: int = 0, alpha: float = 1.0, beta: float = 0.0) -> None:
+        launch(stream, out, b, a, c, alpha, beta)
+
+    return swap
 
 
 def with_tile(spec: MatmulSpec, gpu: Device, tile: Tile) -> MatmulLaunch:
@@ -510,13 +514,13 @@ def with_tile(spec: MatmulSpec, gpu: Device, tile: Tile) -> MatmulLaunch:
     out_vectors = out_along_n and _in_vectors(spec.out) and n % (VECTOR_BYTES // ITEMSIZE[spec.out.dtype]) == 0
     a_vectors, b_vectors = _in_vectors(spec.a), _in_vectors(spec.b)
 
-    def launch(out: View, c: View | None, a: View, b: View, alpha: float, beta: float) -> None:
+    def launch(stream: int, out: int, a: int, b: int, c: int = 0, alpha: float = 1.0, beta: float = 0.0) -> None:
         in_vectors = (
-            int(out_vectors and out.pointer % VECTOR_BYTES == 0),
-            int(a_vectors and a.pointer % VECTOR_BYTES == 0),
-            int(b_vectors and b.pointer % VECTOR_BYTES == 0),
+            int(out_vectors and out % VECTOR_BYTES == 0),
+            int(a_vectors and a % VECTOR_BYTES == 0),
+            int(b_vectors and b % VECTOR_BYTES == 0),
         )
         with on(gpu):
-            run(out.stream, out.pointer, c.pointer if c else 0, a.pointer, b.pointer, alpha, beta, *layout, *in_vectors)
+            run(stream, out, c, a, b, alpha, beta, *layout, *in_vectors)
 
     return launch

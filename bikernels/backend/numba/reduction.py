@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from ...contract import ACCUMULATE, FLOAT_DTYPES, ITEMSIZE, SUM_CHUNK, SUM_LANES
 from ...specs import ReductionSpec
-from ...views import Device, View
+from ...views import Device
 from .. import ReductionLaunch
 from .device import (
     ALL_LANES,
@@ -673,9 +673,9 @@ def prepare(spec: ReductionSpec, gpu: Device) -> ReductionLaunch:
         with on(gpu):
             whole = step(whole_stage)
 
-        def launch(out: View, x: View) -> None:
+        def launch(stream: int, out: int, x: int, *_: int) -> None:
             with on(gpu):
-                whole.launch(out.stream, out.pointer, x.pointer, 0, 0, 0, rows, n, divisor, *whole.layout)
+                whole.launch(stream, out, x, 0, 0, 0, rows, n, divisor, *whole.layout)
 
         return launch
 
@@ -700,19 +700,18 @@ def prepare(spec: ReductionSpec, gpu: Device) -> ReductionLaunch:
         else:
             last = step(spec.operation + "_end")
 
-    def launch_split(out: View, x: View) -> None:
-        stream = out.stream
+    def launch_split(stream: int, out: int, x: int, *_: int) -> None:
         with on(gpu), Workspace(gpu, stream, 16 * rows, itemsize * rows * sum(counts)) as (keys, sums):
             ties = keys + 8 * rows
             if maximum is not None:
-                maximum.launch(stream, 0, x.pointer, keys, ties, 0, rows, n, 0, *maximum.layout)
-            first.launch(stream, 0, x.pointer, keys, ties, sums, rows, n, 0, *first.layout)
+                maximum.launch(stream, 0, x, keys, ties, 0, rows, n, 0, *maximum.layout)
+            first.launch(stream, 0, x, keys, ties, sums, rows, n, 0, *first.layout)
             for level, length in zip(levels, counts, strict=False):
                 below, sums = sums, sums + itemsize * rows * length
                 level.launch(stream, 0, below, keys, ties, sums, rows, length, 0, *level.layout)
             if is_sum:
-                last.launch(stream, out.pointer, sums, keys, ties, 0, rows, count, divisor, *last.layout)
+                last.launch(stream, out, sums, keys, ties, 0, rows, count, divisor, *last.layout)
             else:
-                last.launch(stream, out.pointer, x.pointer, keys, ties, sums, rows, n, count, *last.layout)
+                last.launch(stream, out, x, keys, ties, sums, rows, n, count, *last.layout)
 
     return launch_split

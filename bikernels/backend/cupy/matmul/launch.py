@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from ....views import View
 from ... import MatmulLaunch
 from ..compile import Kernel
 from ..launch import ADDRESS, SCALAR, load, shaped
@@ -31,9 +30,9 @@ def prepare_tiles(
     run = shaped(function, tiles, tile.threads, tile.shared_bytes, arguments, overlapping=overlapping)
     swapped = problem.swapped
 
-    def launch(out: View, c: View | None, a: View, b: View, alpha: float, beta: float) -> None:
+    def launch(stream: int, out: int, a: int, b: int, c: int = 0, alpha: float = 1.0, beta: float = 0.0) -> None:
         if swapped:
             a, b = b, a
-        run(out.stream, out.pointer, 0 if c is None else c.pointer, a.pointer, b.pointer, alpha, beta)
+        run(stream, out, c, a, b, alpha, beta)
 
     return launch

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ....contract import ARITHMETIC
-from ....views import View
 from ... import MatmulLaunch
 from ..compile import Kernel
 from ..launch import ADDRESS, FLOAT32, TENSOR_MAP, gpu, load, shaped
@@ -245,15 +244,13 @@ def prepare(problem: Problem, choice: Choice, index: int, otherwise: Callable[[]
     )
     swapped, unaligned = problem.swapped, functools.cache(otherwise)
 
-    def launch(out: View, c: View | None, a: View, b: View, alpha: float, beta: float) -> None:
-        a_pointer, b_pointer = a.pointer, b.pointer
-        if (a_pointer | b_pointer) % ALIGNMENT:
-            unaligned()(out, c, a, b, alpha, beta)
+    def launch(stream: int, out: int, a: int, b: int, c: int = 0, alpha: float = 1.0, beta: float = 0.0) -> None:
+        if (a | b) % ALIGNMENT:
+            unaligned()(stream, out, a, b, c, alpha, beta)
             return
         if swapped:
-            a_pointer, b_pointer = b_pointer, a_pointer
-        c_pointer = 0 if c is None else c.pointer
-        run(out.stream, a_maps[a_pointer], b_maps[b_pointer], out.pointer, c_pointer, a_pointer, b_pointer, alpha, beta)
+            a, b = b, a
+        run(stream, a_maps[a], b_maps[b], out, c, a, b, alpha, beta)
 
     return launch
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from ....views import View
 from ... import MatmulLaunch
 from ..compile import Kernel
 from ..launch import ADDRESS, FLOAT32, gpu, load, shaped
@@ -71,10 +70,10 @@ def prepare(problem: Problem, schedule: Schedule, index: int) -> MatmulLaunch:
     )
     swapped = problem.swapped
 
-    def launch(out: View, c: View | None, a: View, b: View, alpha: float, beta: float) -> None:
+    def launch(stream: int, out: int, a: int, b: int, c: int = 0, alpha: float = 1.0, beta: float = 0.0) -> None:
         if swapped:
             a, b = b, a
-        run(out.stream, out.pointer, 0 if c is None else c.pointer, a.pointer, b.pointer, alpha, beta)
+        run(stream, out, c, a, b, alpha, beta)
 
     return launch
 
