@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from ..contract import FLOAT_DTYPES
 from ..errors import BackendUnavailableError
-from ..specs import MatmulSpec, ReductionSpec
+from ..specs import ElementwiseSpec, MatmulSpec, ReductionSpec
 from ..views import Device, View
 
 MatmulLaunch = Callable[[View, View | None, View, View, float, float], None]
@@ -18,6 +18,10 @@ MatmulLaunch = Callable[[View, View | None, View, View, float, float], None]
 ReductionLaunch = Callable[..., None]
 """launch(out, x, *others): queue the reduction on out.stream; `others` are those that the spec has, in its order. Only
 addresses are read from the views."""
+
+ElementwiseLaunch = Callable[[View, View, View | None, float, float], None]
+"""launch(out, x, y, a, b): queue the function on out.stream, with the two numbers of `ElementwiseSpec`. Only addresses
+are read from the views."""
 
 
 class Backend(Protocol):
@@ -28,6 +32,8 @@ class Backend(Protocol):
     """Where its operands lie: "cpu" or "cuda"."""
     reductions: frozenset[str]
     """The operations of `specs.REDUCTIONS` that it computes."""
+    elementwise: frozenset[str]
+    """The functions of `specs.ELEMENTWISE` that it computes."""
 
     def unavailable(self) -> str | None:
         """None if the backend can run here; otherwise why not, and what to install."""
@@ -46,6 +52,9 @@ class Backend(Protocol):
 
     def prepare_reduction(self, spec: ReductionSpec, device: Device) -> ReductionLaunch:
         """As `prepare_matmul`, for a reduction."""
+
+    def prepare_elementwise(self, spec: ElementwiseSpec, device: Device) -> ElementwiseLaunch:
+        """As `prepare_matmul`, for an elementwise function."""
 
 
 _MODULES = {
