@@ -53,7 +53,7 @@ def set_mode_settings(settings: Settings) -> None:
     _settings = settings
 
 
-def _call(function: Callable[..., Any], *operands: View | None, **options: Any) -> None:
+def _call(function: Callable[..., Any], *operands: View | float | None, **options: Any) -> None:
     if _settings == NO_SETTINGS:
         function(*operands, **options)
         return
@@ -145,6 +145,12 @@ def reduce(
 def along_rows(operation: Callable[..., Any], out: torch.Tensor, operands: tuple[torch.Tensor, ...], dim: int) -> None:
     """Write a row for each row along one dimension to out, computed as out's dtype."""
     _call(operation, *map(view, operands), axis=dim, out=view(out), dtype=_NAMES[out.dtype])
+
+
+def elementwise(operation: Callable[..., Any], out: torch.Tensor, *operands: Any, **options: Any) -> None:
+    """Write a function of the elements of one or two operands to out, computed as out's dtype; y may be a number."""
+    views = [view(x) if isinstance(x, torch.Tensor) else x for x in operands]
+    _call(operation, *views, out=view(out), dtype=_NAMES[out.dtype], **options)
 
 
 def normalise(
