@@ -207,3 +207,182 @@ LOG = {
         ),
     ),
 }
+
+# -------------------------------------------------------------------------------------------- elementwise functions
+
+
+class NormalConstants(NamedTuple):
+    """The numbers of erf and of the normal distribution's functions in one dtype; derived by `docs/polynomials.py`."""
+
+    root_two: float
+    density: float
+    """1 / sqrt(2 pi)."""
+    gelu_slope: float
+    """2 sqrt(2 / pi), of the tanh form of gelu."""
+    gelu_cubic: float
+    """That times 0.044715."""
+    gelu_cubic_slope: float
+    """That times 3."""
+    tail: tuple[float, ...]
+    """Of u^0, u^1, … with u = (a - 4) / (a + 4): exp(a^2 / 2) (1 + 2 a) times the probability above a >= 0."""
+    erf: tuple[float, ...]
+    """Of x^0, x^2, …: erf(x) / x - 1 for |x| < 1."""
+
+
+NORMAL_LARGEST = 40.0
+"""Stands for every larger |x|: the probability above it rounds to +0."""
+
+EXPM1_LOWEST = -40.0
+"""Stands for every smaller argument: the result rounds to -1."""
+
+EXP2_LARGEST = 2000.0
+"""Stands for every larger |x|: the result is infinite, or rounds to +0."""
+
+TANH_LARGEST = 20.0
+"""Stands for every larger |x|: the result rounds to 1."""
+
+NORMAL = {
+    "float32": NormalConstants(
+        root_two=float.fromhex("0x1.6a09e6p+0"),
+        density=float.fromhex("0x1.988454p-2"),
+        gelu_slope=float.fromhex("0x1.988454p+0"),
+        gelu_cubic=float.fromhex("0x1.2444f2p-4"),
+        gelu_cubic_slope=float.fromhex("0x1.b6676cp-3"),
+        tail=_hex(
+            "0x1.b30b54p-1",
+            "-0x1.78fbc4p-6",
+            "-0x1.8ac822p-4",
+            "0x1.080092p-3",
+            "-0x1.8612e4p-4",
+            "0x1.6ba138p-5",
+            "-0x1.5bee3ep-7",
+            "-0x1.643696p-10",
+            "0x1.b5cdfep-10",
+            "0x1.f8b62ap-14",
+            "-0x1.63b316p-14",
+        ),
+        erf=_hex(
+            "0x1.06eba8p-3",
+            "-0x1.81273ep-2",
+            "0x1.ce2ce6p-4",
+            "-0x1.b7f71ap-6",
+            "0x1.53f224p-8",
+            "-0x1.a3515ep-11",
+            "0x1.4771fep-14",
+        ),
+    ),
+    "float64": NormalConstants(
+        root_two=float.fromhex("0x1.6a09e667f3bcdp+0"),
+        density=float.fromhex("0x1.9884533d43651p-2"),
+        gelu_slope=float.fromhex("0x1.9884533d43651p+0"),
+        gelu_cubic=float.fromhex("0x1.2444f2a4d8b4bp-4"),
+        gelu_cubic_slope=float.fromhex("0x1.b6676bf7450f0p-3"),
+        tail=_hex(
+            "0x1.b30b52fe27787p-1",
+            "-0x1.78fbb7ec2d8fdp-6",
+            "-0x1.8ac5bd763612cp-4",
+            "0x1.0800fd0f640b5p-3",
+            "-0x1.862fda1bf81dcp-4",
+            "0x1.6b6ea911ebca7p-5",
+            "-0x1.5877b9adc6d70p-7",
+            "-0x1.3d35c1984c5a7p-10",
+            "0x1.9d6539897648cp-10",
+            "-0x1.2c888ae17380cp-13",
+            "-0x1.ac8f9bac7a6a0p-13",
+            "0x1.3da8bb756c716p-15",
+            "0x1.08b09bb56ab92p-15",
+            "-0x1.94e5f372381b5p-18",
+            "-0x1.8a666693dc609p-18",
+            "0x1.42de7620c6f78p-21",
+            "0x1.3cc487151b74fp-20",
+            "0x1.d504da3ddcfabp-25",
+            "-0x1.c6105929cc924p-23",
+            "-0x1.923ab7e3fadbap-25",
+            "0x1.85b9ac35e2820p-26",
+            "0x1.4837f1a619100p-27",
+            "0x1.0cd2288d70edap-31",
+        ),
+        erf=_hex(
+            "0x1.06eba8214db68p-3",
+            "-0x1.812746b03799dp-2",
+            "0x1.ce2f21a03f8b2p-4",
+            "-0x1.b82ce311a93f8p-6",
+            "0x1.565bcceecd8fcp-8",
+            "-0x1.c02daeb4602c7p-11",
+            "0x1.f9a296630b69cp-14",
+            "-0x1.f4c8290321676p-17",
+            "0x1.b96b11530ec3ap-20",
+            "-0x1.5b8a7d425423ep-23",
+            "0x1.d3ce893499b7ep-27",
+            "-0x1.a20bda4c8bb69p-31",
+        ),
+    ),
+}
+
+
+class CircularConstants(NamedTuple):
+    """The numbers of sin and cos, which are computed in float64 for every dtype; derived by `docs/polynomials.py`."""
+
+    two_over_pi: float
+    magic: float
+    """1.5 * 2^52: adding it leaves the rounded integer in the low bits of the sum."""
+    half_pi: tuple[float, float, float]
+    """pi / 2 as the sum of three float64."""
+    small: float
+    """Below it in magnitude an argument is reduced by multiplications, from it on by integers."""
+    two_over_pi_words: tuple[int, ...]
+    """64 zeros and the first bits of 2 / pi behind the point, in words of 64 bits."""
+    sin: tuple[float, ...]
+    """Of r^0, r^2, …: (sin(r) / r - 1) / r^2 for |r| <= pi / 4."""
+    cos: tuple[float, ...]
+    """Of r^0, r^2, …: (cos(r) - 1 + r^2 / 2) / r^4 for |r| <= pi / 4."""
+
+
+CIRCULAR = CircularConstants(
+    two_over_pi=float.fromhex("0x1.45f306dc9c883p-1"),
+    magic=float.fromhex("0x1.8p+52"),
+    half_pi=(
+        float.fromhex("0x1.921fb54442d18p+0"),
+        float.fromhex("0x1.1a62633145c07p-54"),
+        float.fromhex("-0x1.f1976b7ed8fb8p-110"),
+    ),
+    small=2.0**20,
+    two_over_pi_words=(
+        0x0000000000000000,
+        0xA2F9836E4E441529,
+        0xFC2757D1F534DDC0,
+        0xDB6295993C439041,
+        0xFE5163ABDEBBC561,
+        0xB7246E3A424DD2E0,
+        0x06492EEA09D1921C,
+        0xFE1DEB1CB129A73E,
+        0xE88235F52EBB4484,
+        0xE99C7026B45F7E41,
+        0x3991D639835339F4,
+        0x9C845F8BBDF9283B,
+        0x1FF897FFDE05980F,
+        0xEF2F118B5A0A6D1F,
+        0x6D367ECF27CB09B7,
+        0x4F463F669E5FEA2D,
+        0x7527BAC7EBE5F17B,
+        0x3D0739F78A5292EA,
+        0x6BFB5FB11F8D5D08,
+        0x56033046FC7B6BAB,
+    ),
+    sin=_hex(
+        "-0x1.5555555555548p-3",
+        "0x1.111111110f730p-7",
+        "-0x1.a01a019be9216p-13",
+        "0x1.71de35552afebp-19",
+        "-0x1.ae5e4b835937cp-26",
+        "0x1.5d8b55568c9acp-33",
+    ),
+    cos=_hex(
+        "0x1.555555555554bp-5",
+        "-0x1.6c16c16c15015p-10",
+        "0x1.a01a019c8f24ep-16",
+        "-0x1.27e4f7f190abbp-22",
+        "0x1.1ee9dbce5241ap-29",
+        "-0x1.8fa6840eef4e2p-37",
+    ),
+)

@@ -98,7 +98,29 @@ class ReductionSpec(NamedTuple):
         return self.operation in ONE_FOR_A_ROW
 
 
-Spec = MatmulSpec | ReductionSpec
+ELEMENTWISE = (
+    "exp", "exp2", "expm1", "log", "log1p", "erf", "rsqrt", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh", "softplus",
+    "sin", "cos", "pow",
+    "sigmoid_backward", "tanh_backward", "silu_backward", "gelu_backward", "gelu_tanh_backward", "softplus_backward",
+)  # fmt: skip
+"""Every `ElementwiseSpec.operation`. pow takes x and y; a backward form the gradient and the forward one's x, that of
+sigmoid and tanh its result."""
+
+
+class ElementwiseSpec(NamedTuple):
+    """out = operation(x, y), element by element; the operands are cast to out.dtype first.
+
+    The layouts have the shape of `out`, with stride 0 along the dimensions in which an operand is broadcast; y is None
+    where there is no second operand. Two numbers are given at launch; the first one stands for y in a pow without.
+    """
+
+    operation: str
+    out: Layout
+    x: Layout
+    y: Layout | None = None
+
+
+Spec = MatmulSpec | ReductionSpec | ElementwiseSpec
 
 
 def merge_dimensions(

@@ -92,11 +92,11 @@ def recording() -> Iterator[list[Recorded]]:
 def _call(
     function: Callable[..., Any],
     results: tuple[torch.Tensor, ...],
-    operands: tuple[torch.Tensor | None, ...],
+    operands: tuple[torch.Tensor | float | None, ...],
     **options: Any,
 ) -> None:
     """function(*operands) into the results, computed as the dtype of the first."""
-    views = [None if one is None else view(one) for one in operands]
+    views = [view(one) if isinstance(one, torch.Tensor) else one for one in operands]
     outs = tuple(map(view, results))
     options |= {"out": outs if len(outs) > 1 else outs[0], "dtype": _NAMES[results[0].dtype]}
     with contextlib.ExitStack() as stack:
@@ -105,8 +105,8 @@ def _call(
         if _settings.arithmetic is not None and current_arithmetic() is None:
             stack.enter_context(bikernels.use_arithmetic(_settings.arithmetic))
         function(*views, **options)
-        if _recorder.calls is not None:
-            given = tuple([one for one in operands if one is not None])
+        if _recorder.calls is not None and not any(isinstance(one, float) for one in operands):
+            given = tuple([one for one in operands if isinstance(one, torch.Tensor)])
             _recorder.calls.append(Recorded(bikernels.prepare(function, *views, **options), results, given))
 
 
@@ -189,6 +189,11 @@ def reduce(
 def along_rows(operation: Callable[..., Any], out: torch.Tensor, operands: tuple[torch.Tensor, ...], dim: int) -> None:
     """Write a row for each row along one dimension to out, computed as out's dtype."""
     _call(operation, (out,), operands, axis=dim)
+
+
+def elementwise(operation: Callable[..., Any], out: torch.Tensor, *operands: Any, **options: Any) -> None:
+    """Write a function of the elements of one or two operands to out, computed as out's dtype; y may be a number."""
+    _call(operation, (out,), operands, **options)
 
 
 def normalise(

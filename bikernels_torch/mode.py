@@ -15,7 +15,8 @@ ends; `set_batch_invariant_mode(False)` within a context switches it off for tha
 The list is the process's, not the thread's, since PyTorch's overrides are: while the mode is on it is on for every
 thread. Overrides are registered when the newest decision changes from off to on and removed when it changes back.
 
-A decision may be strict (`strict.py`); like the rest, that is as the newest decision says.
+A decision may be strict (`strict.py`) or portable (`operators/portable.py`); like the rest, that is as the newest
+decision says.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 from bikernels.settings import current_arithmetic, current_backend
 
 from . import core
-from .overrides import Overrides
+from .overrides import Overrides, PortableOverrides
 from .strict import Guards
 
 _P = ParamSpec("_P")
@@ -40,16 +41,18 @@ _T = TypeVar("_T")
 class _Decision:
     """On or off, and the bikernels settings of the context in which it was made."""
 
-    def __init__(self, enabled: bool, permanent: bool, strict: bool = False) -> None:
+    def __init__(self, enabled: bool, permanent: bool, strict: bool = False, portable: bool = False) -> None:
         self.enabled = enabled
         self.permanent = permanent
         self.strict = strict
+        self.portable = portable
         self.settings = core.Settings(current_backend(), current_arithmetic())
 
 
 _lock = threading.RLock()
 _decisions: list[_Decision] = []
 _overrides = Overrides()
+_portable = PortableOverrides()
 _guards = Guards()
 
 
@@ -72,12 +75,17 @@ def _decide(decisions: list[_Decision]) -> None:
 
 
 def _apply(decisions: list[_Decision]) -> None:
-    newest = decisions[-1] if decisions else None
-    if newest is None or not newest.enabled or not newest.strict:
-        _guards.remove()  # they stand before the overrides, so they go first
-    if newest is not None and newest.enabled:
+    newest = decisions[-1] if decisions and decisions[-1].enabled else None
+    # Guards stand before the portable overrides and those before the others: what was put in last goes first.
+    if newest is None or not newest.strict or newest.portable is not _portable.installed:
+        _guards.remove()
+    if newest is None or not newest.portable:
+        _portable.remove()
+    if newest is not None:
         core.set_mode_settings(newest.settings)
         _overrides.install()
+        if newest.portable:
+            _portable.install()
         if newest.strict:
             _guards.install()
     else:
@@ -118,28 +126,33 @@ class set_batch_invariant_mode:  # noqa: N801  (reads as a statement: with set_b
         enabled: True switches the mode on, False off.
         strict: in the mode, raise `UncoveredOperatorError` at the first operator that reduces and that the mode does
             not cover, or that it does not know. It costs some time at every product and reduction.
+        portable: also take pointwise functions (exp, log, sigmoid, tanh, silu, gelu, rsqrt, sin, cos, pow and others)
+            from the core on every device, so that a model has the same bits on a GPU and on a CPU in one arithmetic
+            class. It costs some time at every sum, product and quotient.
 
     Raises:
-        TypeError: `enabled` or `strict` is not a bool (a decorator is written with parentheses).
-        ValueError: `strict` without the mode.
+        TypeError: `enabled`, `strict` or `portable` is not a bool (a decorator is written with parentheses).
+        ValueError: `strict` or `portable` without the mode.
     """
 
-    def __init__(self, enabled: bool = True, *, strict: bool = False) -> None:
+    def __init__(self, enabled: bool = True, *, strict: bool = False, portable: bool = False) -> None:
         if not isinstance(enabled, bool):
             raise TypeError(
                 f"enabled is {enabled!r}; pass True or False (a decorator is written @set_batch_invariant_mode())"
             )
-        if not isinstance(strict, bool):
-            raise TypeError(f"strict is {strict!r}; pass True or False")
-        if strict and not enabled:
-            raise ValueError("strict=True with enabled=False; only the mode can be strict")
+        for name, value in (("strict", strict), ("portable", portable)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r}; pass True or False")
+            if value and not enabled:
+                raise ValueError(f"{name}=True with enabled=False; only the mode can be {name}")
         self._enabled = enabled
         self._strict = strict
+        self._portable = portable
         self._entered: list[tuple[int, _Decision]] = []
 
     def __enter__(self) -> None:
         with _lock:
-            decision = _Decision(self._enabled, permanent=False, strict=self._strict)
+            decision = _Decision(self._enabled, permanent=False, strict=self._strict, portable=self._portable)
             _decide([*_decisions, decision])
             self._entered.append((threading.get_ident(), decision))
 
@@ -152,7 +165,8 @@ class set_batch_invariant_mode:  # noqa: N801  (reads as a statement: with set_b
             _decide([other for other in _decisions if other is not decision])
 
     def __call__(self, function: Callable[_P, _T]) -> Callable[_P, _T]:
-        again = functools.partial(set_batch_invariant_mode, self._enabled, strict=self._strict)
+        settings = {"strict": self._strict, "portable": self._portable}
+        again = functools.partial(set_batch_invariant_mode, self._enabled, **settings)
         if inspect.isasyncgenfunction(function):
             raise TypeError(f"{function.__qualname__} is an asynchronous generator; use a with statement in its body")
         if inspect.isgeneratorfunction(function):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from . import compiled, dispatch
-from .operators import attention, linear, matmul, norm, pointwise, recurrent, reduction, softmax
+from .operators import attention, linear, matmul, norm, pointwise, portable, recurrent, reduction, softmax
 
 Override = Callable[..., Any]
 
@@ -36,6 +36,9 @@ CPU_KERNELS: dict[str, Override] = pointwise.OVERRIDES
 
 CUDA_KERNELS: dict[str, Override] = norm.CUDA_OVERRIDES
 """Replaced for CUDA tensors only: on a CPU they are made of other operators."""
+
+PORTABLE_KERNELS: dict[str, Override] = portable.OVERRIDES
+"""Replaced for CPU and CUDA tensors beside all others, or in their place, where the mode is portable."""
 
 COMPOSITES: dict[str, Override] = {
     **attention.OVERRIDES,
@@ -106,11 +109,44 @@ def _forget_resolved_keys() -> None:
         getattr(torch.ops.aten, name).default._dispatch_cache.clear()
 
 
+class PortableOverrides:
+    """Those that a portable mode has besides: put in after the others, and taken out before them."""
+
+    def __init__(self) -> None:
+        self._library: Any = None
+
+    @property
+    def installed(self) -> bool:
+        return self._library is not None
+
+    def install(self) -> None:
+        """Put them in; nothing happens if they are in."""
+        if self.installed:
+            return
+        library = torch.library.Library("aten", "IMPL")
+        try:
+            with dispatch.quietly():
+                for key in dispatch.backend_keys():
+                    for name, override in PORTABLE_KERNELS.items():
+                        _replace(library, name, override, key)
+        except BaseException:
+            library._destroy()
+            raise
+        self._library = library
+
+    def remove(self) -> None:
+        """Take them out; nothing happens if they are out."""
+        if self.installed:
+            library, self._library = self._library, None
+            library._destroy()
+
+
 def _replace(library: Any, name: str, override: Override, key: str) -> None:
     operator = f"aten::{name}"
     # Of some operators PyTorch has no kernel, e.g. mm.dtype on a CPU (it says so), or a later PyTorch has it.
     if dispatch.has_kernel(operator, key):
-        library.impl(name, functools.partial(override, dispatch.kernel(operator, key)), key)
+        original = dispatch.kernel(operator, key)
+        library.impl(name, functools.partial(override, original), key, allow_override=True)
 
 
 def _replace_composite(library: Any, name: str, override: Override) -> None:

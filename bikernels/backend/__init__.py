@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from ..contract import FLOAT_DTYPES
 from ..errors import BackendUnavailableError
-from ..specs import MatmulSpec, ReductionSpec
+from ..specs import ElementwiseSpec, MatmulSpec, ReductionSpec
 from ..views import Device
 
 
@@ -27,6 +27,12 @@ class ReductionLaunch(Protocol):
     def __call__(self, stream: int, out: int, x: int, /, *others: int) -> None: ...
 
 
+class ElementwiseLaunch(Protocol):
+    """Queues a function likewise, with the two numbers of `ElementwiseSpec`; y of none is 0."""
+
+    def __call__(self, stream: int, out: int, x: int, y: int = 0, a: float = 0.0, b: float = 0.0, /) -> None: ...
+
+
 class Backend(Protocol):
     """What a backend package offers as its `backend`. Nothing heavy is imported before `unavailable` is asked."""
 
@@ -35,6 +41,8 @@ class Backend(Protocol):
     """Where its operands lie: "cpu" or "cuda"."""
     reductions: frozenset[str]
     """The operations of `specs.REDUCTIONS` that it computes."""
+    elementwise: frozenset[str]
+    """The functions of `specs.ELEMENTWISE` that it computes."""
 
     def unavailable(self) -> str | None:
         """None if the backend can run here; otherwise why not, and what to install."""
@@ -53,6 +61,9 @@ class Backend(Protocol):
 
     def prepare_reduction(self, spec: ReductionSpec, device: Device) -> ReductionLaunch:
         """As `prepare_matmul`, for a reduction."""
+
+    def prepare_elementwise(self, spec: ElementwiseSpec, device: Device) -> ElementwiseLaunch:
+        """As `prepare_matmul`, for an elementwise function."""
 
 
 _MODULES = {

@@ -91,7 +91,7 @@ def _as_tensor(number: Any, other: torch.Tensor) -> torch.Tensor:
     return torch.scalar_tensor(number, dtype=_WIDEST[type(number)])
 
 
-def _taking_numbers(schema: Any, run: Callable[..., Any]) -> Callable[..., Any]:
+def taking_numbers(schema: Any, run: Callable[..., Any]) -> Callable[..., Any]:
     """PyTorch hands a Python number in a tensor's place to an override as a number, which its kernel does not take."""
     places = [
         i for i, argument in enumerate(schema.arguments) if str(argument.type) == "Tensor" and not argument.is_out
@@ -169,7 +169,7 @@ def _override(operator: Any) -> Callable[..., Any]:
 
     if name in SCALING:
         run = _where_alpha_counts(run)
-    return _taking_numbers(schema, run)
+    return taking_numbers(schema, run)
 
 
 def _has_cpu_kernel(operator: Any) -> bool:

@@ -122,6 +122,48 @@ def test_reductions_and_norms(dtype: torch.dtype, of_parameters: torch.dtype | N
     assert_same(training_step(model, x, model.parameters()), training_step(function, x, model.parameters()))
 
 
+class Gated(torch.nn.Module):
+    """What a compiler might fuse: transcendental functions, numbers, a norm, a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(24, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        y = F.silu(self.linear(y)) * torch.sigmoid(y / 3) + F.gelu(y, approximate="tanh") * 0.1
+        return torch.cos(y) * y - torch.sin(y).exp() + (1.0 - y).tanh()
+
+
+def check_portable(device: str) -> None:
+    """The bytes of eager mode, also of a function that was compiled for the mode without portable functions."""
+    model = Gated().to(device)
+    function = torch.compile(model, fullgraph=True)
+    x = torch.randn(7, 24, device=device)
+    with set_batch_invariant_mode():
+        plain = training_step(function, x, model.parameters())
+    with set_batch_invariant_mode(portable=True):
+        expected = training_step(model, x, model.parameters())
+        assert_same(expected, training_step(function, x, model.parameters()))
+        assert not all(map(same_bits, expected, plain))
+        model.bfloat16()
+        x = x.bfloat16()
+        assert_same(training_step(model, x, model.parameters()), training_step(function, x, model.parameters()))
+
+
+@pytest.mark.usefixtures("without_code")
+def test_portable(device: str) -> None:
+    check_portable(device)
+
+
+@pytest.mark.gpu
+def test_portable_with_code() -> None:
+    """What inductor fuses is the same in the mode, so the code that it makes for a CPU is tested above."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch.cuda.is_available() is False")
+    check_portable("cuda")
+
+
 @pytest.mark.parametrize("options", [{"mode": "reduce-overhead"}, {"mode": "max-autotune", "dynamic": True}])
 @pytest.mark.usefixtures("mode")
 def test_modes_of_compilation(options: dict[str, Any], device: str) -> None:

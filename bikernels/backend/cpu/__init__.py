@@ -2,7 +2,7 @@
 
 `matmul.py` drives matrix products, with the inner loops of `fma.py` and `tensor_core.py`, and of `stream.py` for few
 rows; `softmax.py` and `sums.py` are the reductions, the latter by the formulas of `formulas.py`, on the rows of
-`rows.py` and the sums of `sum_tree.py`.
+`rows.py` and the sums of `sum_tree.py`; `elementwise.py` applies the functions of `functions.py`.
 `convert.py` reads and writes operands of every dtype; `numerics.py`, `elementary.py` and `vectors.py` have the
 operations all of them are made of; `compile.py` says how they are compiled and `threads.py` in which threads they run.
 """
@@ -10,15 +10,16 @@ operations all of them are made of; `compile.py` says how they are compiled and 
 from __future__ import annotations
 
 from ... import contract
-from ...specs import REDUCTIONS, MatmulSpec, ReductionSpec
+from ...specs import ELEMENTWISE, REDUCTIONS, ElementwiseSpec, MatmulSpec, ReductionSpec
 from ...views import CPU, Device
-from .. import MatmulLaunch, ReductionLaunch
+from .. import ElementwiseLaunch, MatmulLaunch, ReductionLaunch
 
 
 class CpuBackend:
     name = "cpu"
     device_type = "cpu"
     reductions = frozenset(REDUCTIONS)
+    elementwise = frozenset(ELEMENTWISE)
 
     def unavailable(self) -> str | None:
         return None
@@ -41,6 +42,11 @@ class CpuBackend:
         from . import softmax, sums
 
         return (softmax if spec.operation in softmax.OPERATIONS else sums).prepare(spec)
+
+    def prepare_elementwise(self, spec: ElementwiseSpec, device: Device) -> ElementwiseLaunch:
+        from . import elementwise
+
+        return elementwise.prepare(spec)
 
 
 backend = CpuBackend()

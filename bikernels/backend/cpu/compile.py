@@ -39,13 +39,21 @@ _FINGERPRINT = _fingerprint()
 
 
 class _Cache(FunctionCache):
+    """With `name`, which then says what is compiled: a function's own closure has another pickle in every process."""
+
+    def __init__(self, function: Callable[..., Any], name: str) -> None:
+        super().__init__(function)
+        self._named = name
+
     def _index_key(self, signature: Any, codegen: Any) -> Any:
+        if self._named:
+            return signature, codegen.magic_tuple(), self._named, _FINGERPRINT
         return (*super()._index_key(signature, codegen), _FINGERPRINT)
 
 
-def _enable_cache(compiled: Any, function: Callable[..., Any]) -> None:
+def _enable_cache(compiled: Any, function: Callable[..., Any], name: str = "") -> None:
     with contextlib.suppress(RuntimeError):  # no folder can be written: compile in every process
-        compiled._cache = _Cache(function)
+        compiled._cache = _Cache(function, name)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -63,10 +71,13 @@ def inner(function: Callable[..., Any]) -> Any:
 _compiled: list[CFunc] = []  # keeps the machine code alive
 
 
-def address_of(function: Callable[..., Any], *arguments: Any) -> int:
-    """Compile a function of these argument types that returns nothing, and give its address for `invoke`."""
+def address_of(function: Callable[..., Any], *arguments: Any, name: str = "") -> int:
+    """Compile a function of these argument types that returns nothing, and give its address for `invoke`.
+
+    A closure over compiled functions is found in the cache by `name`, which tells it from others made in that place.
+    """
     compiled = CFunc(function, sigutils.normalize_signature(types.void(*arguments)), locals={}, options=dict(_OPTIONS))
-    _enable_cache(compiled, function)
+    _enable_cache(compiled, function, name)
     compiled.compile()
     _compiled.append(compiled)
     return int(compiled.address or 0)

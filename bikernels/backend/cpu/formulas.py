@@ -58,7 +58,8 @@ def loop(element: Callable[..., Any], accumulate: str) -> int:
     It is called as loop(target, x, grad, weight, bias, mean, rstd, first, second, count); the elements lie side by side
     in each operand, in the two scalars and in target.
     """
-    return address_of(_loop(element, accumulate), *[types.int64] * 10)
+    name = f"{element.__name__} {accumulate}"
+    return address_of(_loop(element, accumulate), *[types.int64] * 10, name=name)
 
 
 def _loop(element: Callable[..., Any], accumulate: str) -> Callable[..., None]:

@@ -1,8 +1,8 @@
 """CUDA C++ kernels, compiled with NVRTC at first use and launched on CuPy's devices and streams.
 
-`kernels/` is the CUDA C++; `matmul/` and `reductions.py` turn a spec into launches; `schedules.py` is for the latter;
-`compile.py` compiles and caches; `launch.py` loads and launches, through the driver (`driver.py`). Nothing of CUDA is
-imported before a launch is prepared.
+`kernels/` is the CUDA C++; `matmul/`, `reductions.py` and `elementwise.py` turn a spec into launches; `schedules.py` is
+for reductions; `compile.py` compiles and caches; `launch.py` loads and launches, through the driver (`driver.py`).
+Nothing of CUDA is imported before a launch is prepared.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import ctypes
 import importlib.util
 
 from ... import contract
-from ...specs import REDUCTIONS, MatmulSpec, ReductionSpec
+from ...specs import ELEMENTWISE, REDUCTIONS, ElementwiseSpec, MatmulSpec, ReductionSpec
 from ...views import Device
-from .. import MatmulLaunch, ReductionLaunch
+from .. import ElementwiseLaunch, MatmulLaunch, ReductionLaunch
 from . import driver
 
 _MODULES = ("cupy", "cuda.core", "cuda.bindings", "cuda.pathfinder")
@@ -26,6 +26,7 @@ class CupyBackend:
     name = "cupy"
     device_type = "cuda"
     reductions = frozenset(REDUCTIONS)
+    elementwise = frozenset(ELEMENTWISE)
 
     def unavailable(self) -> str | None:
         missing = [module for module in _MODULES if not _exists(module)]
@@ -55,6 +56,11 @@ class CupyBackend:
         from . import reductions
 
         return reductions.prepare(spec, device)
+
+    def prepare_elementwise(self, spec: ElementwiseSpec, device: Device) -> ElementwiseLaunch:
+        from . import elementwise
+
+        return elementwise.prepare(spec, device)
 
 
 def _compute_capability(device: Device) -> tuple[int, int]:

@@ -53,6 +53,12 @@ def contract_macros() -> dict[str, str]:
         for function, constants in (("EXP", contract.EXP[dtype]), ("LOG", contract.LOG[dtype])):
             for name, value in constants._asdict().items():
                 macros[f"{function}_{dtype}_{name}".upper()] = _literal(value, suffix)
+        for name, value in contract.NORMAL[dtype]._asdict().items():
+            macros[f"NORMAL_{dtype}_{name}".upper()] = _literal(value, suffix)
+    for name, value in contract.CIRCULAR._asdict().items():
+        macros[f"CIRCULAR_{name}".upper()] = _literal(value, "")
+    for name in ("NORMAL_LARGEST", "EXPM1_LOWEST", "EXP2_LARGEST", "TANH_LARGEST"):
+        macros[name] = _literal(getattr(contract, name), "")
     return macros
 
 
@@ -189,12 +195,13 @@ def resources(kernel: Kernel, arch: str) -> list[Resources]:
 
 def all_kernels(arch: str) -> Iterator[Kernel]:
     """Every kernel that the backend can launch on a GPU of this architecture ("sm_80", "sm_90a", …)."""
-    from . import schedules
+    from . import elementwise, schedules
     from .matmul import kernels
 
     compute_capability = int("".join(filter(str.isdigit, arch)))
     yield from kernels(compute_capability)
     yield from schedules.reduction_kernels(compute_capability)
+    yield from elementwise.kernels()
 
 
 def compile_all(arch: str) -> list[Resources]:

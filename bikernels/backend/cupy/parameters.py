@@ -65,6 +65,16 @@ REDUCTION = np.dtype(
     ]
 )
 
+ELEMENTWISE = np.dtype(
+    [
+        ("count", "i8"),
+        ("dims_count", "i8"),
+        ("is_flat", "i8"),
+        ("dtype", "i8", (3,)),
+        ("dims", _dims(3)),
+    ]
+)
+
 
 def divisor(number: int) -> tuple[int, int, int]:
     """A `Divisor` by number >= 1.

@@ -305,13 +305,14 @@ def element_of(x_dtype: str, accumulate: str, rounds: bool) -> str:
     return x_dtype if x_dtype in ELEMENTS and ACCUMULATE[x_dtype] == accumulate and not rounds else ANY
 
 
-def _c_type(element: str) -> str:
+def c_type(element: str) -> str:
+    """The type in CUDA C++ of a dtype, or of ANY."""
     return "any_dtype" if element == ANY else C_TYPE[element]
 
 
 def chunk_kernel(source: str, element: str, accumulate: str) -> Kernel:
     """A kernel of row_chunks.cu or softmax_split_rows.cu."""
-    return Kernel(source, (("ELEMENT", _c_type(element)), ("ACCUMULATE", C_TYPE[accumulate])))
+    return Kernel(source, (("ELEMENT", c_type(element)), ("ACCUMULATE", C_TYPE[accumulate])))
 
 
 def row_kernel(operation: str, element: str, out_dtype: str, team: str, keeps: bool = True, octets: int = 1) -> Kernel:
@@ -320,7 +321,7 @@ def row_kernel(operation: str, element: str, out_dtype: str, team: str, keeps: b
         "rows.cu",
         (
             ("OPERATION", OPERATIONS[operation]),
-            ("ELEMENT", _c_type(element)),
+            ("ELEMENT", c_type(element)),
             ("RESULT", C_TYPE[out_dtype] if operation in EXPONENTIALS else "any_dtype"),
             ("ACCUMULATE", C_TYPE[ACCUMULATE[out_dtype]]),
             ("TEAM", team),
@@ -350,7 +351,7 @@ def column_chunk_kernel(operation: str, element: str, accumulate: str, width: in
 
 def _column_macros(element: str, accumulate: str, width: int) -> tuple[tuple[str, str | int], ...]:
     return (
-        ("ELEMENT", _c_type(element)),
+        ("ELEMENT", c_type(element)),
         ("ACCUMULATE", C_TYPE[accumulate]),
         ("WIDTH", width),
         ("THREADS", column_threads(width)),

@@ -12,9 +12,9 @@ import importlib.util
 
 from ...contract import PORTABLE_ARITHMETIC, native_arithmetic, tensor_core_arithmetic
 from ...errors import BackendUnavailableError
-from ...specs import MatmulSpec, ReductionSpec
+from ...specs import ElementwiseSpec, MatmulSpec, ReductionSpec
 from ...views import Device
-from .. import MatmulLaunch, ReductionLaunch
+from .. import ElementwiseLaunch, MatmulLaunch, ReductionLaunch
 
 _MATMUL_CAPABILITY = (8, 0)
 """Has the asynchronous copies that the products' kernels are made of."""
@@ -32,6 +32,7 @@ class NumbaBackend:
     name = "numba"
     device_type = "cuda"
     reductions = frozenset({"mean", "sum", "softmax", "log_softmax"})
+    elementwise: frozenset[str] = frozenset()
 
     def unavailable(self) -> str | None:
         if importlib.util.find_spec("numba_cuda") is None:
@@ -75,6 +76,9 @@ class NumbaBackend:
         from .reduction import prepare
 
         return prepare(spec, device)
+
+    def prepare_elementwise(self, spec: ElementwiseSpec, device: Device) -> ElementwiseLaunch:
+        raise NotImplementedError(spec.operation)  # not in `elementwise`
 
 
 backend = NumbaBackend()
