@@ -1,8 +1,8 @@
 """Numba CUDA: every kernel is Python, to be read and changed.
 
-matmul.py and reduction.py hold the kernels and how they are launched; device.py is the vocabulary that they are written
-in, functions.py its exp and log, products.py the instructions that multiply tiles, schedules.py the tiles, launch.py
-the host's side. inspection.py shows what the compiler makes of them.
+matmul.py and reduction.py hold the kernels and how they are launched, formulas.py what the reductions compute; device.py
+is the vocabulary that they are written in, functions.py its exp and log, products.py the instructions that multiply
+tiles, schedules.py the tiles, launch.py the host's side. inspection.py shows what the compiler makes of them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import importlib.util
 
 from ...contract import PORTABLE_ARITHMETIC, native_arithmetic, tensor_core_arithmetic
 from ...errors import BackendUnavailableError
-from ...specs import ElementwiseSpec, MatmulSpec, ReductionSpec
+from ...specs import REDUCTIONS, ElementwiseSpec, MatmulSpec, ReductionSpec
 from ...views import Device
 from .. import ElementwiseLaunch, MatmulLaunch, ReductionLaunch
 
@@ -31,7 +31,7 @@ class NumbaBackend:
 
     name = "numba"
     device_type = "cuda"
-    reductions = frozenset({"mean", "sum", "softmax", "log_softmax"})
+    reductions = frozenset(REDUCTIONS)
     elementwise: frozenset[str] = frozenset()
 
     def unavailable(self) -> str | None:

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 from llvmlite import ir
 from numba import cuda as _cuda
 from numba import types as _types
+from numba.cuda.compiler import compile_cuda
+from numba.cuda.dispatcher import CUDADispatcher
 
 from ...contract import ACCUMULATE, CANONICAL_NAN, INTEGER_DTYPES, ITEMSIZE
 
@@ -25,11 +27,35 @@ libdevice, cgutils, intrinsic = cuda.libdevice, cuda.cgutils, cuda.extending.int
 
 Function = Callable[..., Any]
 
+OLDEST_GPU = (7, 5)
+"""Compute capability."""
 WARP = 32
 ALL_LANES = 0xFFFFFFFF
 
-device = cuda.jit(device=True, inline="always")
-"""Decorator of the functions that kernels are made of."""
+
+class _DeviceFunction(CUDADispatcher):
+    """A function that kernels call: typed once for each types of arguments, then inlined by LLVM wherever it is called.
+
+    Numba's own would ask the current GPU for its compute capability, of which nothing in a function depends.
+    """
+
+    def compile_device(self, args: Any, return_type: Any = None) -> Any:
+        if args not in self.overloads:
+            options = {"opt": 3, "fastmath": False}
+            compiled = compile_cuda(
+                self.py_func, return_type, args, forceinline=True, nvvm_options=options, cc=OLDEST_GPU
+            )
+            self.overloads[args] = compiled
+            compiled.target_context.insert_user_function(compiled.entry_point, compiled.fndesc, [compiled.library])
+        return self.overloads[args]
+
+
+def device(function: Function) -> Any:
+    """Decorator of the functions that kernels are made of."""
+    return _DeviceFunction(
+        function, {"device": True, "opt": True, "fastmath": False, "debug": False, "lineinfo": False}
+    )
+
 
 STORAGE = {
     "bfloat16": types.uint16,
@@ -48,6 +74,7 @@ class Operations(NamedTuple):
     add: Function
     multiply: Function
     divide: Function
+    square_root: Function
     fma: Function
     """fma(a, b, c) = a * b + c."""
     to_bits: Function
@@ -60,6 +87,7 @@ OPERATIONS = {
         libdevice.fadd_rn,
         libdevice.fmul_rn,
         libdevice.fdiv_rn,
+        libdevice.fsqrt_rn,
         libdevice.fmaf_rn,
         libdevice.float_as_int,
         libdevice.int_as_float,
@@ -69,6 +97,7 @@ OPERATIONS = {
         libdevice.dadd_rn,
         libdevice.dmul_rn,
         libdevice.ddiv_rn,
+        libdevice.dsqrt_rn,
         libdevice.fma_rn,
         libdevice.double_as_longlong,
         libdevice.longlong_as_double,

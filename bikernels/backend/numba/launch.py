@@ -164,7 +164,7 @@ class Launch:
         core_launch(_stream(stream), self._config, self._kernel, *arguments)
 
 
-def flat(layout: tuple[Any, ...]) -> tuple[int, ...]:
+def flat(layout: tuple[Any, ...]) -> tuple[Any, ...]:
     """Numbers and tuples of numbers as the arguments of a launch."""
     return tuple(number for item in layout for number in (item if isinstance(item, tuple) else (item,)))
 

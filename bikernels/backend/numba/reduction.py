@@ -1,4 +1,4 @@
-"""Reductions of rows: mean, sum, softmax and log_softmax.
+"""Reductions of rows: what `formulas.py` describes, by one kernel.
 
 The contract's sum tree fits a warp: of a chunk's 256 lanes every thread has 8. Neighbours are added between threads by
 shuffles and within a thread in registers. A thread block is 16 warps and works in one of three modes, which decide
@@ -10,8 +10,10 @@ speed only; a kernel is compiled for one:
              the tree, and neighbouring threads read neighbouring rows; then the block transposes, and warp w goes on
              with row w
 
-Few long rows are split over many blocks: the partial results go through a workspace in global memory, and the stages
-become launches. The maximum and the number of elements equal to it are exact, so their partials meet in atomics.
+A kernel does the passes of a formula one after another, then writes. Few long rows are split over many blocks: each
+pass becomes a launch of its own, its partial results go through a workspace in global memory, and every launch begins
+with recalling what the passes before have found. The maximum and the number of elements equal to it are exact, so their
+partials meet in atomics.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ...contract import ACCUMULATE, FLOAT_DTYPES, ITEMSIZE, SUM_CHUNK, SUM_LANES
-from ...specs import ReductionSpec
+from ...specs import ONE_FOR_A_ROW, REDUCTIONS, ReductionSpec
 from ...views import Device
 from .. import ReductionLaunch
 from .device import (
@@ -43,8 +45,7 @@ from .device import (
     types,
     writer,
 )
-from .functions import exp as exp_of
-from .functions import log as log_of
+from .formulas import OPERANDS, Formula, Pass, formula
 from .launch import Kernel, Launch, Workspace, flat, grid_of, multiprocessors, on
 
 ROWS, BLOCK, COLUMNS = MODES = ("rows", "block", "columns")
@@ -63,35 +64,73 @@ EXCHANGE = (WARP, WARPS + 1)
 ROW_TABLE = TABLE // WARPS
 
 
+WHOLE, PASSES, END = "whole", ("pass 0", "pass 1"), "end"
+"""Stages: all of a row; and the launches of a row that is split: its passes, then what is written."""
+
+
 class Variant(NamedTuple):
-    """What a kernel is compiled for: elements of dtype x are cast to dtype `cast` first and end as dtype out."""
+    """What a kernel is compiled for."""
 
     stage: str
-    x: str
-    cast: str
-    out: str
+    operation: str
+    operands: tuple[tuple[str, str], ...]
+    """Names and dtypes: out, x, then those of the others that are there, in the order of the spec."""
     kept_dimensions: int
     row_dimensions: int
     mode: str
 
+    @property
+    def out(self) -> str:
+        return self.operands[0][1]
 
-WHOLE = ("mean", "softmax", "log_softmax")
-SPLIT = ("maximum", "sums", "exp_sums", "softmax_end", "log_softmax_end")
-"""Stages that do a whole row, and the launches of a row that is split."""
+    @property
+    def accumulate(self) -> str:
+        return ACCUMULATE[self.out]
+
+    @property
+    def formula(self) -> Formula:
+        names = dict(self.operands)
+        return formula(self.operation, self.out, "weight" in names, "bias" in names)
+
+
+BESIDE = {
+    "rms_norm": ("weight", "rstd"),
+    "layer_norm": ("weight", "bias", "mean", "rstd"),
+    "softmax_backward": ("grad",),
+    "log_softmax_backward": ("grad",),
+    "rms_norm_backward": ("grad", "weight", "rstd"),
+    "layer_norm_backward": ("grad", "weight", "mean", "rstd"),
+    "rms_norm_weight_backward": ("grad", "rstd"),
+    "layer_norm_weight_backward": ("grad", "mean", "rstd"),
+}
+"""All operands that an operation may have beside out and x."""
+
+
+def _modes(stage: str, operation: str) -> tuple[str, ...]:
+    """The modes in which a stage is launched."""
+    if stage == WHOLE:
+        return MODES
+    return (ROWS,) if stage == END and operation in ONE_FOR_A_ROW else (BLOCK, COLUMNS)
 
 
 def variants() -> Iterator[Variant]:
-    """Every stage for every result dtype; every dtype of x and general layouts once."""
-    for stage in WHOLE + SPLIT:
-        modes = MODES if stage in WHOLE else (BLOCK, COLUMNS)
-        for dtype in FLOAT_DTYPES:
-            # The 16-bit dtypes are float32 but for how they are read and written.
-            for mode in modes if ITEMSIZE[dtype] >= 4 else (BLOCK,):
-                yield Variant(stage, dtype, dtype, dtype, 1, 1, mode)
-        yield Variant(stage, "int64", "bfloat16", "bfloat16", 2, 2, BLOCK)
+    """Every stage of every operation for every result dtype and mode; every dtype of x and general layouts once."""
+    for operation in REDUCTIONS:
+        beside = BESIDE.get(operation, ())
+        passes = len(formula(operation, "float32").passes)
+        for stage in (WHOLE, *PASSES[:passes], END):
+            modes = _modes(stage, operation)
+            for dtype in FLOAT_DTYPES:
+                of = {"out": dtype, "x": dtype} | dict.fromkeys(beside, dtype)
+                of |= {name: ACCUMULATE[dtype] for name in ("mean", "rstd") if name in of}
+                # The 16-bit dtypes are float32 but for how they are read and written.
+                for mode in modes if ITEMSIZE[dtype] >= 4 else modes[:1]:
+                    yield Variant(stage, operation, tuple(of.items()), 1, 1, mode)
+        mixed = {"out": "bfloat16", "x": "int64"} | dict.fromkeys(beside, "float16")
+        yield Variant(WHOLE, operation, tuple(mixed.items()), 2, 2, BLOCK)
     for x in STORAGE:
         if x not in FLOAT_DTYPES:
-            yield Variant("mean", x, "float64", "float64", 1, 1, BLOCK)
+            yield Variant(WHOLE, "mean", (("out", "float64"), ("x", x)), 1, 1, BLOCK)
 
 
 # ------------------------------------------------------------------------------------------------ parts of the kernels
@@ -225,8 +264,9 @@ def _plus(a: Any, b: Any) -> Any:
 
 @functools.cache
 def _chunk_sum(accumulate: str, term: Function, mode: str) -> Function:
-    """chunk_sum(..., chunk, n, exchange): the tree's sum of a chunk of term(...) and how many of its terms were ties.
-    The sum is that of the row that the warp answers for, the ties are those that this thread saw.
+    """chunk_sum(source, shape, strides, s, chunk, n, exchange): the tree's sum of a chunk of term(source, shape, strides,
+    s, i), and how many of its elements were counted. The sum is that of the row that the warp answers for, the count
+    that of what this thread saw.
     """
     real, add = OPERATIONS[accumulate].type, OPERATIONS[accumulate].add
     # A thread has the lanes t, t + 32, t + 64, ... of the tree, or 8t, 8t + 1, 8t + 2, ...
@@ -243,7 +283,7 @@ def _chunk_sum(accumulate: str, term: Function, mode: str) -> Function:
         return value
 
     @device
-    def chunk_sum(x: Any, place: Any, shape: Any, strides: Any, maximum: Any, chunk: Any, n: Any, exchange: Any) -> Any:
+    def chunk_sum(source: Any, shape: Any, strides: Any, s: Any, chunk: Any, n: Any, exchange: Any) -> Any:
         lanes = cuda.local.array(THREAD_LANES, real)
         for q in range(THREAD_LANES):
             lanes[q] = real(0)
@@ -251,66 +291,25 @@ def _chunk_sum(accumulate: str, term: Function, mode: str) -> Function:
         begin = types.int64(chunk) * SUM_CHUNK
         length = types.int32(min(n - begin, SUM_CHUNK))
         i = types.int32(_member() * THREAD_LANES if mode == COLUMNS else _lane())
-        ties = types.int32(0)
+        count = types.int32(0)
         for _ in range(0, length, SUM_LANES):
             for q in range(THREAD_LANES):
-                value, tie = term(x, place, shape, strides, maximum, begin + min(types.int32(i + q * step), length - 1))
+                value, counted = term(source, shape, strides, s, begin + min(types.int32(i + q * step), length - 1))
                 if i + q * step < length:
                     lanes[q] = add(lanes[q], value)
-                    ties = types.int32(ties + tie)
+                    count = types.int32(count + counted)
             i = types.int32(i + SUM_LANES)
         if mode == COLUMNS:
             exchange[_member(), _column()] = fold_thread(lanes)
             cuda.syncthreads()
             value = exchange[_lane(), _warp()]
             cuda.syncthreads()
-            return fold_warp(value), ties
+            return fold_warp(value), count
         for q in range(THREAD_LANES):
             lanes[q] = fold_warp(lanes[q])
-        return fold_thread(lanes), ties
+        return fold_thread(lanes), count
 
     return chunk_sum
-
-
-@functools.cache
-def _plain(read: Function) -> Function:
-    """The term of a mean: the element."""
-
-    @device
-    def term(x: Any, place: Any, shape: Any, strides: Any, maximum: Any, i: Any) -> Any:
-        return read(x, place + offset(i, shape, strides)), 0
-
-    return term
-
-
-@functools.cache
-def _exponential(accumulate: str, precise: bool) -> Function:
-    """exponential(x, maximum, t): exp(x - maximum), given t, the rounded difference, whose error `precise` makes up."""
-    real, add, exp = OPERATIONS[accumulate].type, OPERATIONS[accumulate].add, exp_of(accumulate)
-
-    @device
-    def exponential(x: Any, maximum: Any, t: Any) -> Any:
-        if not precise:
-            return exp(t, real(0))
-        shadow = add(t, -x)
-        return exp(t, add(add(x, -add(t, -shadow)), add(-maximum, -shadow)))  # the error, exactly
-
-    return exponential
-
-
-@functools.cache
-def _counted(read: Function, accumulate: str, precise: bool) -> Function:
-    """The term of a softmax: exp of what the element is below the maximum; ties with it are counted instead."""
-    real, add = OPERATIONS[accumulate].type, OPERATIONS[accumulate].add
-    exponential = _exponential(accumulate, precise)
-
-    @device
-    def term(x: Any, place: Any, shape: Any, strides: Any, maximum: Any, i: Any) -> Any:
-        value = read(x, place + offset(i, shape, strides))
-        t = add(value, -maximum)
-        return (real(0), 1) if t == real(0) else (exponential(value, maximum, t), 0)
-
-    return term
 
 
 @functools.cache
@@ -318,53 +317,17 @@ def _table_sum(accumulate: str) -> Function:
     """table_sum(table, place, count): the tree's sum of up to SUM_CHUNK values, by one warp."""
 
     @device
-    def term(x: Any, place: Any, shape: Any, strides: Any, maximum: Any, i: Any) -> Any:
-        return x[place + i], 0
+    def term(source: Any, shape: Any, strides: Any, s: Any, i: Any) -> Any:
+        return source[0][source[1] + i], 0
 
     chunk_sum = _chunk_sum(accumulate, term, ROWS)
 
     @device
     def table_sum(table: Any, place: Any, count: Any) -> Any:
-        total, _ = chunk_sum(table, place, 0, 0, 0, types.int64(0), count, 0)
+        total, _ = chunk_sum((table, place), 0, 0, 0, types.int64(0), count, 0)
         return total
 
     return table_sum
-
-
-@functools.cache
-def _normaliser(accumulate: str, logarithm: bool) -> Function:
-    """normaliser(ties, rest): what `_result` needs of the denominator, ties + rest."""
-    operations = OPERATIONS[accumulate]
-    real, add, divide, log = operations.type, operations.add, operations.divide, log_of(accumulate)
-
-    @device
-    def normaliser(ties: Any, rest: Any) -> Any:
-        count = real(ties)
-        total = add(count, rest)
-        if not logarithm:
-            return total
-        shadow = add(total, -count)
-        error = add(add(count, -add(total, -shadow)), add(rest, -shadow))  # of the addition, exactly
-        return add(log(total), divide(error, total))
-
-    return normaliser
-
-
-@functools.cache
-def _result(accumulate: str, logarithm: bool, precise: bool) -> Function:
-    """result(x, maximum, normaliser): of an element."""
-    add, divide, exponential = (
-        OPERATIONS[accumulate].add,
-        OPERATIONS[accumulate].divide,
-        _exponential(accumulate, precise),
-    )
-
-    @device
-    def result(x: Any, maximum: Any, normaliser: Any) -> Any:
-        t = add(x, -maximum)
-        return add(t, -normaliser) if logarithm else divide(exponential(x, maximum, t), normaliser)
-
-    return result
 
 
 # Ordered as the values are, with NaN above all, so that an atomic maximum of integers finds the maximum of floats.
@@ -387,215 +350,372 @@ def _value_of_key(key: Any) -> Any:
     return _from_bits(types.int64(bits))
 
 
+# ----------------------------------------------------------------------------------------------------------- operands
+
+
+@device
+def _nothing(source: Any, shape: Any, strides: Any, i: Any) -> Any:
+    """In place of an operand that is not there."""
+    return 0
+
+
+@functools.cache
+def _read(place: int, dtype: str, result: str) -> Function:
+    """read(source, shape, strides, i): element i of a row of the operand in this place, cast to `result`."""
+    read, storage = reader(dtype, result), STORAGE[dtype]
+
+    @device
+    def read_element(source: Any, shape: Any, strides: Any, i: Any) -> Any:
+        return read(pointer(source[place], storage), offset(i, shape, strides[place]))
+
+    return read_element
+
+
+def _readers(variant: Variant, names: tuple[str, ...]) -> list[Function]:
+    """The readers of OPERANDS, of which only these names are read: x of a forward operation is rounded as the result."""
+    found = []
+    places = {name: (place, dtype) for place, (name, dtype) in enumerate(variant.operands)}
+    for name in OPERANDS:
+        if name not in names:
+            found.append(_nothing)
+            continue
+        is_rounded = name == "x" and not variant.operation.endswith("backward")
+        found.append(_read(*places[name], variant.out if is_rounded else variant.accumulate))
+    return found
+
+
+def _term(variant: Variant, one: Pass) -> Function:
+    """The term of a pass, as `_chunk_sum` calls it."""
+    x, grad, weight, bias, mean, rstd = _readers(variant, one.reads)
+    term, counts, real = one.term, one.counts, OPERATIONS[variant.accumulate].type
+    assert term is not None
+
+    @device
+    def value(source: Any, shape: Any, strides: Any, s: Any, i: Any) -> Any:
+        return term(
+            real(x(source, shape, strides, i)),
+            real(grad(source, shape, strides, i)),
+            real(weight(source, shape, strides, i)),
+            real(bias(source, shape, strides, i)),
+            real(mean(source, shape, strides, i)),
+            real(rstd(source, shape, strides, i)),
+            s,
+        )
+
+    @device
+    def uncounted(source: Any, shape: Any, strides: Any, s: Any, i: Any) -> Any:
+        return value(source, shape, strides, s, i), 0
+
+    return value if counts else uncounted
+
+
+@functools.cache
+def _starts(itemsizes: tuple[int, ...]) -> Function:
+    """starts(addresses, shape, strides, row): the address of a row's first element, of each operand."""
+    place, itemsize = len(itemsizes) - 1, itemsizes[-1]
+
+    @device
+    def last(addresses: Any, shape: Any, strides: Any, row: Any) -> Any:
+        return (addresses[place] + itemsize * offset(row, shape, strides[place]),)
+
+    if place == 0:
+        return last
+    others = _starts(itemsizes[:-1])
+
+    @device
+    def starts(addresses: Any, shape: Any, strides: Any, row: Any) -> Any:
+        return others(addresses, shape, strides, row) + last(addresses, shape, strides, row)
+
+    return starts
+
+
+# ------------------------------------------------------------------------------------------------------------- passes
+# A step is step(source, shape, strides, where, workspace, numbers, scratch, own, s): it is given what the step before has
+# found, and returns what it finds itself, each for the row that the warp answers for and for the row that the thread
+# reads. `where` is n, the number of rows, the row that is read and the one that is answered for (ones that exist), the
+# part of a row and its chunks, the number of sums of a row. `numbers`: divisors of both passes, eps. `scratch`: shared
+# memory, `exchange` (of floats, of integers) and a table of sums.
+
+
+@functools.cache
+def _no_step() -> Function:
+    @device
+    def step(
+        source: Any, shape: Any, strides: Any, where: Any, workspace: Any, numbers: Any, scratch: Any, own: Any, s: Any
+    ) -> Any:
+        return own, s
+
+    return step
+
+
+def _maximum(variant: Variant) -> Function:
+    """The step that finds a row's maximum."""
+    real, mode = OPERATIONS[variant.accumulate].type, variant.mode
+    read = _readers(variant, ("x",))[0]
+    walk, team, tell = _walk(mode), _team(_larger, mode), _tell(mode)
+
+    @device
+    def step(
+        source: Any, shape: Any, strides: Any, where: Any, workspace: Any, numbers: Any, scratch: Any, own: Any, s: Any
+    ) -> Any:
+        n, _, _, _, part, part_chunks, _ = where
+        exchange, _, _ = scratch
+        start, stride = walk()
+        begin = part * part_chunks * SUM_CHUNK
+        value = real(-math.inf)
+        for i in range(begin + start, min(n, begin + part_chunks * SUM_CHUNK), stride):
+            value = _larger(read(source, shape, strides, i), value)
+        value = team(value, exchange)
+        return value, tell(value, exchange)
+
+    return step
+
+
+def _whole_sum(variant: Variant, number: int) -> Function:
+    """The step that sums a whole row, and ends that."""
+    one, accumulate, mode = variant.formula.passes[number], variant.accumulate, variant.mode
+    real, end, counts = OPERATIONS[accumulate].type, one.end, one.counts
+    chunk_sum, table_sum = _chunk_sum(accumulate, _term(variant, one), mode), _table_sum(accumulate)
+    chunk_walk, team, tell = _chunk_walk(mode), _team(_plus, mode), _tell(mode)
+    assert end is not None
+
+    @device
+    def step(
+        source: Any, shape: Any, strides: Any, where: Any, workspace: Any, numbers: Any, scratch: Any, own: Any, s: Any
+    ) -> Any:
+        n = where[0]
+        exchange, count_exchange, table = scratch
+        first, step, place = chunk_walk()
+        count = types.int64(0)
+        chunks = (n + SUM_CHUNK - 1) // SUM_CHUNK
+        for chunk in range(first, types.int32(chunks), step):
+            value, counted = chunk_sum(source, shape, strides, s, chunk, n, exchange)
+            count += counted
+            if _lane() == 0:
+                table[place + chunk] = value
+        cuda.syncthreads()
+        total = table_sum(table, place, chunks)
+        cuda.syncthreads()  # the table is free for the next step
+        if counts:
+            count = team(count, count_exchange)
+        own = end(total, count, own, real(numbers[number]), real(numbers[2]))
+        return own, tell(own, exchange)
+
+    return step
+
+
+def _recall(variant: Variant, number: int) -> Function:
+    """The step that reads from the workspace what the launches of a pass have found."""
+    one, accumulate = variant.formula.passes[number], variant.accumulate
+    real, end = OPERATIONS[accumulate].type, one.end
+    table_sum, tell = _table_sum(accumulate), _tell(variant.mode)
+
+    @device
+    def maximum(
+        source: Any, shape: Any, strides: Any, where: Any, workspace: Any, numbers: Any, scratch: Any, own: Any, s: Any
+    ) -> Any:
+        _, _, read, answered, _, _, _ = where
+        keys = pointer(workspace[0], types.uint64)
+        return real(_value_of_key(keys[answered])), real(_value_of_key(keys[read]))
+
+    @device
+    def ended(
+        source: Any, shape: Any, strides: Any, where: Any, workspace: Any, numbers: Any, scratch: Any, own: Any, s: Any
+    ) -> Any:
+        _, _, _, answered, _, _, sums = where
+        total = table_sum(pointer(workspace[2 + number], real), answered * sums, sums)
+        count = pointer(workspace[1], types.int64)[answered]
+        own = end(total, count, own, real(numbers[number]), real(numbers[2]))
+        return own, tell(own, scratch[0])
+
+    return ended if one.is_sum else maximum
+
+
 # ------------------------------------------------------------------------------------------------------------ kernels
 
 
 @functools.cache
 def kernel(variant: Variant) -> Kernel:
     """The kernel of a variant, not compiled yet."""
-    body = {"mean": _mean, "maximum": _maximum, "sums": _sums, "exp_sums": _sums}.get(variant.stage)
-    if body is None:
-        body = _softmax_end if variant.stage.endswith("_end") else _softmax
+    operands = len(variant.operands)
     kept, row = int64s(variant.kept_dimensions), int64s(variant.row_dimensions)
     signature = types.void(
-        *[types.int64] * 5,  # addresses: out, x, keys, ties, sums
-        *[types.int64] * 3,  # rows, elements of a row, what a mean divides by or the number of sums
-        *[kept] * 3,  # the rows' shape and strides: x, out
-        *[row] * 3,  # a row's shape and strides: x, out
-        *[types.int64] * 2,  # parts of a row, chunks of a part
+        int64s(operands),  # addresses
+        int64s(4),  # the workspace: addresses of keys, counts, and of the sums of both passes
+        int64s(5),  # rows, elements of a row, parts of a row, chunks of a part, sums of a row
+        types.UniTuple(types.float64, 3),  # what divides the sums of both passes, eps
+        kept,  # the rows' shape and strides
+        types.UniTuple(kept, operands),
+        row,  # a row's shape and strides
+        types.UniTuple(row, operands),
     )
-    # So that no register spills: float64 and general layouts need more than a half of the multiprocessor's.
-    small = ACCUMULATE[variant.cast] == "float32" and variant.kept_dimensions == variant.row_dimensions == 1
-    return Kernel(str(variant), lambda: (body(variant), signature), THREADS, BLOCKS if small else 1)
+    # So that no register spills: float64, general layouts and many operands need more than half of the multiprocessor's.
+    is_small = variant.accumulate == "float32" and variant.kept_dimensions == variant.row_dimensions == 1
+    body = _pass if variant.stage in PASSES else _write
+    return Kernel(str(variant), lambda: (body(variant), signature), THREADS, BLOCKS if is_small and operands < 4 else 1)
 
 
-def _mean(variant: Variant) -> Function:
-    """A whole row: its chunks, the chunk of its chunk sums, the division."""
-    accumulate = ACCUMULATE[variant.cast]
-    real, divide = OPERATIONS[accumulate].type, OPERATIONS[accumulate].divide
-    read, write = reader(variant.x, variant.cast), writer(variant.out, accumulate)
-    chunk_sum, table_sum = _chunk_sum(accumulate, _plain(read), variant.mode), _table_sum(accumulate)
-    task, chunk_walk = _task(variant.mode), _chunk_walk(variant.mode)
-    storage, storage_out = STORAGE[variant.x], STORAGE[variant.out]
-
-    def mean(
-        out_address: Any, x_address: Any, keys_address: Any, ties_address: Any, sums_address: Any,
-        rows: Any, n: Any, count: Any, kept_shape: Any, x_kept: Any, out_kept: Any,
-        row_shape: Any, x_row: Any, out_row: Any, parts: Any, part_chunks: Any,
-    ) -> None:  # fmt: skip
-        x, out = pointer(x_address, storage), pointer(out_address, storage_out)
-        exchange = cuda.shared.array(EXCHANGE, real)
-        sums = cuda.shared.array(TABLE, real)
-        row, answers, writes, _ = task(rows, parts)
-        place = offset(min(row, rows - 1), kept_shape, x_kept)
-        first, step, table = chunk_walk()
-
-        chunks = (n + SUM_CHUNK - 1) // SUM_CHUNK
-        for chunk in range(first, types.int32(chunks), step):
-            value, _ = chunk_sum(x, place, row_shape, x_row, real(0), chunk, n, exchange)
-            if _lane() == 0:
-                sums[table + chunk] = value
-        cuda.syncthreads()
-        total = table_sum(sums, table, chunks)
-        if writes:
-            write(out, offset(answers, kept_shape, out_kept), divide(total, real(count)))
-
-    return mean
+def _steps(variant: Variant, number: int) -> tuple[Function, Function]:
+    """The steps of the first passes; of a whole row they are done here, of others recalled."""
+    steps = []
+    for i, one in enumerate(variant.formula.passes[:number]):
+        if variant.stage != WHOLE:
+            steps.append(_recall(variant, i))
+        else:
+            steps.append(_whole_sum(variant, i) if one.is_sum else _maximum(variant))
+    first, second, *_ = *steps, _no_step(), _no_step()
+    return first, second
 
 
-def _softmax(variant: Variant) -> Function:
-    """A whole row: its maximum, the sum of its exponentials, its results; x is read three times."""
-    accumulate, logarithm = ACCUMULATE[variant.cast], variant.stage == "log_softmax"
-    real, precise = OPERATIONS[accumulate].type, variant.cast == accumulate
-    read, write = reader(variant.x, variant.cast), writer(variant.out, accumulate)
-    mode = variant.mode
-    chunk_sum, table_sum = _chunk_sum(accumulate, _counted(read, accumulate, precise), mode), _table_sum(accumulate)
-    task, walk, chunk_walk, tell = _task(mode), _walk(mode), _chunk_walk(mode), _tell(mode)
-    team_maximum, team_count = _team(_larger, mode), _team(_plus, mode)
-    normaliser, result = _normaliser(accumulate, logarithm), _result(accumulate, logarithm, precise)
-    storage, storage_out = STORAGE[variant.x], STORAGE[variant.out]
+def _begin(variant: Variant) -> Function:
+    """begin(addresses, sizes, kept_shape, kept): what a thread has to do, of all steps."""
+    task, starts = _task(variant.mode), _starts(tuple(ITEMSIZE[dtype] for _, dtype in variant.operands))
 
-    def softmax(
-        out_address: Any, x_address: Any, keys_address: Any, ties_address: Any, sums_address: Any,
-        rows: Any, n: Any, count: Any, kept_shape: Any, x_kept: Any, out_kept: Any,
-        row_shape: Any, x_row: Any, out_row: Any, parts: Any, part_chunks: Any,
-    ) -> None:  # fmt: skip
-        x, out = pointer(x_address, storage), pointer(out_address, storage_out)
-        exchange = cuda.shared.array(EXCHANGE, real)
-        ties_exchange = cuda.shared.array(EXCHANGE, types.int64)
-        sums = cuda.shared.array(TABLE, real)
-        row, _, _, _ = task(rows, parts)
-        place = offset(min(row, rows - 1), kept_shape, x_kept)
-        start, stride = walk()
-        first, step, table = chunk_walk()
-
-        maximum = real(-math.inf)
-        for i in range(start, n, stride):
-            maximum = _larger(read(x, place + offset(i, row_shape, x_row)), maximum)
-        maximum = tell(team_maximum(maximum, exchange), exchange)
-
-        ties = types.int64(0)
-        chunks = (n + SUM_CHUNK - 1) // SUM_CHUNK
-        for chunk in range(first, types.int32(chunks), step):
-            value, seen = chunk_sum(x, place, row_shape, x_row, maximum, chunk, n, exchange)
-            ties += seen
-            if _lane() == 0:
-                sums[table + chunk] = value
-        cuda.syncthreads()
-        rest = table_sum(sums, table, chunks)
-        ties = team_count(ties, ties_exchange)
-        denominator = tell(normaliser(ties, rest), exchange)
-
-        if row < rows:
-            out_place = offset(row, kept_shape, out_kept)
-            for i in range(start, n, stride):
-                value = read(x, place + offset(i, row_shape, x_row))
-                write(out, out_place + offset(i, row_shape, out_row), result(value, maximum, denominator))
-
-    return softmax
-
-
-def _maximum(variant: Variant) -> Function:
-    """Of a part of a row."""
-    accumulate = ACCUMULATE[variant.cast]
-    real, read, storage = OPERATIONS[accumulate].type, reader(variant.x, variant.cast), STORAGE[variant.x]
-    task, walk, team_maximum = _task(variant.mode), _walk(variant.mode), _team(_larger, variant.mode)
-
-    def maximum_of_part(
-        out_address: Any, x_address: Any, keys_address: Any, ties_address: Any, sums_address: Any,
-        rows: Any, n: Any, count: Any, kept_shape: Any, x_kept: Any, out_kept: Any,
-        row_shape: Any, x_row: Any, out_row: Any, parts: Any, part_chunks: Any,
-    ) -> None:  # fmt: skip
-        x, keys = pointer(x_address, storage), pointer(keys_address, types.uint64)
-        exchange = cuda.shared.array(EXCHANGE, real)
+    @device
+    def begin(addresses: Any, sizes: Any, kept_shape: Any, kept: Any) -> Any:
+        rows, n, parts, part_chunks, sums = sizes
         row, answers, writes, part = task(rows, parts)
-        row = min(row, rows - 1)
-        place = offset(row, kept_shape, x_kept)
+        read = min(row, rows - 1)
+        where = (n, rows, read, min(answers, rows - 1), part, part_chunks, sums)
+        return starts(addresses, kept_shape, kept, read), where, row < rows, answers < rows, writes
+
+    return begin
+
+
+def _write(variant: Variant) -> Function:
+    """All passes, or what they have found, then the results."""
+    plan, accumulate = variant.formula, variant.accumulate
+    real, mode, begin = OPERATIONS[accumulate].type, variant.mode, _begin(variant)
+    first, second = _steps(variant, len(plan.passes))
+    names = [name for name, _ in variant.operands]
+    write_row = _row_writer(variant) if plan.element is not None else _no_row
+    write_first, write_second = (
+        _number_writer(variant, names.index(one.written)) if one.written in names else _no_number
+        for one in (*plan.passes, Pass(None, ()))[:2]
+    )
+
+    def write(
+        addresses: Any, workspace: Any, sizes: Any, numbers: Any, kept_shape: Any, kept: Any, row_shape: Any, row: Any
+    ) -> None:
+        scratch = (
+            cuda.shared.array(EXCHANGE, real),
+            cuda.shared.array(EXCHANGE, types.int64),
+            cuda.shared.array(TABLE, real),
+        )
+        source, where, is_read, _, writes = begin(addresses, sizes, kept_shape, kept)
+        own_s, s = first(source, row_shape, row, where, workspace, numbers, scratch, real(0), real(0))
+        own_t, t = second(source, row_shape, row, where, workspace, numbers, scratch, own_s, s)
+        if writes and where[4] == 0:
+            write_first(addresses, kept_shape, kept, where[3], own_s)
+            write_second(addresses, kept_shape, kept, where[3], own_t)
+        if is_read:
+            write_row(source, row_shape, row, where, s, t)
+
+    return write
+
+
+@device
+def _no_row(source: Any, shape: Any, strides: Any, where: Any, s: Any, t: Any) -> None:
+    pass
+
+
+def _row_writer(variant: Variant) -> Function:
+    """write_row(source, shape, strides, where, s, t): a part of a row of results."""
+    plan, walk, real = variant.formula, _walk(variant.mode), OPERATIONS[variant.accumulate].type
+    element, storage, write = plan.element, STORAGE[variant.out], writer(variant.out, variant.accumulate)
+    x, grad, weight, bias, mean, rstd = _readers(variant, plan.reads)
+    assert element is not None
+
+    @device
+    def write_row(source: Any, shape: Any, strides: Any, where: Any, s: Any, t: Any) -> None:
+        n, _, _, _, part, part_chunks, _ = where
+        out = pointer(source[0], storage)
         start, stride = walk()
         begin = part * part_chunks * SUM_CHUNK
-        value = real(-math.inf)
         for i in range(begin + start, min(n, begin + part_chunks * SUM_CHUNK), stride):
-            value = _larger(read(x, place + offset(i, row_shape, x_row)), value)
-        value = team_maximum(value, exchange)
-        if writes:
-            atomic_max(keys, answers, _key(value))
+            value = element(
+                real(x(source, shape, strides, i)),
+                real(grad(source, shape, strides, i)),
+                real(weight(source, shape, strides, i)),
+                real(bias(source, shape, strides, i)),
+                real(mean(source, shape, strides, i)),
+                real(rstd(source, shape, strides, i)),
+                s,
+                t,
+            )
+            write(out, offset(i, shape, strides[0]), value)
 
-    return maximum_of_part
+    return write_row
 
 
-def _sums(variant: Variant) -> Function:
-    """The chunk sums of a part of a row, of its elements ("sums") or of their exponentials ("exp_sums")."""
-    accumulate, exponentials = ACCUMULATE[variant.cast], variant.stage == "exp_sums"
-    real, read, storage = OPERATIONS[accumulate].type, reader(variant.x, variant.cast), STORAGE[variant.x]
-    term = _counted(read, accumulate, variant.cast == accumulate) if exponentials else _plain(read)
-    chunk_sum, chunk_walk = _chunk_sum(accumulate, term, variant.mode), _chunk_walk(variant.mode)
-    task, team_count = _task(variant.mode), _team(_plus, variant.mode)
+@device
+def _no_number(addresses: Any, shape: Any, strides: Any, row: Any, value: Any) -> None:
+    pass
+
+
+def _number_writer(variant: Variant, place: int) -> Function:
+    """write_number(addresses, shape, strides, row, value): to the operand in this place."""
+    dtype = variant.operands[place][1]
+    storage, write = STORAGE[dtype], writer(dtype, variant.accumulate)
+
+    @device
+    def write_number(addresses: Any, shape: Any, strides: Any, row: Any, value: Any) -> None:
+        write(pointer(addresses[place], storage), offset(row, shape, strides[place]), value)
+
+    return write_number
+
+
+def _pass(variant: Variant) -> Function:
+    """A part of a row's last pass but those that are recalled: its maximum, or its chunks' sums."""
+    number = PASSES.index(variant.stage)
+    one, accumulate, mode = variant.formula.passes[number], variant.accumulate, variant.mode
+    real, counts, begin = OPERATIONS[accumulate].type, one.counts, _begin(variant)
+    first, _ = _steps(variant, number)
+    if not one.is_sum:
+        return _maximum_of_part(variant)
+    chunk_sum, chunk_walk = _chunk_sum(accumulate, _term(variant, one), mode), _chunk_walk(mode)
+    team = _team(_plus, mode)
 
     def sums_of_part(
-        out_address: Any, x_address: Any, keys_address: Any, ties_address: Any, sums_address: Any,
-        rows: Any, n: Any, count: Any, kept_shape: Any, x_kept: Any, out_kept: Any,
-        row_shape: Any, x_row: Any, out_row: Any, parts: Any, part_chunks: Any,
-    ) -> None:  # fmt: skip
-        x, sums = pointer(x_address, storage), pointer(sums_address, real)
-        keys, all_ties = pointer(keys_address, types.uint64), pointer(ties_address, types.int64)
+        addresses: Any, workspace: Any, sizes: Any, numbers: Any, kept_shape: Any, kept: Any, row_shape: Any, row: Any
+    ) -> None:
         exchange = cuda.shared.array(EXCHANGE, real)
-        ties_exchange = cuda.shared.array(EXCHANGE, types.int64)
-        row, answers, writes, part = task(rows, parts)
-        row = min(row, rows - 1)
-        place = offset(row, kept_shape, x_kept)
-        first, step, _ = chunk_walk()
-        maximum = real(_value_of_key(keys[row])) if exponentials else real(0)
+        count_exchange = cuda.shared.array(EXCHANGE, types.int64)
+        scratch = (exchange, count_exchange, 0)
+        source, where, _, is_answered, writes = begin(addresses, sizes, kept_shape, kept)
+        _, s = first(source, row_shape, row, where, workspace, numbers, scratch, real(0), real(0))
+        n, _, _, answered, part, part_chunks, _ = where
+        sums, counted_before = pointer(workspace[2 + number], real), pointer(workspace[1], types.int64)
+        start, step, _ = chunk_walk()
         chunks = (n + SUM_CHUNK - 1) // SUM_CHUNK
-        ties = types.int64(0)
-        begin = part * part_chunks
-        for chunk in range(begin + first, min(chunks, begin + part_chunks), step):
-            value, seen = chunk_sum(x, place, row_shape, x_row, maximum, chunk, n, exchange)
-            ties += seen
-            if _lane() == 0 and answers < rows:
-                sums[answers * chunks + chunk] = value
-        if exponentials:
-            ties = team_count(ties, ties_exchange)
+        count = types.int64(0)
+        before = part * part_chunks
+        for chunk in range(before + start, min(chunks, before + part_chunks), step):
+            value, counted = chunk_sum(source, row_shape, row, s, chunk, n, exchange)
+            count += counted
+            if _lane() == 0 and is_answered:
+                sums[answered * chunks + chunk] = value
+        if counts:
+            count = team(count, count_exchange)
             if writes:
-                atomic_add(all_ties, answers, ties)
+                atomic_add(counted_before, answered, count)
 
     return sums_of_part
 
 
-def _softmax_end(variant: Variant) -> Function:
-    """The results of a part of a row, from the row's maximum, ties and at most SUM_CHUNK sums."""
-    accumulate, logarithm = ACCUMULATE[variant.cast], variant.stage == "log_softmax_end"
-    real = OPERATIONS[accumulate].type
-    read, write = reader(variant.x, variant.cast), writer(variant.out, accumulate)
-    table_sum, normaliser = _table_sum(accumulate), _normaliser(accumulate, logarithm)
-    result = _result(accumulate, logarithm, variant.cast == accumulate)
-    task, walk, tell = _task(variant.mode), _walk(variant.mode), _tell(variant.mode)
-    storage, storage_out = STORAGE[variant.x], STORAGE[variant.out]
+def _maximum_of_part(variant: Variant) -> Function:
+    real, begin, maximum = OPERATIONS[variant.accumulate].type, _begin(variant), _maximum(variant)
 
-    def softmax_of_part(
-        out_address: Any, x_address: Any, keys_address: Any, ties_address: Any, sums_address: Any,
-        rows: Any, n: Any, count: Any, kept_shape: Any, x_kept: Any, out_kept: Any,
-        row_shape: Any, x_row: Any, out_row: Any, parts: Any, part_chunks: Any,
-    ) -> None:  # fmt: skip
-        x, out = pointer(x_address, storage), pointer(out_address, storage_out)
-        keys, all_ties = pointer(keys_address, types.uint64), pointer(ties_address, types.int64)
-        sums = pointer(sums_address, real)
-        exchange = cuda.shared.array(EXCHANGE, real)
-        row, answers, _, part = task(rows, parts)
-        read_row = min(row, rows - 1)
-        place = offset(read_row, kept_shape, x_kept)
-        start, stride = walk()
-        begin = part * part_chunks * SUM_CHUNK
-        maximum = real(_value_of_key(keys[read_row]))
-        answered = min(answers, rows - 1)
-        rest = table_sum(sums, answered * count, count)
-        denominator = tell(normaliser(all_ties[answered], rest), exchange)
-        if row < rows:
-            out_place = offset(row, kept_shape, out_kept)
-            for i in range(begin + start, min(n, begin + part_chunks * SUM_CHUNK), stride):
-                value = read(x, place + offset(i, row_shape, x_row))
-                write(out, out_place + offset(i, row_shape, out_row), result(value, maximum, denominator))
+    def maximum_of_part(
+        addresses: Any, workspace: Any, sizes: Any, numbers: Any, kept_shape: Any, kept: Any, row_shape: Any, row: Any
+    ) -> None:
+        scratch = (cuda.shared.array(EXCHANGE, real), 0, 0)
+        source, where, _, _, writes = begin(addresses, sizes, kept_shape, kept)
+        value, _ = maximum(source, row_shape, row, where, workspace, numbers, scratch, real(0), real(0))
+        if writes:
+            atomic_max(pointer(workspace[0], types.uint64), where[3], _key(value))
 
-    return softmax_of_part
+    return maximum_of_part
 
 
 # ------------------------------------------------------------------------------------------------------------- launch
@@ -630,88 +750,82 @@ def schedule(rows: int, n: int, by_columns: bool, fill: int) -> Schedule:
     return Schedule(mode, parts, part_chunks, grid_of(groups * parts))
 
 
-class _Rows(NamedTuple):
-    """The rows' shape and strides, then a row's, as the kernels take them."""
-
-    kept_shape: tuple[int, ...]
-    x_kept: tuple[int, ...]
-    out_kept: tuple[int, ...]
-    row_shape: tuple[int, ...]
-    x_row: tuple[int, ...]
-    out_row: tuple[int, ...]
-
-
-class Step(NamedTuple):
+class _Step(NamedTuple):
     """One launch and those of its arguments that the spec decides."""
 
     launch: Launch
-    layout: tuple[int, ...]
+    sizes: tuple[int, ...]
+    layout: tuple[int | float, ...]
+
+    def __call__(self, stream: int, addresses: tuple[int, ...], workspace: tuple[int, ...] = (0, 0, 0, 0)) -> None:
+        self.launch(stream, *addresses, *workspace, *self.sizes, *self.layout)
 
 
 def prepare(spec: ReductionSpec, gpu: Device) -> ReductionLaunch:
     """Choose a schedule and build the launches."""
-    kept, x, out = spec.kept, spec.x, spec.out
-    outer = as_dimensions(x.shape[:kept], x.strides[:kept], out.strides[:kept])
-    is_sum = spec.operation in ("mean", "sum")
-    whole_stage = "mean" if is_sum else spec.operation  # a sum is a mean that divides by 1
-    out_row = (0,) * len(x.shape[kept:]) if is_sum else out.strides[kept:]
-    layout = _Rows(*outer, *as_dimensions(x.shape[kept:], x.strides[kept:], out_row))
-    rows, n = math.prod(layout.kept_shape), math.prod(layout.row_shape)
-    divisor = 1 if spec.operation == "sum" else n
-    near, far = abs(layout.x_kept[-1]), abs(layout.x_row[-1])
-    by_columns = layout.kept_shape[-1] > 1 and layout.row_shape[-1] > 1 and 0 < near < far
+    layouts = {name: layout for name in ("out", *OPERANDS) if (layout := getattr(spec, name)) is not None}
+    operands, kept, shape = tuple((name, one.dtype) for name, one in layouts.items()), spec.kept, spec.x.shape
+    kept_shape, *kept_strides = as_dimensions(shape[:kept], *(one.strides[:kept] for one in layouts.values()))
+    nowhere = (0,) * (len(shape) - kept)
+    row_shape, *row_strides = as_dimensions(shape[kept:], *(one.strides[kept:] or nowhere for one in layouts.values()))
+    rows, n = math.prod(kept_shape), math.prod(row_shape)
+    divisors = float(n), max(0.0, n - spec.correction) if spec.operation in ("var", "std") else float(n)
+    numbers = (*divisors, float(spec.eps))
+    x = list(layouts).index("x")
+    near, far = abs(kept_strides[x][-1]), abs(row_strides[x][-1])
+    by_columns = kept_shape[-1] > 1 and row_shape[-1] > 1 and 0 < near < far
     fill = BLOCKS * multiprocessors(gpu)
     plan = schedule(rows, n, by_columns, fill)
+    layout = flat((*numbers, kept_shape, *kept_strides, row_shape, *row_strides))
 
-    def step(
-        stage: str, plan: Schedule = plan, layout: _Rows = layout, dtype: str = x.dtype, cast: str = out.dtype
-    ) -> Step:
-        variant = Variant(stage, dtype, cast, out.dtype, len(layout.kept_shape), len(layout.row_shape), plan.mode)
-        return Step(Launch(kernel(variant), gpu, plan.grid), flat((*layout, plan.parts, plan.part_chunks)))
+    def step(stage: str, plan: Schedule, sums: int = 0) -> _Step:
+        variant = Variant(stage, spec.operation, operands, len(kept_shape), len(row_shape), plan.mode)
+        sizes = (rows, n, plan.parts, plan.part_chunks, sums)
+        return _Step(Launch(kernel(variant), gpu, plan.grid), sizes, layout)
 
     if plan.parts == 1:
         with on(gpu):
-            whole = step(whole_stage)
+            whole = step(WHOLE, plan)
 
-        def launch(stream: int, out: int, x: int, *_: int) -> None:
+        def launch(stream: int, out: int, *others: int) -> None:
             with on(gpu):
-                whole.launch(stream, out, x, 0, 0, 0, rows, n, divisor, *whole.layout)
+                whole(stream, (out, *others))
 
         return launch
 
-    accumulate = ACCUMULATE[out.dtype]
-    itemsize = ITEMSIZE[accumulate]
+    accumulate = ACCUMULATE[spec.out.dtype]
+    itemsize, passes = ITEMSIZE[accumulate], formula(spec.operation, spec.out.dtype).passes
     counts = [-(-n // SUM_CHUNK)]
     with on(gpu):
-        maximum = None if is_sum else step("maximum")
-        first = step("sums" if is_sum else "exp_sums")
         levels = []
         while counts[-1] > SUM_CHUNK:  # the chunk sums become the elements of the next level
-            level = schedule(rows, counts[-1], False, fill)
-            sums_layout = _Rows((rows,), (counts[-1],), (0,), (counts[-1],), (1,), (0,))
-            levels.append(step("sums", level, sums_layout, accumulate, accumulate))
+            levels.append(_sums_of_sums(rows, counts[-1], accumulate, gpu, fill))
             counts.append(-(-counts[-1] // SUM_CHUNK))
-        count = counts[-1]
-        if is_sum:
-            shape = layout.kept_shape
-            strides = tuple(math.prod(shape[i + 1 :]) * count for i in range(len(shape)))
-            sums_layout = _Rows(shape, strides, layout.out_kept, (count,), (1,), (0,))
-            last = step("mean", schedule(rows, count, False, 0), sums_layout, accumulate, accumulate)
-        else:
-            last = step(spec.operation + "_end")
+        steps = [step(stage, plan, counts[-1]) for stage, _ in zip(PASSES, passes, strict=False)]
+        if spec.one_for_a_row:
+            plan = Schedule(ROWS, 1, plan.part_chunks, grid_of(-(-rows // WARPS)))
+        end = step(END, plan, counts[-1])
+    bytes_of_pass = itemsize * rows * sum(counts)
 
-    def launch_split(stream: int, out: int, x: int, *_: int) -> None:
-        with on(gpu), Workspace(gpu, stream, 16 * rows, itemsize * rows * sum(counts)) as (keys, sums):
-            ties = keys + 8 * rows
-            if maximum is not None:
-                maximum.launch(stream, 0, x, keys, ties, 0, rows, n, 0, *maximum.layout)
-            first.launch(stream, 0, x, keys, ties, sums, rows, n, 0, *first.layout)
-            for level, length in zip(levels, counts, strict=False):
-                below, sums = sums, sums + itemsize * rows * length
-                level.launch(stream, 0, below, keys, ties, sums, rows, length, 0, *level.layout)
-            if is_sum:
-                last.launch(stream, out, sums, keys, ties, 0, rows, count, divisor, *last.layout)
-            else:
-                last.launch(stream, out, x, keys, ties, sums, rows, n, count, *last.layout)
+    def launch_split(stream: int, out: int, *others: int) -> None:
+        addresses = (out, *others)
+        with on(gpu), Workspace(gpu, stream, 16 * rows, len(PASSES) * bytes_of_pass) as (keys, first):
+            last = [first + bytes_of_pass * (i + 1) - itemsize * rows * counts[-1] for i in range(len(PASSES))]
+            found = (keys, keys + 8 * rows, *last)  # of each pass, the sums of the last level
+            for i, (run, one) in enumerate(zip(steps, passes, strict=True)):
+                sums = first + bytes_of_pass * i
+                run(stream, addresses, (*found[:2], *(sums,) * 2) if i == 0 else (*found[:3], sums))
+                for level, length in zip(levels if one.is_sum else (), counts, strict=False):
+                    below, sums = sums, sums + itemsize * rows * length
+                    level(stream, (0, below), (0, 0, sums, 0))
+            end(stream, addresses, found)
 
     return launch_split
+
+
+def _sums_of_sums(rows: int, n: int, accumulate: str, gpu: Device, fill: int) -> _Step:
+    """A level of the tree: the chunks' sums of n sums of each row."""
+    plan = schedule(rows, n, False, fill)
+    variant = Variant(PASSES[0], "sum", (("out", accumulate), ("x", accumulate)), 1, 1, plan.mode)
+    layout = flat((1.0, 1.0, 0.0, (rows,), (0,), (n,), (n,), (0,), (1,)))
+    return _Step(Launch(kernel(variant), gpu, plan.grid), (rows, n, plan.parts, plan.part_chunks, 0), layout)

@@ -28,6 +28,16 @@ __device__ __forceinline__ void share_chunks(const Tile& tile, OfChunk of_chunk)
     tile.meet();
 }
 
+// of[w] = value(at) of the thread's columns, each computed once in a CTA.
+template <class Value>
+__device__ __forceinline__ void column_values(const Tile& tile, A (&of)[WIDTH], Value value) {
+#pragma unroll 1
+    for (int at = threadIdx.x; at < tile.tile; at += blockDim.x) tile.partial[at] = value(at);
+    __syncthreads();
+#pragma unroll
+    for (int w = 0; w < WIDTH; w++) of[w] = tile.partial[tile.left + w];
+}
+
 // Write result(at) for each column of the tile.
 template <class Result>
 __device__ __forceinline__ void write_columns(const Tile& tile, long long first, void* out, Result result) {
@@ -51,8 +61,7 @@ struct Variance {
                                                const Arrays& arrays) {
         share_chunks(tile, [&](int chunk, A(&sum)[WIDTH]) { tile.sum_elements(chunk, sum); });
         A mean[WIDTH];
-#pragma unroll
-        for (int w = 0; w < WIDTH; w++) mean[w] = tile.sum_of_chunks(tile.left + w) / static_cast<A>(p.n);
+        column_values(tile, mean, [&](int at) { return tile.sum_of_chunks(at) / static_cast<A>(p.n); });
         tile.meet();  // every CTA has read what the next sums overwrite
         share_chunks(tile, [&](int chunk, A(&sum)[WIDTH]) {
             tile.sum_terms<8>(chunk, sum, [&](int i, A(&lane)[WIDTH]) {
@@ -141,11 +150,7 @@ struct SoftmaxFamily {
             return;
         }
         A normaliser[WIDTH];
-#pragma unroll 1
-        for (int at = threadIdx.x; at < tile.tile; at += blockDim.x) tile.partial[at] = normaliser_of(at);
-        __syncthreads();
-#pragma unroll
-        for (int w = 0; w < WIDTH; w++) normaliser[w] = tile.partial[tile.left + w];
+        column_values(tile, normaliser, normaliser_of);
 
         const ColumnWriter<A, WIDTH> writer(p, arrays.out, p.row_offset<OF_OUT>(min(tile.column, p.rows - WIDTH)));
         tile.for_elements([&](int i) {
