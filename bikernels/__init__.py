@@ -27,6 +27,7 @@ from .operations.elementwise import (
     sin,
     softplus,
     softplus_backward,
+    sqrt,
     tanh,
     tanh_backward,
 )
@@ -94,6 +95,7 @@ __all__ = [
     "softmax_backward",
     "softplus",
     "softplus_backward",
+    "sqrt",
     "std",
     "sum",
     "tanh",
