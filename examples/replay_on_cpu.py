@@ -85,13 +85,13 @@ def digest_of_weights(model: PreTrainedModel) -> str:
 # ---- Recording -------------------------------------------------------------------------------------------------------
 
 
-def record(dtype: str, seed: int) -> dict[str, Any]:
-    """Serve one prompt among others on the GPU, and write down what the first copy was answered."""
-    arithmetic = next(one.arithmetic for one in bikernels.backends().values() if "cuda:0" in one.chosen_for)
+def record(dtype: str, seed: int, device: str = "cuda:0") -> dict[str, Any]:
+    """Serve one prompt among others, and write down what the first copy was answered."""
+    arithmetic = next(one.arithmetic for one in bikernels.backends().values() if device in one.chosen_for)
     with set_batch_invariant_mode(portable=True):
         model = make_model(SIZE._replace(dtype=getattr(torch, dtype)), seed)
         weights = digest_of_weights(model)
-        model.to("cuda")
+        model.to(device)
         same, requests = traffic(SIZE.vocabulary, SIZE.copies, OTHERS, SIZE.new_tokens, seed)
         engine = Engine(
             model,
@@ -104,7 +104,7 @@ def record(dtype: str, seed: int) -> dict[str, Any]:
     answer = same[0]
     logprobs = torch.stack(answer.logprobs).cpu()
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name(device) if device != "cpu" else None,
         "dtype": dtype,
         "arithmetic": arithmetic[dtype],
         "contract_version": bikernels.contract_version,
@@ -129,8 +129,9 @@ def first_difference(recorded: dict[str, Any]) -> str | None:
             f"{bikernels.contract_version}; record it again"
         )
     prompt, tokens = recorded["prompt"], recorded["tokens"]
+    dtype = getattr(torch, recorded.get("dtype", "bfloat16"))  # the first recordings do not say it
     with bikernels.use_arithmetic(recorded["arithmetic"]), set_batch_invariant_mode(portable=True):
-        model = make_model(SIZE._replace(dtype=getattr(torch, recorded["dtype"])), recorded["seed"])
+        model = make_model(SIZE._replace(dtype=dtype), recorded["seed"])
         if digest_of_weights(model) != recorded["weights"]:
             return f"the model's weights, or its rotary frequencies, which seed {recorded['seed']} gives"
         length = len(prompt) + len(tokens)
@@ -162,8 +163,8 @@ def replay(file: Path) -> bool:
     recorded = json.loads(file.read_text())
     versions = " and ".join(f"{name} {version}" for name, version in recorded["versions"].items())
     print(
-        f"{file.name}: {len(recorded['tokens'])} tokens of a model in {recorded['dtype']}, "
-        f"recorded on {recorded['gpu']}, products in {recorded['arithmetic']}, with {versions}"
+        f"{file.name}: {len(recorded['tokens'])} tokens, recorded on {recorded['gpu']}, products in "
+        f"{recorded['arithmetic']}, with {versions}"
     )
     start = time.perf_counter()
     difference = first_difference(recorded)
