@@ -130,6 +130,15 @@ class PortableOverrides:
             library._destroy()
 
 
+PORTABLE = PortableOverrides()
+"""The process's."""
+
+
+def is_replaced(name: str, device_type: str) -> bool:
+    """Whether an operator ("mm.out") is replaced for tensors on this type of device while the mode is as it is now."""
+    return name in kernels(device_type) or (PORTABLE.installed and name in PORTABLE_KERNELS)
+
+
 def _replace(library: Any, name: str, override: Override, key: str) -> None:
     operator = f"aten::{name}"
     kernel_key = "CPU" if key.startswith("Composite") else key  # a composite is computed alike under every key

@@ -278,7 +278,7 @@ def test_errors_are_pytorch_s() -> None:
 
 def test_gradients(device: str) -> None:
     """Against differences, in float64; and in float32 the same bits on every device."""
-    x = torch.rand(17, dtype=torch.float64, device=device, requires_grad=True)
+    x = torch.rand(4, dtype=torch.float64, device=device, requires_grad=True)
     functions = [torch.exp, torch.exp2, torch.expm1, torch.log, torch.log1p, torch.erf, torch.rsqrt, torch.sigmoid]
     functions += [torch.tanh, torch.sin, torch.cos, F.silu, F.gelu, functools.partial(F.gelu, **TANH), F.softplus]
     functions += [
