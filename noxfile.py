@@ -1,4 +1,4 @@
-"""Sessions: demo, inference, tests, kernels, tests_gpu, sanitize, lint, bench.
+"""Sessions: demo, inference, replay, tests, kernels, tests_gpu, sanitize, lint, bench.
 
 With `nox --no-venv -s NAME` in the current environment.
 """
@@ -51,6 +51,13 @@ def inference(session: nox.Session) -> None:
     """One prompt many times under continuous batching: how many answers there are, without the mode and in it."""
     install(session, *group("examples"), extras=("cuda13",) if has_gpu() else ())
     session.run("python", "examples/deterministic_inference.py", *session.posargs)
+
+
+@nox.session
+def replay(session: nox.Session) -> None:
+    """What a model answered on a Hopper GPU, computed again on this CPU: every log-probability has the same bits."""
+    install(session, *group("examples"), extras=("cuda13",) if has_gpu() else ())
+    session.run("python", "examples/replay_on_cpu.py", *session.posargs)
 
 
 @nox.session

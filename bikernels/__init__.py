@@ -28,6 +28,7 @@ from .operations.elementwise import (
     sin,
     softplus,
     softplus_backward,
+    sqrt,
     tanh,
     tanh_backward,
 )
@@ -96,6 +97,7 @@ __all__ = [
     "softmax_backward",
     "softplus",
     "softplus_backward",
+    "sqrt",
     "std",
     "sum",
     "tanh",

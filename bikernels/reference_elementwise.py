@@ -158,6 +158,10 @@ def _tanh_backward(g: Array, y: Array) -> Array:
     return g * fma(-y, y, np.ones_like(y))
 
 
+def _sqrt(x: Array) -> Array:
+    return np.sqrt(x)
+
+
 def _rsqrt(x: Array) -> Array:
     return x.dtype.type(1) / np.sqrt(x)
 
@@ -298,10 +302,10 @@ def softplus_backward(
     return _function(_softplus_backward, grad, x, dtype=dtype, numbers=(beta, threshold))
 
 
-exp, exp2, expm1, log, log1p, erf, rsqrt, sigmoid, tanh, silu, sin, cos, pow, *_backward_of = (  # noqa: A001
+exp, exp2, expm1, log, log1p, erf, sqrt, rsqrt, sigmoid, tanh, silu, sin, cos, pow, *_backward_of = (  # noqa: A001
     functools.partial(_function, compute)
     for compute in (
-        *(_exp, _exp2, _expm1, _log, _log1p, _erf, _rsqrt, _sigmoid, _tanh, _silu, _sin, _cos, _pow),
+        *(_exp, _exp2, _expm1, _log, _log1p, _erf, _sqrt, _rsqrt, _sigmoid, _tanh, _silu, _sin, _cos, _pow),
         *(_sigmoid_backward, _tanh_backward, _silu_backward),
     )
 )

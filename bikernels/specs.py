@@ -99,8 +99,8 @@ class ReductionSpec(NamedTuple):
 
 
 ELEMENTWISE = (
-    "exp", "exp2", "expm1", "log", "log1p", "erf", "rsqrt", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh", "softplus",
-    "sin", "cos", "pow",
+    "exp", "exp2", "expm1", "log", "log1p", "erf", "sqrt", "rsqrt", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh",
+    "softplus", "sin", "cos", "pow",
     "sigmoid_backward", "tanh_backward", "silu_backward", "gelu_backward", "gelu_tanh_backward", "softplus_backward",
 )  # fmt: skip
 """Every `ElementwiseSpec.operation`. pow takes x and y; a backward form the gradient and the forward one's x, that of

@@ -31,7 +31,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 from bikernels.settings import current_arithmetic, current_backend
 
 from . import core
-from .overrides import Overrides, PortableOverrides
+from .overrides import PORTABLE, Overrides
 from .strict import Guards
 
 _P = ParamSpec("_P")
@@ -52,7 +52,6 @@ class _Decision:
 _lock = threading.RLock()
 _decisions: list[_Decision] = []
 _overrides = Overrides()
-_portable = PortableOverrides()
 _guards = Guards()
 
 
@@ -77,15 +76,15 @@ def _decide(decisions: list[_Decision]) -> None:
 def _apply(decisions: list[_Decision]) -> None:
     newest = decisions[-1] if decisions and decisions[-1].enabled else None
     # Guards stand before the portable overrides and those before the others: what was put in last goes first.
-    if newest is None or not newest.strict or newest.portable is not _portable.installed:
+    if newest is None or not newest.strict or newest.portable is not PORTABLE.installed:
         _guards.remove()
     if newest is None or not newest.portable:
-        _portable.remove()
+        PORTABLE.remove()
     if newest is not None:
         core.set_mode_settings(newest.settings)
         _overrides.install()
         if newest.portable:
-            _portable.install()
+            PORTABLE.install()
         if newest.strict:
             _guards.install()
     else:

@@ -141,6 +141,15 @@ class PortableOverrides:
             library._destroy()
 
 
+PORTABLE = PortableOverrides()
+"""The process's."""
+
+
+def is_replaced(name: str, device_type: str) -> bool:
+    """Whether an operator ("mm.out") is replaced for tensors on this type of device while the mode is as it is now."""
+    return name in kernels(device_type) or (PORTABLE.installed and name in PORTABLE_KERNELS)
+
+
 def _replace(library: Any, name: str, override: Override, key: str) -> None:
     operator = f"aten::{name}"
     # Of some operators PyTorch has no kernel, e.g. mm.dtype on a CPU (it says so), or a later PyTorch has it.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Coefficients and error bounds of the elementary functions exp32, log32, exp64 and log64.
+"""Coefficients of the elementary functions, and error bounds of exp32, log32, exp64 and log64.
 
 Each function is a fixed sequence of correctly rounded IEEE-754 operations (add, sub, mul, fma), integer operations on
 the bit patterns and selects. Every platform that follows the sequence returns the same bits.
@@ -8,7 +8,8 @@ the bit patterns and selects. Every platform that follows the sequence returns t
     python docs/polynomials.py check           measure the errors on a sample, a few seconds
     python docs/polynomials.py check --full    all 2^32 patterns for exp32 and log32, more samples for exp64 and log64
 
-Both commands exit with a non-zero status if a result differs from what this file states.
+The error bounds of the functions that are built upon these (contract.NORMAL, contract.CIRCULAR) are in
+tests/test_elementwise.py. Both commands exit with a non-zero status if a result differs from what this file states.
 """
 
 import argparse
@@ -276,6 +277,85 @@ def fit_log(degree, bits, cut):
     target = [(mp.log1p(x) - x) / x**2 for x in xs]
     weight = [x**2 / abs(mp.log1p(x)) * mp.ldexp(1, bits) for x in xs]
     return fit(xs, target, weight, degree - 1, bits)
+
+
+def fit_tail(n, bits, largest):
+    """Coefficients of (1 + 2 a) exp(a^2 / 2) times the normal probability above a, in (a - 4) / (a + 4)."""
+    xs = grid(-1, (mp.mpf(largest) - 4) / (mp.mpf(largest) + 4), 400)
+    points = [4 * (1 + u) / (1 - u) for u in xs]
+    target = [mp.erfc(a / mp.sqrt(2)) / 2 * mp.exp(a * a / 2) * (1 + 2 * a) for a in points]
+    return fit(xs, target, [mp.ldexp(1, bits) / g for g in target], n, bits)
+
+
+def fit_of_square(function, weight, largest, n, bits):
+    """Coefficients of a function of z = x^2 on [0, largest], with its error's weight in units of 2^-bits."""
+    xs = [z for z in grid(0, largest, 400) if z]
+    return fit(xs, [function(z) for z in xs], [weight(z) * mp.ldexp(1, bits) for z in xs], n, bits)
+
+
+def elementwise_tables():
+    """Name, bits, stated coefficients and fit of each polynomial of the elementwise functions."""
+    root = mp.sqrt
+    for dtype, bits, largest in (("float32", 24, 15), ("float64", 53, 40)):
+        table = contract.NORMAL[dtype]
+        yield f"tail, {dtype}", bits, table.tail, fit_tail(len(table.tail), bits, largest)
+        yield (
+            f"erf, {dtype}",
+            bits,
+            table.erf,
+            fit_of_square(
+                lambda z: mp.erf(root(z)) / root(z) - 1, lambda z: root(z) / mp.erf(root(z)), 1, len(table.erf), bits
+            ),
+        )
+    quarter = (mp.pi / 4 + mp.mpf(2) ** -20) ** 2
+    table = contract.CIRCULAR.sin
+    yield (
+        "sin",
+        53,
+        table,
+        fit_of_square(
+            lambda z: (mp.sin(root(z)) / root(z) - 1) / z,
+            lambda z: z * root(z) / mp.sin(root(z)),
+            quarter,
+            len(table),
+            53,
+        ),
+    )
+    table = contract.CIRCULAR.cos
+    yield (
+        "cos",
+        53,
+        table,
+        fit_of_square(
+            lambda z: (mp.cos(root(z)) - 1 + z / 2) / z**2, lambda z: z**2 / mp.cos(root(z)), quarter, len(table), 53
+        ),
+    )
+
+
+def elementwise_numbers():
+    """Name, stated number and value of each other constant of the elementwise functions."""
+    slope = 2 * mp.sqrt(2 / mp.pi)
+    exact = {
+        "root_two": mp.sqrt(2),
+        "density": 1 / mp.sqrt(2 * mp.pi),
+        "gelu_slope": slope,
+        "gelu_cubic": slope * mp.mpf("0.044715"),
+        "gelu_cubic_slope": 3 * slope * mp.mpf("0.044715"),
+    }
+    for dtype, bits in (("float32", 24), ("float64", 53)):
+        for name, value in exact.items():
+            yield f"{name}, {dtype}", getattr(contract.NORMAL[dtype], name), float(to_format(value, bits))
+    yield "two_over_pi", contract.CIRCULAR.two_over_pi, float(to_format(2 / mp.pi, 53))
+    rest = mp.pi / 2
+    for i, stated in enumerate(contract.CIRCULAR.half_pi):
+        part = to_format(rest, 53)
+        yield f"half_pi[{i}]", stated, float(part)
+        rest -= part
+    words = contract.CIRCULAR.two_over_pi_words
+    with mp.workprec(2000):
+        bits = int(mp.floor(mp.ldexp(2 / mp.pi, 64 * (len(words) - 1))))
+    for i, stated in enumerate(words):
+        yield f"two_over_pi_words[{i}]", stated, bits >> 64 * (len(words) - 1 - i) & (1 << 64) - 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -671,6 +751,16 @@ def derive():
             same = c == stated_coefficients[j]
             ok = ok and same
             print(f"  c{j + 2} = {c.hex()}{'' if same else ' DIFFERS from the table'}", flush=True)
+    for name, stated, value in elementwise_numbers():
+        ok = ok and stated == value
+        text = value.hex() if isinstance(value, float) else hex(value)
+        print(f"{name}: {text}{'' if stated == value else ' DIFFERS from the table'}")
+    for name, bits, stated, (coefficients, first, final) in elementwise_tables():
+        print(f"{name} fit: max error {float(first):.4f} 2^-{bits} before and {float(final):.4f} after rounding")
+        for j, c in enumerate(coefficients):
+            same = c == stated[j]
+            ok = ok and same
+            print(f"  c{j} = {c.hex()}{'' if same else ' DIFFERS from the table'}", flush=True)
     return ok
 
 

@@ -1,13 +1,14 @@
 """Compute again, on a CPU, what a GPU answered: every log-probability has to have the same bits.
 
-    python examples/replay_on_cpu.py [FILE]             compute FILE again (default: the recording beside this script)
+    python examples/replay_on_cpu.py [FILE ...]         compute these again (default: the recordings beside this script)
     python examples/replay_on_cpu.py --record FILE      record on this machine's GPU
 
-A recording is a prompt, the tokens with which a small language model in bfloat16 answered it on a GPU, in the middle of
-other traffic, and their log-probabilities. The model is made again from the seed of its weights, and all tokens are
-scored in one prefill, in the arithmetic class of the GPU's tensor cores, which a CPU computes too. Both sides are in
-`set_batch_invariant_mode(portable=True)`: exp, silu, rsqrt, sin, cos and the like are bikernels' own there, and the
-same on every device.
+A recording is a prompt, the tokens with which a small language model, in bfloat16 or in float32, answered it on a GPU,
+in the middle of other traffic, and their log-probabilities. The model is made again from the seed of its weights, and
+all tokens are scored in one prefill, in the arithmetic class that the GPU had (in bfloat16 that of its tensor cores),
+which a CPU computes too. Both sides are in `set_batch_invariant_mode(portable=True)`: exp, silu, rsqrt, sin, cos and
+the like are bikernels' own there, and the same on every device. In float32 one bit of theirs would show; the rounding
+to bfloat16 hides most of them.
 
 The exit status is 1 if a bit differs; the first place is named.
 """
@@ -33,7 +34,7 @@ from transformers import PreTrainedModel
 import bikernels
 from bikernels_torch import set_batch_invariant_mode
 
-RECORDING = Path(__file__).with_name("recordings") / "hopper.json"
+RECORDINGS = sorted(Path(__file__).with_name("recordings").glob("*.json"))
 SIZE = Size(
     copies=2,
     new_tokens=48,
@@ -84,13 +85,13 @@ def digest_of_weights(model: PreTrainedModel) -> str:
 # ---- Recording -------------------------------------------------------------------------------------------------------
 
 
-def record(seed: int) -> dict[str, Any]:
-    """Serve one prompt among others on the GPU, and write down what the first copy was answered."""
-    arithmetic = next(one.arithmetic for one in bikernels.backends().values() if "cuda:0" in one.chosen_for)["bfloat16"]
+def record(dtype: str, seed: int, device: str = "cuda:0") -> dict[str, Any]:
+    """Serve one prompt among others, and write down what the first copy was answered."""
+    arithmetic = next(one.arithmetic for one in bikernels.backends().values() if device in one.chosen_for)
     with set_batch_invariant_mode(portable=True):
-        model = make_model(SIZE, seed)
+        model = make_model(SIZE._replace(dtype=getattr(torch, dtype)), seed)
         weights = digest_of_weights(model)
-        model.to("cuda")
+        model.to(device)
         same, requests = traffic(SIZE.vocabulary, SIZE.copies, OTHERS, SIZE.new_tokens, seed)
         engine = Engine(
             model,
@@ -103,8 +104,9 @@ def record(seed: int) -> dict[str, Any]:
     answer = same[0]
     logprobs = torch.stack(answer.logprobs).cpu()
     return {
-        "gpu": torch.cuda.get_device_name(),
-        "arithmetic": arithmetic,
+        "gpu": torch.cuda.get_device_name(device) if device != "cpu" else None,
+        "dtype": dtype,
+        "arithmetic": arithmetic[dtype],
         "contract_version": bikernels.contract_version,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "seed": seed,
@@ -127,8 +129,9 @@ def first_difference(recorded: dict[str, Any]) -> str | None:
             f"{bikernels.contract_version}; record it again"
         )
     prompt, tokens = recorded["prompt"], recorded["tokens"]
+    dtype = getattr(torch, recorded.get("dtype", "bfloat16"))  # the first recordings do not say it
     with bikernels.use_arithmetic(recorded["arithmetic"]), set_batch_invariant_mode(portable=True):
-        model = make_model(SIZE, recorded["seed"])
+        model = make_model(SIZE._replace(dtype=dtype), recorded["seed"])
         if digest_of_weights(model) != recorded["weights"]:
             return f"the model's weights, or its rotary frequencies, which seed {recorded['seed']} gives"
         length = len(prompt) + len(tokens)
@@ -155,35 +158,44 @@ def first_difference(recorded: dict[str, Any]) -> str | None:
 # ---- The program -----------------------------------------------------------------------------------------------------
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Record, or compute again; 1 if a bit differs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recording", nargs="?", type=Path, default=RECORDING)
-    parser.add_argument("--record", type=Path, metavar="FILE", help="record on a GPU, to this file")
-    parser.add_argument("--seed", type=int, default=0, help="of a recording: of the weights, the prompts, the schedule")
-    options = parser.parse_args(arguments)
-    if options.record is not None:
-        if not torch.cuda.is_available():
-            parser.error("--record needs a GPU, and torch.cuda.is_available() is False")
-        recorded = record(options.seed)
-        options.record.parent.mkdir(parents=True, exist_ok=True)
-        options.record.write_text(json.dumps(recorded, indent=1) + "\n")
-        print(f"{len(recorded['tokens'])} tokens in {recorded['arithmetic']}, recorded on {recorded['gpu']}")
-        return 0
-    recorded = json.loads(options.recording.read_text())
+def replay(file: Path) -> bool:
+    """Compute a recording again and print what came of it; True if all bits are the same."""
+    recorded = json.loads(file.read_text())
+    versions = " and ".join(f"{name} {version}" for name, version in recorded["versions"].items())
     print(
-        f"{len(recorded['tokens'])} tokens, recorded on {recorded['gpu']} in {recorded['arithmetic']} with "
-        f"{' '.join(f'{name} {version}' for name, version in recorded['versions'].items())}"
+        f"{file.name}: {len(recorded['tokens'])} tokens, recorded on {recorded['gpu']}, products in "
+        f"{recorded['arithmetic']}, with {versions}"
     )
     start = time.perf_counter()
     difference = first_difference(recorded)
     if difference is not None:
-        print(f"This CPU differs from the recording, first in {difference}.")
-        return 1
+        print(f"  This CPU differs from the recording, first in {difference}.")
+        return False
+    here = f"torch {torch.__version__} and transformers {transformers.__version__}"
     print(
-        f"On this CPU, with torch {torch.__version__} and transformers {transformers.__version__}: every log-probability\n"
-        f"is the same in every bit, those of the whole vocabulary too ({time.perf_counter() - start:.1f} s)."
+        f"  On this CPU, with {here}, the same in every bit: the log-probabilities of\n"
+        f"  the tokens and of the whole vocabulary ({time.perf_counter() - start:.1f} s)."
     )
+    return True
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Record, or compute again; 1 if a bit differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recordings", nargs="*", type=Path, default=RECORDINGS)
+    parser.add_argument("--record", type=Path, metavar="FILE", help="record on a GPU, to this file")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of a recording")
+    parser.add_argument("--seed", type=int, default=0, help="of a recording: of the weights, the prompts, the schedule")
+    options = parser.parse_args(arguments)
+    if options.record is None:
+        different = [file for file in options.recordings if not replay(file)]
+        return int(bool(different))
+    if not torch.cuda.is_available():
+        parser.error("--record needs a GPU, and torch.cuda.is_available() is False")
+    recorded = record(options.dtype, options.seed)
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in recorded.items())
+    options.record.write_text(f"{{\n{lines}\n}}\n")
+    print(f"{len(recorded['tokens'])} tokens in {recorded['arithmetic']}, recorded on {recorded['gpu']}")
     return 0
 
 

@@ -101,6 +101,7 @@ FUNCTIONS = {
     "log": Function({}, np.log, 0.9),
     "log1p": Function({}, np.log1p, 1.5),
     "erf": Function({}, _erf, 1.5),
+    "sqrt": Function({}, np.sqrt, 0.5),
     "rsqrt": Function({}, lambda x: 1 / np.sqrt(x), 1.5),
     "sigmoid": Function({}, _sigmoid, 2.5),
     "tanh": Function({}, np.tanh, 3),

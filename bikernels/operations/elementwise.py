@@ -150,6 +150,14 @@ def erf(x: Any, /, *, dtype: Any = None, out: Any = None, backend: str | None = 
     return _apply("erf", {"x": x}, dtype=dtype, out=out, backend=backend)
 
 
+def sqrt(x: Any, /, *, dtype: Any = None, out: Any = None, backend: str | None = None) -> Any:
+    """The square root of x, correctly rounded.
+
+    Arguments, result and errors are those of `exp`.
+    """
+    return _apply("sqrt", {"x": x}, dtype=dtype, out=out, backend=backend)
+
+
 def rsqrt(x: Any, /, *, dtype: Any = None, out: Any = None, backend: str | None = None) -> Any:
     """1 / sqrt(x), of two correctly rounded operations.
 

@@ -308,7 +308,7 @@ def is_replaced(name: str, device_type: str) -> bool:
     if name.partition("::")[0] in OURS:
         return True
     overload = name.removeprefix("aten::")
-    return overload in overrides.kernels(device_type)
+    return overrides.is_replaced(overload, device_type)
 
 
 def is_covered(name: str, device_type: str, dtypes: Iterable[torch.dtype]) -> bool:

@@ -1,6 +1,7 @@
 """What `set_batch_invariant_mode(portable=True)` adds: pointwise functions whose bits do not depend on the device.
 
-Transcendental functions and their gradients are the core's (section 10 of docs/contract.md). Of arithmetic PyTorch's
+Transcendental functions, their gradients and the square root, which a CPU's library does not round correctly, are the
+core's (section 10 of docs/contract.md). Of arithmetic PyTorch's
 own kernels stay where each of them rounds once. Where they do not, the operation is taken apart in the accumulate
 dtype, every step rounded to nearest, and the result is rounded once to its dtype:
 
@@ -169,7 +170,7 @@ def _power(x: Any, y: Any) -> Any:
 def _power_of_number(x: torch.Tensor, y: float, out: torch.Tensor) -> None:
     """x to the power y; those that are one correctly rounded operation, or two, are that."""
     if y == 0.5:
-        aten.sqrt.out(x.to(out.dtype), out=out)
+        core.elementwise(bikernels.sqrt, out, x)
     elif y == -1:
         aten.reciprocal.out(x.to(out.dtype), out=out)
     elif y == -0.5:
@@ -277,6 +278,13 @@ def _addcdiv(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, value: torch.Ten
     return x + (a if value is None else a * value) / b
 
 
+def _relu(x: torch.Tensor) -> Any:
+    """A zero is +0: PyTorch's GPU makes it of -0, its CPU does not."""
+    if x.dtype not in core.FLOATS:
+        return None
+    return x.dtype, (x,), lambda out: out.copy_(torch.where(x <= 0, torch.zeros((), dtype=x.dtype, device=x.device), x))
+
+
 def _lerp(x: torch.Tensor, end: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     step = end - x
     one = torch.ones_like(weight)
@@ -288,7 +296,22 @@ def _lerp(x: torch.Tensor, end: torch.Tensor, weight: torch.Tensor) -> torch.Ten
 
 def _table() -> dict[str, Callable[..., Any]]:
     table: dict[str, Callable[..., Any]] = {}
-    names = ("exp", "exp2", "expm1", "log", "log1p", "erf", "rsqrt", "sigmoid", "tanh", "silu", "sin", "cos", "gelu")
+    names = (
+        "exp",
+        "exp2",
+        "expm1",
+        "log",
+        "log1p",
+        "erf",
+        "sqrt",
+        "rsqrt",
+        "sigmoid",
+        "tanh",
+        "silu",
+        "sin",
+        "cos",
+        "gelu",
+    )
     of_one = {name: _of_one(getattr(bikernels, name)) for name in names}
     of_one["softplus"] = _of_one(bikernels.softplus, "beta", "threshold")
     for name, plan in of_one.items():
@@ -298,6 +321,8 @@ def _table() -> dict[str, Callable[..., Any]]:
         more = ("beta", "threshold") if name == "softplus" else ()
         plan = _of_gradient(getattr(bikernels, f"{name}_backward"), *more)
         table[f"{name}_backward"], _, table[f"{name}_backward.grad_input"] = _forms(plan)
+
+    table["relu"], table["relu_"], table["relu.out"] = _forms(_relu)
 
     functional, in_place, with_out = _forms(_power)
     for overload in ("Tensor_Tensor", "Tensor_Scalar", "Scalar"):

@@ -239,6 +239,9 @@ def test_on_a_cpu_a_pointwise_function_is_not_provable() -> None:
     with set_batch_invariant_mode():
         report = audit(torch.sigmoid, torch.randn(4, 5))
     assert [call.status for call in report.calls] == [Status.COVERED]
+    with set_batch_invariant_mode(portable=True):
+        report = audit(torch.sin, torch.randn(4, 5))
+    assert [call.status for call in report.calls] == [Status.COVERED]
 
 
 @pytest.mark.gpu

@@ -40,7 +40,7 @@ class Call:
 
 TANH = {"approximate": "tanh"}
 CALLS = {name: Call(getattr(torch, name), getattr(bikernels, name)) for name in (
-    "exp", "exp2", "expm1", "log", "log1p", "erf", "rsqrt", "sigmoid", "tanh", "sin", "cos",
+    "exp", "exp2", "expm1", "log", "log1p", "erf", "sqrt", "rsqrt", "sigmoid", "tanh", "sin", "cos",
 )} | {
     "silu": Call(F.silu, bikernels.silu),
     "gelu": Call(F.gelu, bikernels.gelu),
@@ -110,12 +110,10 @@ ROUNDED_ONCE: dict[str, Callable[..., torch.Tensor]] = {
     "div": lambda x, y: x / y,
     "neg": lambda x, y: -x,
     "abs": lambda x, y: x.abs(),
-    "sqrt": lambda x, y: torch.sqrt(x.abs()),
     "reciprocal": lambda x, y: torch.reciprocal(x),
     "maximum": torch.maximum,
     "minimum": torch.minimum,
     "clamp": lambda x, y: x.clamp(-0.7, 0.3),
-    "relu": lambda x, y: F.relu(x),
     "leaky_relu": lambda x, y: F.leaky_relu(x, 0.25),
     "where": lambda x, y: torch.where(x > y, x, y),
     "masked_fill": lambda x, y: x.masked_fill(y > 0, torch.finfo(x.dtype).min),
@@ -150,6 +148,8 @@ TAKEN_APART: dict[str, Callable[..., torch.Tensor]] = {
     "addcdiv": lambda x, y: torch.addcdiv(x, y, x, value=0.37),
     "lerp": lambda x, y: torch.lerp(x, y, 0.37),
     "lerp tensor": lambda x, y: torch.lerp(x, y, y),
+    "relu": lambda x, y: F.relu(x),
+    "relu_": lambda x, y: F.relu(x.clone(), inplace=True),
     "pow 0.5": lambda x, y: x.abs() ** 0.5,
     "pow -0.5": lambda x, y: x.abs() ** -0.5,
     "pow -1": lambda x, y: x**-1,
@@ -190,6 +190,8 @@ def test_each_step_is_rounded_once(dtype: torch.dtype, device: str) -> None:
             "alpha": (torch.add(x.to(device), y.to(device), alpha=0.37), a + b * third),
             "addcmul": (torch.addcmul(x.to(device), x.to(device), y.to(device), value=0.37), a + (a * third) * b),
             "square": (x.to(device) ** 2, a * a),
+            "root": (x.to(device).abs() ** 0.5, np.sqrt(np.abs(a))),
+            "relu": (F.relu(x.to(device)), np.where(a <= 0, wide(0), a)),
         }
         for name, (result, expected) in cases.items():
             assert result.dtype is dtype, name
@@ -276,7 +278,7 @@ def test_errors_are_pytorch_s() -> None:
 
 def test_gradients(device: str) -> None:
     """Against differences, in float64; and in float32 the same bits on every device."""
-    x = torch.rand(17, dtype=torch.float64, device=device, requires_grad=True)
+    x = torch.rand(4, dtype=torch.float64, device=device, requires_grad=True)
     functions = [torch.exp, torch.exp2, torch.expm1, torch.log, torch.log1p, torch.erf, torch.rsqrt, torch.sigmoid]
     functions += [torch.tanh, torch.sin, torch.cos, F.silu, F.gelu, functools.partial(F.gelu, **TANH), F.softplus]
     functions += [
@@ -392,7 +394,7 @@ def test_a_model_is_made_of_portable_operators(architecture: str) -> None:
         and kinds.kind_of(operator) is not Kind.EXACT
         and not kinds.is_composite(operator, "cpu")
     }
-    assert rest <= {f"aten::{name}" for name in ("neg", "sqrt", "reciprocal", "arange", "clamp", "cumsum")}
+    assert rest <= {f"aten::{name}" for name in ("neg", "reciprocal", "arange")}
     assert {"aten::cos", "aten::silu", "aten::rsqrt"} <= {operator._name for operator in operators.ran}
 
 

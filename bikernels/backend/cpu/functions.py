@@ -213,6 +213,10 @@ def _functions(accumulate: str) -> dict[str, Any]:
         return g * fma(-y, y, one)
 
     @inner
+    def sqrt_(x, y, a, b):  # type: ignore[no-untyped-def]
+        return sqrt(x)
+
+    @inner
     def rsqrt(x, y, a, b):  # type: ignore[no-untyped-def]
         return one / sqrt(x)
 
@@ -245,6 +249,7 @@ def _functions(accumulate: str) -> dict[str, Any]:
         "log": log_,
         "log1p": log1p,
         "erf": erf,
+        "sqrt": sqrt_,
         "rsqrt": rsqrt,
         "sigmoid": sigmoid,
         "tanh": tanh,

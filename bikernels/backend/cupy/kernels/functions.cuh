@@ -141,6 +141,13 @@ struct Softplus {
     }
 };
 
+struct Sqrt {
+    template <class A>
+    static __device__ __forceinline__ A of(A x, A, A, A) {
+        return root(x);
+    }
+};
+
 struct Rsqrt {
     template <class A>
     static __device__ __forceinline__ A of(A x, A, A, A) {
