@@ -259,7 +259,7 @@ def _larger(a: Any, b: Any) -> Any:
 @device
 def _plus(a: Any, b: Any) -> Any:
     """Of counts."""
-    return types.int32(a + b)
+    return a + b
 
 
 @functools.cache
@@ -486,11 +486,11 @@ def _whole_sum(variant: Variant, number: int) -> Function:
         n = where[0]
         exchange, count_exchange, table = scratch
         first, step, place = chunk_walk()
-        count = types.int32(0)
+        count = types.int64(0)
         chunks = (n + SUM_CHUNK - 1) // SUM_CHUNK
         for chunk in range(first, types.int32(chunks), step):
             value, counted = chunk_sum(source, shape, strides, s, chunk, n, exchange)
-            count = types.int32(count + counted)
+            count += counted
             if _lane() == 0:
                 table[place + chunk] = value
         cuda.syncthreads()
@@ -610,7 +610,7 @@ def _write(variant: Variant) -> Function:
     ) -> None:
         scratch = (
             cuda.shared.array(EXCHANGE, real),
-            cuda.shared.array(EXCHANGE, types.int32),
+            cuda.shared.array(EXCHANGE, types.int64),
             cuda.shared.array(TABLE, real),
         )
         source, where, is_read, _, writes = begin(addresses, sizes, kept_shape, kept)
@@ -691,7 +691,7 @@ def _pass(variant: Variant) -> Function:
         addresses: Any, workspace: Any, sizes: Any, numbers: Any, kept_shape: Any, kept: Any, row_shape: Any, row: Any
     ) -> None:
         exchange = cuda.shared.array(EXCHANGE, real)
-        count_exchange = cuda.shared.array(EXCHANGE, types.int32)
+        count_exchange = cuda.shared.array(EXCHANGE, types.int64)
         scratch = (exchange, count_exchange, 0)
         source, where, _, is_answered, writes = begin(addresses, sizes, kept_shape, kept)
         _, s = first(source, row_shape, row, where, workspace, numbers, scratch, real(0), real(0))
@@ -699,17 +699,17 @@ def _pass(variant: Variant) -> Function:
         sums, counted_before = pointer(workspace[2 + number], real), pointer(workspace[1], types.int64)
         start, step, _ = chunk_walk()
         chunks = (n + SUM_CHUNK - 1) // SUM_CHUNK
-        count = types.int32(0)
+        count = types.int64(0)
         before = part * part_chunks
         for chunk in range(before + start, min(chunks, before + part_chunks), step):
             value, counted = chunk_sum(source, row_shape, row, s, chunk, n, exchange)
-            count = types.int32(count + counted)
+            count += counted
             if _lane() == 0 and is_answered:
                 sums[answered * chunks + chunk] = value
         if counts:
             count = team(count, count_exchange)
             if writes:
-                atomic_add(counted_before, answered, types.int64(count))
+                atomic_add(counted_before, answered, count)
 
     return sums_of_part
 
