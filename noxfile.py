@@ -71,7 +71,8 @@ def tests(session: nox.Session) -> None:
 def kernels(session: nox.Session) -> None:
     """Every GPU kernel compiled, without a GPU; `tests` compiles a share."""
     install(session, *group("test"), extras=("cuda13",))
-    session.run("pytest", "-n", "auto", "--every-kernel", "tests/test_cuda_kernels.py", *session.posargs)
+    files = ("tests/test_cuda_kernels.py", "tests/test_numba_kernels.py")
+    session.run("pytest", "-n", "auto", "--every-kernel", *files, *session.posargs)
 
 
 @nox.session

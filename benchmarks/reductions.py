@@ -1,27 +1,34 @@
-"""Time the reductions beside PyTorch's, over rows, lengths, dtypes, axes and operations.
+"""Time the reductions beside PyTorch's and the peers that are installed, over rows, lengths, dtypes, axes, operations.
 
-    python benchmarks/reductions.py [--quick] [--backend NAME] [--only TEXT] [--json FILE] [--markdown FILE]
+    python benchmarks/reductions.py [--quick] [--backend NAME] [--only TEXT] [--seconds N] [--json FILE] [--plot FILE]
+    python benchmarks/reductions.py --device cpu [--quick] ...
+    python benchmarks/reductions.py --from FILE.json [--plot FILE] [--markdown FILE]
 
-Both are captured in CUDA graphs over rotating operands, so that L2 is cold, and replayed in turn (see timing.py); every
-result has memory of its own. A time is the median of the samples. The floor is the time of the bytes that have to be
-read and written at the bandwidth of a copy, measured first, and TB/s are of those bytes. Before a case is timed, its
-first and last row are compared with the reference, byte for byte.
+On a GPU all are captured in CUDA graphs over rotating operands, so that L2 is cold, and replayed in turn (see
+timing.py); every result has memory of its own. A time is the median of the samples. The floor is the time of the bytes
+that have to be read and written at the bandwidth of a copy, measured first, and TB/s are of those bytes. On a CPU calls
+take turns, and there is no floor. Before a case is timed, its first and last row are compared with the reference, byte
+for byte; the exit status is 1 if one was wrong. The misses, listed last, are slower than PyTorch by more than a fifth
+and by more than a microsecond. `--from` reads a record instead of timing anything.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import report
 import torch
 from machine import describe
 from records import spread
-from timing import Samples, alternate, capture, rotations
+from timing import alternate, capture, rotations, wall_samples
 
 import bikernels
 from bikernels import reference
@@ -34,6 +41,11 @@ COPIED_BYTES = 2**30
 MOST_BYTES = 4 * 2**30
 """Of a case: read and written."""
 MOST_RESERVED = 16 * 2**30
+MOST_ELEMENTS_ON_A_CPU = 2**24
+MISS_RATIO, MISS_US = 1.2, 1.0
+OURS, TORCH = "bikernels", "torch"
+PEERS = {"batch_invariant_ops.batch_invariant_ops": {"log_softmax": "log_softmax", "mean": "mean_dim"}}
+"""Modules that are timed where they can be imported, and their names of operations: of a tensor and an axis."""
 
 
 class Case(NamedTuple):
@@ -107,6 +119,20 @@ SHAPES = ((1024, 151936), (8192, 32000), (8192, 4096), (1, 151936), (8, 151936),
 """Those that the goals name."""
 
 
+def cpu_cases(quick: bool) -> Iterator[Case]:
+    """Shapes that fit a cache and one that does not; without `quick` a sweep as well."""
+    for dtype in ("bf16", "fp32"):
+        for operation in OPERATIONS:
+            yield Case(operation, 512, 4096, dtype, "last")
+            yield Case(operation, 4096, 256, dtype, "last")
+            yield Case(operation, 16, 151936, dtype, "last")
+            if operation not in NORMS:
+                yield Case(operation, 4096, 512, dtype, "first")
+                yield Case(operation, 4096, 512, dtype, "middle")
+    if not quick:
+        yield from (case for case in sweep() if case.rows * case.n <= MOST_ELEMENTS_ON_A_CPU)
+
+
 def cases(quick: bool) -> Iterator[Case]:
     """Shapes of language models; without `quick` a sweep of rows and lengths as well."""
     for dtype in ("bf16", "fp32"):
@@ -124,13 +150,20 @@ def cases(quick: bool) -> Iterator[Case]:
             yield Case(operation, 8192, 4096, dtype, "last")
             yield Case(operation, 1024, 151936, dtype, "last")
             yield Case(operation, 4096, 8192, dtype, "first")
-    if quick:
-        return
+    if not quick:
+        yield from sweep()
+
+
+ROWS, LENGTHS = (1, 16, 256, 4096, 65536), (1, 16, 256, 1024, 4096, 16384, 65536, 262144)
+
+
+def sweep() -> Iterator[Case]:
+    """All operations, dtypes and axes over rows and lengths."""
     for operation in OPERATIONS:
         for dtype in DTYPES:
             for axis in ("last", "first", "middle"):
-                for rows in (1, 16, 256, 4096, 65536):
-                    for n in (1, 16, 256, 1024, 4096, 16384, 65536, 262144):
+                for rows in ROWS:
+                    for n in LENGTHS:
                         case = Case(operation, rows, n, dtype, axis)
                         has_axis = axis == "last" or operation not in NORMS
                         if case.moved <= MOST_BYTES and has_axis and (axis != "middle" or rows >= 64):
@@ -138,21 +171,62 @@ def cases(quick: bool) -> Iterator[Case]:
 
 
 class Result(NamedTuple):
-    """Microseconds of a call, and whether the bytes are those of the reference."""
+    """What was measured of a case."""
 
     case: Case
-    ours: float
-    torch: float
-    floor: float
+    us: dict[str, float]
+    """Microseconds of a call, ours and the others'."""
+    floor: float | None
     is_right: bool
+    """Whether the bytes are those of the reference."""
 
     @property
     def ratio(self) -> float:
-        return self.torch / self.ours
+        return self.us[TORCH] / self.us[OURS]
 
-    def bandwidth(self, us: float) -> float:
+    @property
+    def is_miss(self) -> bool:
+        """Whether ours is slower than PyTorch by more than the goals allow."""
+        return self.us[OURS] > MISS_RATIO * self.us[TORCH] and self.us[OURS] > self.us[TORCH] + MISS_US
+
+    def bandwidth(self, name: str = OURS) -> float:
         """TB/s."""
-        return 1e-6 * self.case.moved / us
+        return 1e-6 * self.case.moved / self.us[name]
+
+
+class Results(NamedTuple):
+    """What a run measured."""
+
+    machine: dict[str, Any]
+    copied: float | None
+    """Bytes that a copy reads and writes in a microsecond; None on a CPU."""
+    results: list[Result]
+
+    def save(self, path: Path) -> None:
+        """One line per case."""
+        lines = [json.dumps(one._asdict() | {"case": one.case._asdict()}) for one in self.results]
+        parts = f'"machine": {json.dumps(self.machine)},\n "copy": {json.dumps(self.copied)}'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{" + parts + ',\n "cases": [\n  ' + ",\n  ".join(lines) + "\n ]}\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """What `save` has written."""
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        results = [Result(Case(**one.pop("case")), **one) for one in fields["cases"]]
+        return cls(fields["machine"], fields["copy"], results)
+
+
+def peers(operation: str) -> dict[str, Callable[..., torch.Tensor]]:
+    """The functions of the peers that can be imported."""
+    found = {}
+    for module, functions in PEERS.items():
+        if operation in functions:
+            try:
+                found[module.partition(".")[0]] = getattr(importlib.import_module(module), functions[operation])
+            except (ImportError, AttributeError, RuntimeError):
+                continue
+    return found
 
 
 def copy_bandwidth() -> float:
@@ -164,27 +238,46 @@ def copy_bandwidth() -> float:
         return 2 * COPIED_BYTES / min(alternate({"": graph}, 4)[""])
 
 
-def measure(case: Case, backend: str | None, copied: float) -> Result:
-    """Check a case, then time it."""
-    if torch.cuda.memory_reserved() > MOST_RESERVED:
-        torch.cuda.empty_cache()  # the memory of graphs that are gone
+def measure(case: Case, backend: str | None, copied: float | None) -> Result:
+    """Check a case, then time it; on a GPU if there is a `copied` bandwidth."""
     calls = OPERATIONS[case.operation]
-    ours = functools.partial(calls.ours, axis=case.dim, backend=backend)
-    theirs = functools.partial(calls.torch, dim=case.dim)
-    with torch.cuda.stream(torch.cuda.Stream()):
-        rotated = [
-            torch.randn(case.shape, device="cuda", dtype=DTYPES[case.dtype]) for _ in range(rotations(case.moved))
-        ]
-        sides = [torch.randn(case.n, device="cuda", dtype=DTYPES[case.dtype]) for _ in range(calls.sides)]
-        is_right = check(case, rotated[0], ours(rotated[0], *sides), sides)
-        theirs(rotated[0], *sides)
+    device = "cpu" if copied is None else "cuda"
+    candidates = {
+        OURS: functools.partial(calls.ours, axis=case.dim, backend=backend),
+        TORCH: functools.partial(calls.torch, dim=case.dim),
+    }
+    if device == "cuda":
+        candidates |= {name: functools.partial(call, dim=case.dim) for name, call in peers(case.operation).items()}
+        if torch.cuda.memory_reserved() > MOST_RESERVED:
+            torch.cuda.empty_cache()  # the memory of graphs that are gone
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return _time(case, candidates, device, rotations(case.moved), case.moved / (copied or 1.0))
+    return _time(case, candidates, device, 1, None)
+
+
+def _time(
+    case: Case,
+    candidates: dict[str, Callable[..., torch.Tensor]],
+    device: str,
+    rotated: int,
+    floor: float | None,
+) -> Result:
+    dtype, sides_of = DTYPES[case.dtype], OPERATIONS[case.operation].sides
+    operands = [torch.randn(case.shape, device=device).to(dtype) for _ in range(rotated)]
+    sides = [torch.randn(case.n, device=device).to(dtype) for _ in range(sides_of)]
+    is_right = check(case, operands[0], candidates[OURS](operands[0], *sides), sides)
+    if device == "cpu":
+        samples = wall_samples(
+            {name: functools.partial(call, operands[0], *sides) for name, call in candidates.items()}
+        )
+    else:
         results: list[torch.Tensor] = []  # so that each has its memory
         graphs = {}
-        for name, call in (("ours", ours), ("torch", theirs)):
-            graphs[name] = capture(functools.partial(_keep, results, call, x, *sides) for x in rotated)
-        samples: Samples = alternate(graphs, len(rotated))
-    times = {name: spread(samples[name]).median for name in graphs}
-    return Result(case, times["ours"], times["torch"], case.moved / copied, is_right)
+        for name, call in list(candidates.items()):
+            call(operands[0], *sides)
+            graphs[name] = capture(functools.partial(_keep, results, call, x, *sides) for x in operands)
+        samples = alternate(graphs, len(operands))
+    return Result(case, {name: spread(times).median for name, times in samples.items()}, floor, is_right)
 
 
 def _keep(results: list[torch.Tensor], call: Callable[..., torch.Tensor], *operands: torch.Tensor) -> None:
@@ -215,62 +308,151 @@ def _to_numpy(x: torch.Tensor, dtype: str) -> Any:
     return x.contiguous().view(words).cpu().numpy().view(NUMPY_DTYPE[BIKERNELS_DTYPES[dtype]])
 
 
-HEADER = ("operation", "rows", "n", "dtype", "axis", "us", "torch us", "floor us", "TB/s", "torch TB/s", "x torch", "")
+HEADER = ("operation", "rows", "n", "dtype", "axis", "us", "torch us", "floor us", "TB/s", "torch TB/s", "x torch")
 
 
 def fields(result: Result) -> tuple[str, ...]:
     """A row of the table."""
     return (
         *map(str, result.case),
-        *(f"{us:.1f}" for us in (result.ours, result.torch, result.floor)),
-        f"{result.bandwidth(result.ours):.2f}",
-        f"{result.bandwidth(result.torch):.2f}",
+        f"{result.us[OURS]:.1f}",
+        f"{result.us[TORCH]:.1f}",
+        "" if result.floor is None else f"{result.floor:.1f}",
+        f"{result.bandwidth():.2f}",
+        f"{result.bandwidth(TORCH):.2f}",
         f"{result.ratio:.2f}",
-        "" if result.is_right else "WRONG",
     )
 
 
-def line(texts: tuple[str, ...]) -> str:
+def line(result: Result) -> str:
+    """A row in columns; beside it the peers' times, and whether ours is wrong."""
+    others = "".join(f"  {name} {us:.1f} us" for name, us in result.us.items() if name not in (OURS, TORCH))
+    return columns(fields(result)) + others + ("" if result.is_right else "  WRONG")
+
+
+def columns(texts: tuple[str, ...]) -> str:
     """Texts in columns."""
-    return f"{texts[0]:22}" + "".join(f"{text:>11}" for text in texts[1:])
+    return f"{texts[0]:14}" + "".join(f"{text:>11}" for text in texts[1:])
 
 
-def markdown(results: list[Result], machine: dict[str, Any], copied: float) -> str:
-    """The table as a document has it."""
-    rows = [HEADER[:-1], ("---",) * (len(HEADER) - 1), *(fields(result)[:-1] for result in results)]
-    title = (
-        f"{machine['gpu']}, torch {machine['torch']}, backend {machine['backend']}; a copy: {1e-6 * copied:.2f} TB/s"
+def table(results: Sequence[Result]) -> str:
+    """A table as a document has it."""
+    rows = [HEADER, ("---",) * len(HEADER), *map(fields, results)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def markdown(record: Results) -> str:
+    """The goals' shapes, then how the sweep went by operation, then its misses."""
+    machine = record.machine
+    title = f"{machine.get('gpu') or machine['cpu']}, torch {machine['torch']}, backend {machine['backend']}"
+    if record.copied is not None:
+        title += f"; a copy: {1e-6 * record.copied:.2f} TB/s"
+    goals = set((cases if record.copied is not None else cpu_cases)(quick=True))
+    swept = [one for one in record.results if one.case not in goals]
+    parts = [title, table([one for one in record.results if one.case in goals])]
+    if swept:
+        parts.append(summary(swept))
+    missed = [one for one in record.results if one.is_miss]
+    parts.append(f"{len(missed)} of {len(record.results)} cases missed\n" + ("\n" + table(missed) if missed else ""))
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def summary(results: Sequence[Result]) -> str:
+    """Per operation and axis: cases, misses, and the range of speeds relative to PyTorch."""
+    lines = ["| operation | axis | cases | misses | x torch: least | median | most |", "|---|---|---|---|---|---|---|"]
+    for operation, axis in dict.fromkeys((one.case.operation, one.case.axis) for one in results):
+        group = [one for one in results if (one.case.operation, one.case.axis) == (operation, axis)]
+        low, middle, high = (f"{value:.2f}" for value in _range([one.ratio for one in group]))
+        missed = sum(one.is_miss for one in group)
+        lines.append(f"| {operation} | {axis} | {len(group)} | {missed} | {low} | {middle} | {high} |")
+    return "\n".join(lines)
+
+
+def _range(values: Sequence[float]) -> tuple[float, float, float]:
+    return min(values), sorted(values)[len(values) // 2], max(values)
+
+
+def plot(record: Results, path: Path, dtype: str = "bf16") -> None:
+    """Bandwidth over n, a panel per operation, a colour per number of rows; dashed: PyTorch.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        ValueError: the record has no sweep along the last axis to draw.
+    """
+    chosen = [one for one in record.results if one.case.axis == "last" and one.case.dtype == dtype]
+    chosen = [one for one in chosen if one.case.rows in ROWS and one.case.n in LENGTHS]
+    operations = list(dict.fromkeys(one.case.operation for one in chosen))
+    if not chosen:
+        raise ValueError(f"the record has no sweep of {dtype} along the last axis, so there is nothing to draw")
+    colors = dict(zip(ROWS, (report.GREY, report.ORANGE, report.GREEN, report.BLUE, "#a371f7"), strict=True))
+
+    def draw(panel: Any, operation: str) -> None:
+        for rows in ROWS:
+            of = sorted((one.case.n, one) for one in chosen if (one.case.operation, one.case.rows) == (operation, rows))
+            for name, how in ((OURS, {"linewidth": 1.6}), (TORCH, {"linewidth": 1, "linestyle": "--"})):
+                points = [(n, one.bandwidth(name)) for n, one in of]
+                label = f"{rows} rows" if name == OURS else None
+                if points:
+                    panel.plot(*zip(*points, strict=True), color=colors[rows], label=label, **how)
+        if record.copied is not None:
+            panel.axhline(1e-6 * record.copied, color=report.GREY, linewidth=1, linestyle=":")
+        panel.set_xscale("log", base=2)
+
+    report.draw_panels(
+        path, operations, draw, f"n, elements of a row ({dtype})", "TB/s (dashed: PyTorch; dotted: a copy)"
     )
-    return title + "\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def run(arguments: argparse.Namespace) -> Results:
+    """Time the cases, printing each."""
+    machine = describe(arguments.device, arguments.backend)
+    copied = copy_bandwidth() if arguments.device == "cuda" else None
+    record = Results(machine, copied, [])
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    if copied is not None:
+        print(f"copy {1e-6 * copied:.2f} TB/s")
+    print(columns(HEADER))
+    of_device = cases if arguments.device == "cuda" else cpu_cases
+    wanted = [case for case in of_device(arguments.quick) if arguments.only in " ".join(map(str, case))]
+    end = time.perf_counter() + arguments.seconds
+    with torch.inference_mode():
+        for number, case in enumerate(wanted):
+            if time.perf_counter() > end:
+                print(f"{len(wanted) - number} cases left out: the time is over")
+                break
+            record.results.append(measure(case, arguments.backend, copied))
+            print(line(record.results[-1]), flush=True)
+    missed = [one for one in record.results if one.is_miss]
+    print(f"{len(missed)} of {len(record.results)} cases missed", *map(line, missed), sep="\n")
+    return record
 
 
 def main() -> int:
-    """Print the table and, if asked to, write it; 1 if a result was wrong."""
+    """Time, or read a record, and write what is asked for; 1 if a result was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--backend", choices=tuple(bikernels.backends()))
     parser.add_argument("--quick", action="store_true", help="the shapes of the goals only")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose fields, joined by spaces, contain it")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after so many")
+    parser.add_argument("--from", dest="record", type=Path, metavar="FILE", help="a record to read")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--markdown", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE")
+    parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES), help="of the plot")
     arguments = parser.parse_args()
-    machine = describe("cuda", arguments.backend)
-    copied = copy_bandwidth()
-    print(", ".join(f"{key} {value}" for key, value in machine.items()), f"copy {1e-6 * copied:.2f} TB/s", sep=", ")
-    print(line(HEADER))
-    results = []
-    with torch.inference_mode():
-        for case in cases(arguments.quick):
-            if arguments.only in " ".join(map(str, case)):
-                results.append(measure(case, arguments.backend, copied))
-                print(line(fields(results[-1])), flush=True)
+    record = run(arguments) if arguments.record is None else Results.load(arguments.record)
     if arguments.json:
-        rows = [result.case._asdict() | result._asdict() | {"case": None} for result in results]
-        for row in rows:
-            del row["case"]
-        arguments.json.write_text(json.dumps({"machine": machine, "copy": copied, "cases": rows}, indent=1) + "\n")
+        record.save(arguments.json)
     if arguments.markdown:
-        arguments.markdown.write_text(markdown(results, machine, copied))
-    return 0 if all(result.is_right for result in results) else 1
+        arguments.markdown.write_text(markdown(record), encoding="utf-8")
+    if arguments.plot:
+        try:
+            plot(record, arguments.plot, arguments.dtype)
+        except (ModuleNotFoundError, ValueError) as error:
+            print(error, file=sys.stderr)
+            return 1
+    return 0 if all(result.is_right for result in record.results) else 1
 
 
 if __name__ == "__main__":

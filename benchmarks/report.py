@@ -405,33 +405,54 @@ def plot(results: Results, path: Path, dtype: str = "bf16") -> None:
         ModuleNotFoundError: matplotlib is not installed.
         ValueError: the results have no case to draw.
     """
-    if not can_plot():
-        raise ModuleNotFoundError(NO_MATPLOTLIB)
-    matplotlib: Any = importlib.import_module("matplotlib")
-    figure_module: Any = importlib.import_module("matplotlib.figure")
-
     records = [record for record in results.cases if record.case.dtype == dtype and record.case.batch == 1]
     records = [record for record in records if relative(record) is not None and record.case.group != "cpu"]
     shapes = list(dict.fromkeys(record.case.shape for record in records))
     if not shapes:
         raise ValueError(f"the results have no {dtype} product on a GPU beside cuBLAS, so there is nothing to draw")
-    columns = min(COLUMNS, len(shapes))
-    rows = -(-len(shapes) // columns)
+
+    def draw(panel: Any, shape: str) -> None:
+        _draw(panel, results, [record for record in records if record.case.shape == shape])
+
+    draw_panels(path, shapes, draw, "M (rows of activations)", "speed / best cuBLAS", TOP)
+
+
+def draw_panels(
+    path: Path,
+    names: Sequence[str],
+    draw: Callable[[Any, str], None],
+    x_label: str,
+    y_label: str,
+    top: float | None = None,
+) -> None:
+    """A figure of a panel for each name, which draw(panel, name) fills; the axes are shared.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    if not can_plot():
+        raise ModuleNotFoundError(NO_MATPLOTLIB)
+    matplotlib: Any = importlib.import_module("matplotlib")
+    figure_module: Any = importlib.import_module("matplotlib.figure")
+    columns = min(COLUMNS, len(names))
+    rows = -(-len(names) // columns)
     style = {"svg.fonttype": "none", "svg.hashsalt": "bikernels", "font.size": 9, "text.color": GREY}
     style |= {"axes.edgecolor": GREY, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY}
     with matplotlib.rc_context(style):
         figure = figure_module.Figure(figsize=(2.6 * columns, 2.1 * rows + 0.7), layout="constrained")
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-        for panel, shape in zip(panels, shapes, strict=False):
-            _draw(panel, results, [record for record in records if record.case.shape == shape])
-            panel.set_title(shape, fontsize=9)
-        for panel in panels[len(shapes) :]:
+        for panel, name in zip(panels, names, strict=False):
+            draw(panel, name)
+            panel.set_title(name, fontsize=9)
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.5)
+        for panel in panels[len(names) :]:
             panel.set_visible(False)
-        for panel in panels[max(0, len(shapes) - columns) : len(shapes)]:
+        for panel in panels[max(0, len(names) - columns) : len(names)]:
             panel.tick_params(labelbottom=True)
-        panels[0].set_ylim(0, TOP)
-        figure.supxlabel("M (rows of activations)", fontsize=9)
-        figure.supylabel("speed / best cuBLAS", fontsize=9)
+        panels[0].set_ylim(0, top)
+        figure.supxlabel(x_label, fontsize=9)
+        figure.supylabel(y_label, fontsize=9)
         handles: dict[str, Any] = {}
         for panel in panels:
             handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
@@ -466,8 +487,6 @@ def _draw(panel: Any, results: Results, records: Sequence[Record]) -> None:
     panel.axhline(1, color=GREY, linewidth=0.8)
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter(lambda m, _: f"{m:.0f}")
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.5)
 
 
 # -------------------------------------------------------------------------------------------------------------- command

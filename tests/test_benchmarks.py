@@ -312,10 +312,50 @@ def test_reductions_table(module: Any) -> None:
     goals = list(reductions.cases(quick=True))
     assert every[: len(goals)] == goals
     assert len(set(goals)) == len(goals)
-    result = reductions.Result(goals[0], 2.0, 3.0, 1.0, True)
+    result = reductions.Result(goals[0], {"bikernels": 2.0, "torch": 3.0}, 1.0, True)
     assert result.ratio == 1.5
-    assert result.bandwidth(2.0) == pytest.approx(goals[0].moved / 2e6)
+    assert result.bandwidth() == pytest.approx(goals[0].moved / 2e6)
     assert len(reductions.fields(result)) == len(reductions.HEADER)
-    text = reductions.markdown([result], {"gpu": "a GPU", "torch": "2", "backend": "cupy"}, 3e6)
+    text = reductions.markdown(reductions.Results({"gpu": "a GPU", "torch": "2", "backend": "cupy"}, 3e6, [result]))
     assert text.splitlines()[0] == "a GPU, torch 2, backend cupy; a copy: 3.00 TB/s"
     assert f"| {result.case.operation} | {result.case.rows} |" in text
+    assert text.endswith("0 of 1 cases missed\n")
+
+
+@pytest.mark.parametrize(("ours", "is_miss"), [(11.9, False), (12.1, True), (1.9, False)])
+def test_reductions_misses(module: Any, ours: float, is_miss: bool) -> None:
+    """More than a fifth slower, and more than a microsecond."""
+    reductions = module("reductions")
+    case = next(reductions.sweep())
+    torch_us = 10.0 if ours > 2 else 1.0
+    result = reductions.Result(case, {"bikernels": ours, "torch": torch_us}, None, True)
+    assert result.is_miss == is_miss
+    text = reductions.markdown(reductions.Results({"cpu": "one", "torch": "2", "backend": "cpu"}, None, [result]))
+    assert f"| {case.operation} | last | 1 | {int(is_miss)} |" in text
+
+
+def test_reductions_on_a_cpu_are_recorded_and_drawn(
+    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reductions, record, drawn = module("reductions"), tmp_path / "record.json", tmp_path / "plot.svg"
+
+    def run_here(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["reductions.py", *map(str, arguments)])
+        return reductions.main()
+
+    assert run_here("--device", "cpu", "--only", "sum 16 256 bf16 last", "--json", record) == 0
+    results = reductions.Results.load(record)
+    assert [one.case.n for one in results.results] == [256]
+    assert results.copied is None
+    again = tmp_path / "again.json"
+    results.save(again)
+    assert again.read_text() == record.read_text()
+    status = run_here("--from", record, "--plot", drawn)
+    if not module("report").can_plot():
+        assert status == 1
+        assert "pip install matplotlib" in capsys.readouterr().err
+        return
+    assert status == 0
+    assert "16 rows" in drawn.read_text()
+    assert run_here("--from", record, "--plot", drawn, "--dtype", "fp64") == 1
+    assert "nothing to draw" in capsys.readouterr().err

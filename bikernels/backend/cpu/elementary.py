@@ -50,6 +50,31 @@ def exp(typing_context: Any, t: Any, d: Any) -> Any:
     return t(t, d), codegen
 
 
+NEAR = {"float32": -80.0, "float64": -700.0}
+"""Above it, and up to 0, exp is a normal number far within its range."""
+
+
+@primitive
+def exp_near(typing_context: Any, t: Any, d: Any) -> Any:
+    """exp(t, d) for NEAR < t <= 0: the same numbers, without the ends of the range, scaled in one step."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        t, d = values
+        real = t.type
+        word, fraction, bias = (I32, 23, 127) if real == F32 else (I64, 52, 1023)
+        numbers = EXP["float32" if real == F32 else "float64"]
+        magic = constant(real, numbers.magic - 2 * bias)  # z then holds k alone in its low bits
+        z = _fma(builder, t, constant(real, numbers.log2e), magic)
+        k = builder.fsub(z, magic)
+        f = _fma(builder, k, constant(real, -numbers.ln2_high), t)
+        f = builder.fadd(_fma(builder, k, constant(real, -numbers.ln2_low), f), d)
+        p = builder.bitcast(_polynomial(builder, numbers.coefficients, f), word)
+        exponent = builder.shl(builder.bitcast(z, word), constant(word, fraction))
+        return builder.bitcast(builder.add(p, exponent), real)
+
+    return t(t, d), codegen
+
+
 @primitive
 def log(typing_context: Any, u: Any) -> Any:
     """Natural logarithm of u, a float32 or float64."""

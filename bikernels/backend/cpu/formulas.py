@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 from numba import types
 
+from ...contract import SUM_CHUNK, SUM_LANES
 from ...specs import ReductionSpec
 from .compile import address_of, inner
 from .elementary import exp, fma, zero
-from .numerics import FLOAT, pointer
+from .numerics import FLOAT, load, pointer, store
+from .sum_tree import fold_lanes
 
 TOTAL, MEAN, ROOT, RECIPROCAL_ROOT = range(4)
 """What a sum ends in: itself, divided by a number, the root of that, or 1 / sqrt(that + eps)."""
@@ -75,8 +77,90 @@ def _loop(element: Callable[..., Any], accumulate: str) -> Callable[..., None]:
     return elementwise
 
 
+Dtypes = tuple[str | None, str | None, str | None, str | None]
+"""Of x, grad, weight and bias; None for those that are not read."""
+
+
+@functools.cache
+def chunk_loop(term: Callable[..., Any] | None, accumulate: str, dtypes: Dtypes) -> int:
+    """The address of a loop that sums a chunk of terms (None: of x) by the tree, of operands read where they lie.
+
+    It is called as loop(target, lanes, x, grad, weight, bias, mean, rstd, s, t, length). The elements of the first four
+    operands lie side by side, the next four are the row's own, as float64. `lanes` has room for SUM_LANES values;
+    `target` gets the sum.
+    """
+    return address_of(_chunk_loop(term or _itself, accumulate, dtypes), *[types.int64] * 6, *_OF_A_ROW, types.int64)
+
+
+@functools.cache
+def row_loop(element: Callable[..., Any], accumulate: str, dtypes: Dtypes, out: str) -> int:
+    """The address of loop(target, x, grad, weight, bias, mean, rstd, s, t, length): the results, side by side."""
+    return address_of(_row_loop(element, accumulate, dtypes, out), *[types.int64] * 5, *_OF_A_ROW, types.int64)
+
+
+_OF_A_ROW = (types.float64,) * 4
+
+
+def _loader(dtype: str | None, accumulate: str) -> Any:
+    """The function of an address and an index that reads an element; 0 of an operand that is not there."""
+    kind = FLOAT[accumulate]
+    if dtype is None:
+        return inner(lambda address, i: kind(0))
+    name = str(dtype)
+    return inner(lambda address, i: load(name, kind, address, i))
+
+
+def _chunk_loop(term: Any, accumulate: str, dtypes: Dtypes) -> Callable[..., None]:
+    kind, zero_of = FLOAT[accumulate], FLOAT[accumulate](0)
+    read_x, read_grad, read_weight, read_bias = (_loader(dtype, accumulate) for dtype in dtypes)
+
+    @inner
+    def value(i, x, grad, weight, bias, m, r, s, t):  # type: ignore[no-untyped-def]
+        return term(read_x(x, i), read_grad(grad, i), read_weight(weight, i), read_bias(bias, i), m, r, s, t)
+
+    def sum_chunk(target, lanes, x, grad, weight, bias, mean, rstd, first, second, length):  # type: ignore[no-untyped-def]
+        lane = pointer(lanes, kind)
+        m, r, s, t = kind(mean), kind(rstd), kind(first), kind(second)
+        if length == SUM_CHUNK:
+            for i in range(SUM_LANES):
+                total = zero_of
+                for k in range(SUM_CHUNK // SUM_LANES):
+                    total += value(i + k * SUM_LANES, x, grad, weight, bias, m, r, s, t)
+                lane[i] = total
+        else:
+            filled = min(length, SUM_LANES)
+            for i in range(filled):
+                lane[i] = zero_of + value(i, x, grad, weight, bias, m, r, s, t)
+            for i in range(filled, SUM_LANES):
+                lane[i] = zero_of
+            for start in range(SUM_LANES, length, SUM_LANES):
+                for i in range(min(length - start, SUM_LANES)):
+                    lane[i] += value(start + i, x, grad, weight, bias, m, r, s, t)
+        pointer(target, kind)[0] = fold_lanes(kind, lanes)
+
+    return sum_chunk
+
+
+def _row_loop(element: Any, accumulate: str, dtypes: Dtypes, out: str) -> Callable[..., None]:
+    kind, dtype = FLOAT[accumulate], str(out)
+    read_x, read_grad, read_weight, read_bias = (_loader(each, accumulate) for each in dtypes)
+
+    def write_row(target, x, grad, weight, bias, mean, rstd, first, second, length):  # type: ignore[no-untyped-def]
+        m, r, s, t = kind(mean), kind(rstd), kind(first), kind(second)
+        for i in range(length):
+            value = element(read_x(x, i), read_grad(grad, i), read_weight(weight, i), read_bias(bias, i), m, r, s, t)
+            store(dtype, target, i, value)
+
+    return write_row
+
+
 # ------------------------------------------------------------------------------------- element functions
 # x, grad, weight, bias, mean, rstd, and the scalars s and t.
+
+
+@inner
+def _itself(x, g, w, b, m, r, s, t):  # type: ignore[no-untyped-def]
+    return x
 
 
 @inner

@@ -14,6 +14,7 @@ import numpy as np
 
 from ...contract import ACCUMULATE, ITEMSIZE, SUM_CHUNK, SUM_LANES
 from ...specs import Layout, ReductionSpec
+from . import threads
 from .compile import inner, invoke
 from .convert import reader, rounder, writer
 from .numerics import pointer
@@ -23,6 +24,12 @@ _WIDTH = 16
 
 _SHORT = SUM_LANES
 """Rows shorter than this are taken in groups."""
+
+_SHORT_SIDE_BY_SIDE = 48
+"""The same, where the elements of a row lie side by side."""
+
+_AT_A_TIME = 1 << 15
+"""Elements of the rows that a thread takes at a time, where they are read where they lie."""
 
 OUT, X, GRAD, WEIGHT, BIAS, MEAN, RSTD = range(7)
 """The operands by their places in the tables: those of `ReductionSpec`, whether there or not."""
@@ -47,6 +54,8 @@ class Rows(NamedTuple):
     width: int
     neighbours: int
     """Rows along the dimension in which they are grouped."""
+    blocks: int
+    """Groups along that dimension."""
     groups: int
     """In all."""
     kept: int
@@ -61,6 +70,24 @@ class Rows(NamedTuple):
     """Address of each operand's `_FIELDS`, int64."""
     itemsize: int
     """Of the accumulate dtype."""
+
+
+def lies_side_by_side(spec: ReductionSpec) -> bool:
+    """Whether rows are read and written where they lie: their elements are neighbours in every operand that has them,
+    and need no other rounding than that to the accumulate dtype.
+    """
+    lengths = spec.x.shape[spec.kept :]
+    if len(lengths) != 1 or lengths[0] < _SHORT_SIDE_BY_SIDE or _rounds(spec):
+        return False
+    with_elements = ["x", "grad", "weight", "bias", *(() if spec.one_for_a_row else ("out",))]
+    layouts = [layout for name in with_elements if (layout := getattr(spec, name)) is not None]
+    of_rows = [layout for layout in (spec.mean, spec.rstd) if layout is not None]
+    return all(one.strides[-1] == 1 for one in layouts) and all(one.strides[-1] == 0 for one in of_rows)
+
+
+def _rounds(spec: ReductionSpec) -> bool:
+    """Whether x has to be rounded to the result's dtype, which is narrower than that of the arithmetic."""
+    return spec.grad is None and spec.x.dtype != spec.out.dtype and spec.out.dtype != ACCUMULATE[spec.out.dtype]
 
 
 def describe(spec: ReductionSpec) -> tuple[Rows, tuple[Table, Table]]:
@@ -82,15 +109,16 @@ def describe(spec: ReductionSpec) -> tuple[Rows, tuple[Table, Table]]:
     closest = min(range(len(kept_dimensions)), key=lambda i: (abs(kept_dimensions[i][x]) or 1 << 62, -i))
     neighbours, *rows_apart = kept_dimensions.pop(closest)
     inner_length, *elements_apart = row[-1]
-    width = _WIDTH if neighbours > 1 and (n < _SHORT or 0 < abs(rows_apart[X]) < abs(elements_apart[X])) else 1
-    groups = -(-neighbours // width)
+    is_grouped = n < _SHORT or 0 < abs(rows_apart[X]) < abs(elements_apart[X])
+    width = _WIDTH if neighbours > 1 and is_grouped and not lies_side_by_side(spec) else 1
+    blocks = groups = -(-neighbours // width)
     for length, *_ in kept_dimensions:
         groups *= length
     tables = (
         np.array(kept_dimensions + row[:-1], np.int64).reshape(-1, 1 + len(OPERANDS)),
         np.zeros((len(OPERANDS), _FIELDS), np.int64),
     )
-    rounds = spec.grad is None and spec.x.dtype != spec.out.dtype and spec.out.dtype != accumulate
+    rounds = _rounds(spec)
     for i, (name, layout) in enumerate(zip(OPERANDS, layouts, strict=True)):
         if layout is None:
             continue
@@ -108,6 +136,7 @@ def describe(spec: ReductionSpec) -> tuple[Rows, tuple[Table, Table]]:
         chunks=max(1, -(-n // SUM_CHUNK)),
         width=width,
         neighbours=neighbours,
+        blocks=blocks,
         groups=groups,
         kept=len(kept_dimensions),
         inner=inner_length,
@@ -117,6 +146,11 @@ def describe(spec: ReductionSpec) -> tuple[Rows, tuple[Table, Table]]:
         itemsize=ITEMSIZE[accumulate],
     )
     return rows, tables
+
+
+def rows_at_a_time(g: Rows) -> int:
+    """Groups that a thread takes, where taking one would cost as much as computing it."""
+    return max(1, min(_AT_A_TIME // max(g.n, 1), g.groups // (threads.FEW * threads.limit())))
 
 
 @inner
@@ -138,17 +172,34 @@ def _offset(g, index, first, dimensions, operand):  # type: ignore[no-untyped-de
 
 
 @inner
+def itemsize(g, operand):  # type: ignore[no-untyped-def]
+    """Bytes of an operand's element."""
+    return _field(g, operand, _ITEMSIZE)
+
+
+@inner
+def row_start(g, operand, address, row):  # type: ignore[no-untyped-def]
+    """Where a row begins, of groups of one; 0 for an operand that is not there."""
+    return address + _group_start(g, row, operand) * _field(g, operand, _ITEMSIZE) if address != 0 else 0
+
+
+@inner
+def read_scalar(g, operand, address, row, target):  # type: ignore[no-untyped-def]
+    """A row's one element, in the accumulate dtype, to `target`."""
+    invoke(_field(g, operand, _READ), (target, 1, row_start(g, operand, address, row), 0, 0, 1, 1))
+
+
+@inner
 def _group_start(g, group, operand):  # type: ignore[no-untyped-def]
     """Elements to the first row of a group."""
-    blocks = (g.neighbours + g.width - 1) // g.width
-    return _offset(g, group // blocks, 0, g.kept, operand) + group % blocks * g.width * _field(g, operand, _ROW)
+    outer, block = group // g.blocks, group % g.blocks
+    return _offset(g, outer, 0, g.kept, operand) + block * g.width * _field(g, operand, _ROW)
 
 
 @inner
 def _group_rows(g, group):  # type: ignore[no-untyped-def]
     """Rows in a group."""
-    blocks = (g.neighbours + g.width - 1) // g.width
-    return min(g.width, g.neighbours - group % blocks * g.width)
+    return min(g.width, g.neighbours - group % g.blocks * g.width)
 
 
 @inner

@@ -6,9 +6,15 @@ that would stay +0 are left out, which changes no bit because no partial sum is 
 
 from __future__ import annotations
 
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
 from ...contract import SUM_CHUNK, SUM_LANES
-from .compile import inner
-from .numerics import pointer
+from . import vectors
+from .compile import inner, primitive
+from .numerics import VECTOR_BYTES, pointer
 
 
 @inner
@@ -55,3 +61,31 @@ def sum_tree(kind, size, sums, length, width, lanes):  # type: ignore[no-untyped
             source, target = sums + first * width * size, sums + first // SUM_CHUNK * width * size
             sum_chunk(kind, size, source, min(length - first, SUM_CHUNK), width, lanes, target)
         length = (length + SUM_CHUNK - 1) // SUM_CHUNK
+
+
+@primitive
+def fold_lanes(typing_context: Any, kind: Any, lanes: Any) -> Any:
+    """The sum of SUM_LANES lanes at this address, as neighbours, in registers."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        element, count = context.get_value_type(kind.dtype), 8 * VECTOR_BYTES // kind.dtype.bitwidth
+        vector = ir.VectorType(element, count)
+
+        def add_neighbours(a: Any, b: Any, length: int) -> Any:
+            pairs = []
+            for first in (0, 1):
+                places = ir.Constant(ir.VectorType(vectors.I32, length), list(range(first, 2 * length, 2)))
+                pairs.append(builder.shuffle_vector(a, b, places))
+            return builder.fadd(*pairs)
+
+        def fold(first: int, number: int) -> Any:  # depth first, which takes few registers
+            if number == 1:
+                return vectors.load(builder, values[1], first * VECTOR_BYTES, vector)
+            return add_neighbours(fold(first, number // 2), fold(first + number // 2, number // 2), count)
+
+        total, length = fold(0, SUM_LANES // count), count // 2
+        while length:
+            total, length = add_neighbours(total, total, length), length // 2
+        return builder.extract_element(total, ir.Constant(vectors.I32, 0))
+
+    return kind.dtype(kind, types.int64), codegen

@@ -2,7 +2,7 @@
 
 Rules of this folder: a multiplication or addition of floats is written with the functions of `Operations`, never with
 an operator, because Numba and the assembler contract a * b + c into one rounding where they like; device functions are
-inlined into the kernels (`device` below), so that a kernel compiles on a machine without a GPU too.
+made with `device` below, so that a kernel compiles on a machine without a GPU too.
 """
 
 from __future__ import annotations
@@ -27,34 +27,35 @@ libdevice, cgutils, intrinsic = cuda.libdevice, cuda.cgutils, cuda.extending.int
 
 Function = Callable[..., Any]
 
-OLDEST_GPU = (7, 5)
-"""Compute capability."""
 WARP = 32
 ALL_LANES = 0xFFFFFFFF
 
 
-class _DeviceFunction(CUDADispatcher):
-    """A function that kernels call: typed once for each types of arguments, then inlined by LLVM wherever it is called.
+_OLDEST = (7, 5)
+"""A compute capability that every compiler of CUDA 13 knows."""
 
-    Numba's own would ask the current GPU for its compute capability, of which nothing in a function depends.
+
+class _DeviceFunction(CUDADispatcher):
+    """A function that kernels call, typed once for each types of arguments.
+
+    Numba's own asks the current GPU for its compute capability, on which nothing in a function depends.
     """
 
     def compile_device(self, args: Any, return_type: Any = None) -> Any:
         if args not in self.overloads:
             options = {"opt": 3, "fastmath": False}
-            compiled = compile_cuda(
-                self.py_func, return_type, args, forceinline=True, nvvm_options=options, cc=OLDEST_GPU
-            )
-            self.overloads[args] = compiled
-            compiled.target_context.insert_user_function(compiled.entry_point, compiled.fndesc, [compiled.library])
+            made = compile_cuda(self.py_func, return_type, args, forceinline=True, nvvm_options=options, cc=_OLDEST)
+            self.overloads[args] = made
+            made.target_context.insert_user_function(made.entry_point, made.fndesc, [made.library])
         return self.overloads[args]
 
 
 def device(function: Function) -> Any:
-    """Decorator of the functions that kernels are made of."""
-    return _DeviceFunction(
-        function, {"device": True, "opt": True, "fastmath": False, "debug": False, "lineinfo": False}
-    )
+    """Decorator of the functions that kernels are made of: LLVM inlines them wherever they are called.
+
+    Numba's own inlining, `inline="always"`, would type them anew in every kernel, which takes most of a compilation.
+    """
+    return _DeviceFunction(function, {"device": True, "opt": True, "fastmath": False, "debug": False})
 
 
 STORAGE = {

@@ -1,8 +1,8 @@
 """What a reduction computes of each element and of each row, as device functions (docs/contract.md, sections 3 to 6).
 
-A formula is one or two passes over a row, each of which ends in a number, and then, of some, a row of results. Functions
-of elements get x, the gradient g, weight w, bias b, mean m, rstd r, then the numbers s and t that the passes have ended
-in; those that an operation does not have are 0, and no code is left of them.
+A formula is one or two passes over a row, each of which ends in a number, and then, of some, a row of results.
+Functions of elements get x, the gradient g, weight w, bias b, mean m, rstd r, then the numbers s and t that the passes
+have ended in; those that an operation does not have are 0, and no code is left of them.
 """
 
 from __future__ import annotations

@@ -44,12 +44,17 @@ def compile_one(
     variant: matmul.Variant | reduction.Variant, compute_capabilities: tuple[tuple[int, int], ...]
 ) -> Compiled:
     """Compile one kernel for GPUs of these compute capabilities, (9, 0) say. The PTX, which takes most of the time, is
-    made once, for the first: name the oldest first.
+    made once, for the first, unless registers are bounded otherwise on another: name the oldest first.
     """
     kernel = matmul.kernel(variant) if isinstance(variant, matmul.Variant) else reduction.kernel(variant)
     gpus = [one for one in compute_capabilities if not kernel.specific or one == WGMMA_GPU]
     ptx, fused = translate(kernel, gpus[0])
-    return Compiled(variant, ptx, fused, {one: needs(ptx, kernel.architecture(one)) for one in gpus})
+    bounds = {kernel.blocks_of(gpus[0]): ptx}
+    for one in gpus:
+        if kernel.blocks_of(one) not in bounds:
+            bounds[kernel.blocks_of(one)] = kernel.ptx(one)
+    found = {one: needs(bounds[kernel.blocks_of(one)], kernel.architecture(one)) for one in gpus}
+    return Compiled(variant, ptx, fused, found)
 
 
 def compile_all(compute_capabilities: tuple[tuple[int, int], ...]) -> Iterator[Compiled]:

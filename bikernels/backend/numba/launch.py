@@ -41,12 +41,18 @@ class Kernel(NamedTuple):
     """Thread blocks that should fit on a multiprocessor together; bounds the registers of a thread."""
     shared_bytes: int = 0
     """Dynamic shared memory of a thread block."""
+    older_blocks: int | None = None
+    """`blocks` of GPUs older than compute capability 9.0, where they differ: those need a few more registers."""
     specific: bool = False
     """Whether it has instructions that only GPUs of one compute capability have."""
 
     def architecture(self, compute_capability: tuple[int, int]) -> str:
         """The assembler's name of the GPU."""
         return "sm_{}{}".format(*compute_capability) + ("a" if self.specific else "")
+
+    def blocks_of(self, compute_capability: tuple[int, int]) -> int:
+        """Thread blocks that should fit on a multiprocessor of such a GPU."""
+        return self.older_blocks if self.older_blocks is not None and compute_capability < (9, 0) else self.blocks
 
     def ptx(self, compute_capability: tuple[int, int]) -> str:
         """Its PTX; needs no GPU."""
@@ -58,7 +64,7 @@ class Kernel(NamedTuple):
             abi="numba",
             cc=compute_capability,
             output="ptx",
-            launch_bounds=(self.threads, self.blocks),
+            launch_bounds=(self.threads, self.blocks_of(compute_capability)),
         )
         entry = re.search(r"\.entry\s+(\w+)\(", text)
         assert entry is not None
@@ -98,7 +104,7 @@ def cubin(kernel: Kernel, compute_capability: tuple[int, int]) -> Path:
     """The file of a kernel's machine code, compiled unless it is in the cache."""
     architecture = kernel.architecture(compute_capability)
     key = hashlib.sha256(_sources())
-    for part in (kernel.name, architecture, f"{kernel.threads} {kernel.blocks}"):
+    for part in (kernel.name, architecture, f"{kernel.threads} {kernel.blocks_of(compute_capability)}"):
         key.update(b"\0" + part.encode())
     return stored(
         f"numba-{architecture}-{key.hexdigest()[:32]}.cubin",

@@ -258,15 +258,15 @@ def _larger(a: Any, b: Any) -> Any:
 
 @device
 def _plus(a: Any, b: Any) -> Any:
-    """Of integers."""
+    """Of counts."""
     return a + b
 
 
 @functools.cache
 def _chunk_sum(accumulate: str, term: Function, mode: str) -> Function:
-    """chunk_sum(source, shape, strides, s, chunk, n, exchange): the tree's sum of a chunk of term(source, shape, strides,
-    s, i), and how many of its elements were counted. The sum is that of the row that the warp answers for, the count
-    that of what this thread saw.
+    """chunk_sum(source, shape, strides, s, chunk, n, exchange): the tree's sum of a chunk of term(source, shape,
+    strides, s, i), and how many of its elements were counted. The sum is that of the row that the warp answers for, the
+    count that of what this thread saw.
     """
     real, add = OPERATIONS[accumulate].type, OPERATIONS[accumulate].add
     # A thread has the lanes t, t + 32, t + 64, ... of the tree, or 8t, 8t + 1, 8t + 2, ...
@@ -372,7 +372,7 @@ def _read(place: int, dtype: str, result: str) -> Function:
 
 
 def _readers(variant: Variant, names: tuple[str, ...]) -> list[Function]:
-    """The readers of OPERANDS, of which only these names are read: x of a forward operation is rounded as the result."""
+    """The readers of OPERANDS, of which only these names are read: x of a forward operation as the result's dtype."""
     found = []
     places = {name: (place, dtype) for place, (name, dtype) in enumerate(variant.operands)}
     for name in OPERANDS:
@@ -430,11 +430,11 @@ def _starts(itemsizes: tuple[int, ...]) -> Function:
 
 
 # ------------------------------------------------------------------------------------------------------------- passes
-# A step is step(source, shape, strides, where, workspace, numbers, scratch, own, s): it is given what the step before has
-# found, and returns what it finds itself, each for the row that the warp answers for and for the row that the thread
-# reads. `where` is n, the number of rows, the row that is read and the one that is answered for (ones that exist), the
-# part of a row and its chunks, the number of sums of a row. `numbers`: divisors of both passes, eps. `scratch`: shared
-# memory, `exchange` (of floats, of integers) and a table of sums.
+# A step is step(source, shape, strides, where, workspace, numbers, scratch, own, s): it is given what the step before
+# has found, and returns what it finds itself, each for the row that the warp answers for and for the row that the
+# thread reads. `where` is n, the number of rows, the row that is read and the one that is answered for (ones that
+# exist), the part of a row and its chunks, the number of sums of a row. `numbers`: divisors of both passes, eps.
+# `scratch`: shared memory, `exchange` (of floats, of counts) and a table of sums.
 
 
 @functools.cache
@@ -509,14 +509,8 @@ def _recall(variant: Variant, number: int) -> Function:
     one, accumulate = variant.formula.passes[number], variant.accumulate
     real, end = OPERATIONS[accumulate].type, one.end
     table_sum, tell = _table_sum(accumulate), _tell(variant.mode)
-
-    @device
-    def maximum(
-        source: Any, shape: Any, strides: Any, where: Any, workspace: Any, numbers: Any, scratch: Any, own: Any, s: Any
-    ) -> Any:
-        _, _, read, answered, _, _, _ = where
-        keys = pointer(workspace[0], types.uint64)
-        return real(_value_of_key(keys[answered])), real(_value_of_key(keys[read]))
+    if end is None:
+        return _recall_maximum(real)
 
     @device
     def ended(
@@ -528,7 +522,20 @@ def _recall(variant: Variant, number: int) -> Function:
         own = end(total, count, own, real(numbers[number]), real(numbers[2]))
         return own, tell(own, scratch[0])
 
-    return ended if one.is_sum else maximum
+    return ended
+
+
+@functools.cache
+def _recall_maximum(real: Any) -> Function:
+    @device
+    def maximum(
+        source: Any, shape: Any, strides: Any, where: Any, workspace: Any, numbers: Any, scratch: Any, own: Any, s: Any
+    ) -> Any:
+        _, _, read, answered, _, _, _ = where
+        keys = pointer(workspace[0], types.uint64)
+        return real(_value_of_key(keys[answered])), real(_value_of_key(keys[read]))
+
+    return maximum
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
@@ -549,10 +556,14 @@ def kernel(variant: Variant) -> Kernel:
         row,  # a row's shape and strides
         types.UniTuple(row, operands),
     )
-    # So that no register spills: float64, general layouts and many operands need more than half of the multiprocessor's.
+    # So that no register spills: float64, general layouts and many operands take more than half of a multiprocessor's.
     is_small = variant.accumulate == "float32" and variant.kept_dimensions == variant.row_dimensions == 1
+    blocks = BLOCKS if is_small and operands < 4 else 1
+    is_tight = operands == 3 or any(one.counts for one in variant.formula.passes)
     body = _pass if variant.stage in PASSES else _write
-    return Kernel(str(variant), lambda: (body(variant), signature), THREADS, BLOCKS if is_small and operands < 4 else 1)
+    return Kernel(
+        str(variant), lambda: (body(variant), signature), THREADS, blocks, older_blocks=1 if is_tight else None
+    )
 
 
 def _steps(variant: Variant, number: int) -> tuple[Function, Function]:
@@ -585,7 +596,7 @@ def _begin(variant: Variant) -> Function:
 def _write(variant: Variant) -> Function:
     """All passes, or what they have found, then the results."""
     plan, accumulate = variant.formula, variant.accumulate
-    real, mode, begin = OPERATIONS[accumulate].type, variant.mode, _begin(variant)
+    real, begin = OPERATIONS[accumulate].type, _begin(variant)
     first, second = _steps(variant, len(plan.passes))
     names = [name for name, _ in variant.operands]
     write_row = _row_writer(variant) if plan.element is not None else _no_row
