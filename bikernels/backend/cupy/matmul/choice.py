@@ -1,5 +1,7 @@
 """Which schedule of wgmma.py a product takes: what was measured for it on this GPU, else what a model predicts.
 
+What was measured is for m rounded up to a power of two; the model says for which of the other lengths it will do.
+
 The table and the model decide speed and no bit: a wrong entry is slow and still right. `benchmarks/tune.py` measures
 and writes tables; those of the package lie in the folder `tables`, one for each chip, and BIKERNELS_SCHEDULES may name
 another file, which goes first.
@@ -25,6 +27,8 @@ FEWEST_ROWS = 8
 TABLES = Path(__file__).parent / "tables"
 BAND, BANDS = 4, (2, 4, 8, 16)
 """Where nothing was measured, and what is worth a try."""
+TOLERANCE = 1.1
+"""Of a prediction."""
 
 
 def choose(problem: Problem, gpu: GPU) -> Choice:
@@ -32,8 +36,29 @@ def choose(problem: Problem, gpu: GPU) -> Choice:
     for table in (os.environ.get(ENVIRONMENT_TABLE), TABLES / table_name(gpu)):
         measured = _read(table).get(key(problem))
         if measured is not None:
-            return measured
-    return min(choices(problem, gpu), key=lambda choice: predicted_us(problem, choice, gpu))
+            return measured if _suits(measured, problem, gpu) else _fastest(problem, gpu)[0]
+    return _fastest(problem, gpu)[0]
+
+
+def _suits(measured: Choice, problem: Problem, gpu: GPU) -> bool:
+    """Whether a schedule that was measured with more rows is still one to take.
+
+    With 513 to 640 rows tiles fill the GPU otherwise than with the 1024 of the table. The model may be wrong about a
+    schedule; it tells by how much it falls behind, between there and here.
+    """
+    there = problem._replace(m=_measured_rows(problem))
+
+    def behind(problem: Problem) -> float:
+        return predicted_us(problem, measured, gpu) / _fastest(problem, gpu)[1]
+
+    return problem.m == there.m or behind(problem) <= TOLERANCE * behind(there)
+
+
+@functools.lru_cache(maxsize=4096)
+def _fastest(problem: Problem, gpu: GPU) -> tuple[Choice, float]:
+    """The choice of which the model says that it takes the least time, and how long."""
+    times = {choice: predicted_us(problem, choice, gpu) for choice in choices(problem, gpu)}
+    return min(times.items(), key=lambda item: item[1])
 
 
 def choices(problem: Problem, gpu: GPU) -> list[Choice]:
@@ -71,8 +96,11 @@ def table_name(gpu: GPU) -> str:
 def key(problem: Problem) -> str:
     """What a table knows a product by: layouts and lengths, m rounded up to a power of two from FEWEST_ROWS on."""
     layouts = "".join("k" if along_k(strides) else "n" for strides in (problem.a, problem.b))
-    m = max(FEWEST_ROWS, 1 << (problem.m - 1).bit_length())
-    return f"{layouts} {problem.matrices}x{m}x{problem.n}x{problem.k}"
+    return f"{layouts} {problem.matrices}x{_measured_rows(problem)}x{problem.n}x{problem.k}"
+
+
+def _measured_rows(problem: Problem) -> int:
+    return max(FEWEST_ROWS, 1 << (problem.m - 1).bit_length())
 
 
 @functools.cache
