@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,24 +69,40 @@ def traffic(vocabulary: int, options: argparse.Namespace) -> list[Request]:
 
 
 def save_random_model(folder: Path, options: argparse.Namespace) -> None:
-    """Write the configuration and the weights of a Qwen3-architecture model."""
+    """Write the configuration of a Qwen3-architecture model and its weights, which are the same on every machine."""
     import torch
+    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, Qwen3Config
 
-    heads = options.hidden_size // 128
+    head_size = 128
+    heads = options.hidden_size // head_size
     config = Qwen3Config(
+        architectures=["Qwen3ForCausalLM"],
         vocab_size=options.vocabulary,
         hidden_size=options.hidden_size,
         intermediate_size=3 * options.hidden_size,
         num_hidden_layers=options.layers,
         num_attention_heads=heads,
         num_key_value_heads=max(1, heads // 4),
-        head_dim=128,
+        head_dim=head_size,
         tie_word_embeddings=False,
         dtype="bfloat16",
     )
-    torch.manual_seed(options.seed)  # on the CPU, so that the weights do not depend on the device
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = [(name, x.shape) for name, x in AutoModelForCausalLM.from_config(config).named_parameters()]
+
+    def random_weight(index: int, shape: torch.Size) -> torch.Tensor:
+        if len(shape) == 1:  # of a norm
+            return torch.ones(shape, dtype=torch.bfloat16)
+        generator = torch.Generator().manual_seed(options.seed * len(shapes) + index)
+        return torch.empty(shape, dtype=torch.bfloat16).normal_(std=config.initializer_range, generator=generator)
+
+    with ThreadPoolExecutor() as threads:
+        weights = threads.map(random_weight, range(len(shapes)), [shape for _, shape in shapes])
+        save_file(
+            {name: weight for (name, _), weight in zip(shapes, weights, strict=True)}, folder / "model.safetensors"
+        )
+    config.save_pretrained(folder)
 
 
 # ---- In the process of one mode --------------------------------------------------------------------------------------
@@ -256,6 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what = options.model
         if options.model is None:
             what = f"Qwen3 architecture, {options.layers} layers, hidden size {options.hidden_size}, random weights"
+            (folder / "model").mkdir(exist_ok=True)
             save_random_model(folder / "model", options)
             given += ["--model", str(folder / "model")]
         print(
