@@ -6,7 +6,7 @@ One prompt is sent many times among requests of random lengths, all of them toke
 as it is, by vLLM's batch-invariant mode, and by that mode with the kernels of bikernels behind it, which the plugin
 of this package puts there (pip install "bikernels[vllm,cuda13]"). Each has a process of its own, is compiled and uses
 CUDA graphs as vLLM does by default; prefixes are not cached, so that every copy is computed. The first pass over the
-requests is not timed, the others are.
+requests is not timed; it asks for the log-probabilities of the tokens too, whose last bits show what tokens hide.
 
 Without --model it is a model of the Qwen3 architecture with random weights, made from the seed and saved in a
 temporary folder, so no download is needed. The exit status is 1 if one of the modes failed, or if bikernels gave more
@@ -134,18 +134,36 @@ def serve(options: argparse.Namespace) -> dict[str, Any]:
     vocabulary = llm.llm_engine.model_config.get_vocab_size()
     requests = traffic(vocabulary, options)
     prompts = [{"prompt_token_ids": request.prompt} for request in requests]
-    parameters = [
-        vllm.SamplingParams(temperature=0.0, max_tokens=request.new_tokens, ignore_eos=True, detokenize=False)
-        for request in requests
-    ]
-    passes, completions = [], []
-    for _ in range(options.passes + 1):
-        start = time.perf_counter()
+
+    def parameters(logprobs: int | None) -> list[vllm.SamplingParams]:
+        return [
+            vllm.SamplingParams(
+                temperature=0.0,
+                max_tokens=request.new_tokens,
+                ignore_eos=True,
+                detokenize=False,
+                logprobs=logprobs if request.is_copy else None,
+            )
+            for request in requests
+        ]
+
+    def answer(parameters: list[vllm.SamplingParams]) -> list[Any]:
+        """Of the copies."""
         outputs = llm.generate(prompts, parameters, use_tqdm=False)
-        passes.append(time.perf_counter() - start)
-        answers = [list(output.outputs[0].token_ids) for output in outputs]
-        completions.append([answer for answer, request in zip(answers, requests, strict=True) if request.is_copy])
-        print(f"pass {len(passes)}: {passes[-1]:.3f} s", flush=True)
+        return [output.outputs[0] for output, request in zip(outputs, requests, strict=True) if request.is_copy]
+
+    first = answer(parameters(logprobs=0))  # of the chosen token alone
+    in_every_bit = {
+        tuple((token, of_step[token].logprob) for token, of_step in zip(one.token_ids, one.logprobs, strict=True))
+        for one in first
+    }
+    seconds, completions, without = [], [[tuple(one.token_ids) for one in first]], parameters(logprobs=None)
+    for _ in range(options.passes):
+        start = time.perf_counter()
+        answers = answer(without)
+        seconds.append(time.perf_counter() - start)
+        completions.append([tuple(one.token_ids) for one in answers])
+        print(f"{seconds[-1]:.3f} s", flush=True)
     tokens = sum(request.new_tokens for request in requests)
     return {
         "linear": llm.collective_rpc(whose_linear)[0],
@@ -154,15 +172,16 @@ def serve(options: argparse.Namespace) -> dict[str, Any]:
         "seconds to start": round(seconds_to_start, 1),
         "tokens": tokens,
         "prompt tokens": sum(len(request.prompt) for request in requests),
-        "tokens per second": [round(tokens / seconds) for seconds in passes[1:]],
+        "tokens per second": [round(tokens / one) for one in seconds],
         **count(completions),
+        "different in every bit": len(in_every_bit),
     }
 
 
-def count(passes: Sequence[Sequence[Sequence[int]]]) -> dict[str, Any]:
+def count(passes: Sequence[Sequence[tuple[int, ...]]]) -> dict[str, Any]:
     """How many different completions the copies have in each pass and in all of them, and where the first ones part."""
-    different = [sorted({tuple(completion) for completion in one}) for one in passes]
-    in_all = sorted({completion for one in different for completion in one})
+    different = [set(one) for one in passes]
+    in_all = sorted(set.union(*different))
     first, *others = in_all
     parts = [next(i for i, (a, b) in enumerate(zip(first, other, strict=True)) if a != b) for other in others]
     return {
@@ -244,18 +263,18 @@ def require_plugin() -> None:
 def report(results: dict[str, dict[str, Any] | None]) -> None:
     """Print the table."""
     width = max(map(len, results))
-    print(f"\n{'':{width}}  {'different completions':24}  {'first differs':13}  tokens/s (median)")
+    print(f"\n{'':{width}}  {'different completions':24}  {'first differs':13}  {'in every bit':12}  tokens/s (median)")
     for name, result in results.items():
         if result is None:
             print(f"{name:{width}}  failed")
             continue
         copies, in_each = result["completions of a pass"], result["different in each pass"]
         different = f"{max(in_each)} of {copies}, {result['different in all']} in {len(in_each)} passes"
-        token = result["first token that differs"]
-        speeds = result["tokens per second"]
+        token, speeds = result["first token that differs"], result["tokens per second"]
         print(
             f"{name:{width}}  {different:24}  {'-' if token is None else f'token {token}':13}  "
-            f"{statistics.median(speeds):,.0f}  ({', '.join(f'{speed:,}' for speed in speeds)})"
+            f"{result['different in every bit']:<12}  {statistics.median(speeds):,.0f}  "
+            f"({', '.join(f'{speed:,}' for speed in speeds)})"
         )
 
 
@@ -288,13 +307,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"\n{result['gpu']}; {versions}")
             break
     report(results)
+    print("in every bit: completions of the first pass that differ in a token or in a bit of its log-probability")
     if options.json is not None:
         settings = {"what": what, "python": platform.python_version(), **{k: str(v) for k, v in vars(options).items()}}
         options.json.write_text(json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
     ours = results.get(OURS)
-    if ours is not None and (ours["different in all"] > 1 or not ours["linear"].startswith("bikernels_torch")):
-        print(f"\n{OURS}: {ours['different in all']} different completions, products of {ours['linear']}")
-        return 1
+    if ours is not None:
+        different = max(ours["different in all"], ours["different in every bit"])
+        if different > 1 or not ours["linear"].startswith("bikernels_torch"):
+            print(f"\n{OURS}: {different} different completions, with products of {ours['linear']}")
+            return 1
     return int(any(result is None for result in results.values()))
 
 
