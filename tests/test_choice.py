@@ -127,3 +127,12 @@ def test_the_model_knows_the_memory() -> None:
         chosen = choice.choose(problem, H200)
         ratio = choice.predicted_us(problem, chosen, H100) / choice.predicted_us(problem, chosen, H200)
         assert slower <= ratio < H200.bytes_per_us / H100.bytes_per_us
+
+
+def test_the_model_knows_what_missing_rows_cost() -> None:
+    """Two tiles of 256 are faster with 500 rows than with 300, and one tile with any number of rows lacks none."""
+    entry = Choice(Schedule(64, 256, 64, 5), False, False, 4)
+    few, many = (choice.predicted_us(product(m, 12288, 4096).swap(), entry, H200) for m in (300, 500))
+    assert few > 1.3 * many
+    alone, full = (choice.predicted_us(product(m, 12288, 4096).swap(), entry, H200) for m in (200, 256))
+    assert alone <= full
