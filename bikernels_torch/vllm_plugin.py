@@ -74,14 +74,14 @@ def _linear_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if rows.shape[0] > _prepared.get((weight.shape, weight.dtype, weight.device), 0):
         _prepare(rows, weight)
     if bias is not None:
         return drop_in.linear_batch_invariant(x, weight, bias)
     out = rows.new_empty((rows.shape[0], weight.shape[0]))
     core.matmul(out, rows, weight.t())
-    return out.view(*x.shape[:-1], weight.shape[0])
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 
 def _prepare(rows: torch.Tensor, weight: torch.Tensor) -> None:

@@ -309,7 +309,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report(results)
     print("in every bit: completions of the first pass that differ in a token or in a bit of its log-probability")
     if options.json is not None:
-        settings = {"what": what, "python": platform.python_version(), **{k: str(v) for k, v in vars(options).items()}}
+        kept = ("copies", "others", "prompt_tokens", "new_tokens", "passes", "seed")
+        settings = {
+            "model": what,
+            "python": platform.python_version(),
+            **{name: getattr(options, name) for name in kept},
+        }
         options.json.write_text(json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
     ours = results.get(OURS)
     if ours is not None:

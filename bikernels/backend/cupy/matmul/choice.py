@@ -36,10 +36,17 @@ def choose(problem: Problem, gpu: GPU) -> Choice:
     for table in (os.environ.get(ENVIRONMENT_TABLE), TABLES / table_name(gpu)):
         measured = _read(table).get(key(problem))
         if measured is not None:
-            return measured if _suits(measured, problem, gpu) else _fastest(problem, gpu)[0]
-    return _fastest(problem, gpu)[0]
+            return measured if _suits(measured, _nearby(problem), gpu) else _fastest(_nearby(problem), gpu)[0]
+    return _fastest(_nearby(problem), gpu)[0]
 
 
+def _nearby(problem: Problem) -> Problem:
+    """One whose m is rounded up by little: a server's products have many lengths, and the model takes its time."""
+    step = max(1, min(16, problem.m // 16))
+    return problem._replace(m=-(-problem.m // step) * step)
+
+
+@functools.lru_cache(maxsize=4096)
 def _suits(measured: Choice, problem: Problem, gpu: GPU) -> bool:
     """Whether a schedule that was measured with more rows is still one to take.
 
@@ -172,17 +179,13 @@ def predicted_us(problem: Problem, choice: Choice, gpu: GPU) -> float:
     busiest, rounds = -(-ctas // multiprocessors), -(-ctas // (multiprocessors * schedule.resident))
     outputs = schedule.m * schedule.n / (128 * schedule.consumers)  # of a thread
     epilogue = EPILOGUE_CYCLES + OUTPUT_CYCLES * outputs
-    # Of the tiles of a multiprocessor, how many may be at the end of a side, where rows are missing.
-    last = max(
-        (-(-busiest // tiles) for tiles, lost in zip((tiles_m, tiles_n), missing, strict=True) if lost), default=0
-    )
-    alone = max(
-        groups * (last_step if last else step) + stages * STAGE_CYCLES, stages * LATENCY_CYCLES / (schedule.stages - 1)
-    )
-    cycles = (
-        max(groups * ((busiest - last) * step + last * last_step), rounds * alone)
-        + (busiest - 1) * epilogue / schedule.resident
-    )
+    # Of a multiprocessor's tiles, how many may lie at an end where rows are missing.
+    ends = [tiles for tiles, lost in zip((tiles_m, tiles_n), missing, strict=True) if lost]
+    last = max((-(-busiest // tiles) for tiles in ends), default=0)
+    slowest_step = last_step if last else step
+    alone = max(groups * slowest_step + stages * STAGE_CYCLES, stages * LATENCY_CYCLES / (schedule.stages - 1))
+    together = groups * ((busiest - last) * step + last * last_step)
+    cycles = max(together, rounds * alone) + (busiest - 1) * epilogue / schedule.resident
 
     brought = ((schedule.m / schedule.cluster_n, problem.a), (schedule.n / schedule.cluster_m, problem.b))
     l2_us = sum(ctas * k * 2 * lines / L2_BYTES_PER_US[_aligned_bytes(strides)] for lines, strides in brought)
