@@ -23,7 +23,9 @@ from .operators.attention import AttentionBlockSize, get_batch_invariant_attenti
 __all__ = [
     "AttentionBlockSize",
     "addmm_batch_invariant",
+    "addmm_out_batch_invariant",
     "bmm_batch_invariant",
+    "bmm_out_batch_invariant",
     "disable_batch_invariant_mode",
     "enable_batch_invariant_mode",
     "get_batch_invariant_attention_block_size",
@@ -36,6 +38,7 @@ __all__ = [
     "mean_batch_invariant",
     "mean_dim",
     "mm_batch_invariant",
+    "mm_out_batch_invariant",
     "rms_norm",
     "rms_norm_batch_invariant",
     "set_batch_invariant_mode",
@@ -91,9 +94,14 @@ def matmul_persistent(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | Non
     return _ops.mm(a, b) if bias is None else _ops.addmm(bias, a, b)
 
 
-def mm_batch_invariant(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """aten::mm."""
-    return _ops.mm(a, b)
+def mm_batch_invariant(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """aten::mm; as `matmul_persistent` with a bias."""
+    return matmul_persistent(a, b, bias)
+
+
+def mm_out_batch_invariant(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+    """aten::mm.out."""
+    return _into(out, _ops.mm(a, b))
 
 
 def addmm_batch_invariant(
@@ -103,8 +111,20 @@ def addmm_batch_invariant(
     return _ops.addmm(bias, a, b, beta=beta, alpha=alpha)
 
 
+def addmm_out_batch_invariant(
+    bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1, out: torch.Tensor
+) -> torch.Tensor:
+    """aten::addmm.out."""
+    return _into(out, _ops.addmm(bias, a, b, beta=beta, alpha=alpha))
+
+
 def bmm_batch_invariant(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """aten::bmm for a (B, M, K), b (B, K, N)."""
+    return _into(out, _ops.bmm(a, b))
+
+
+def bmm_out_batch_invariant(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+    """aten::bmm.out."""
     return _into(out, _ops.bmm(a, b))
 
 

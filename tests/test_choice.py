@@ -67,6 +67,20 @@ def test_a_table_goes_before_the_model(tmp_path: Path, monkeypatch: pytest.Monke
     assert choice.choose(product(17, 4096, 4096), OTHER) != entry
 
 
+def test_a_table_holds_for_the_rows_that_fill_its_tiles_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 256 x 192 suit 1024 x 6144, and of 520 rows a third of them would hold next to nothing."""
+    entry = Choice(Schedule(256, 192, 64, 4, 2), False, False, 4)
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps({"gpu": "any", "products": {choice.key(product(1024, 6144, 4096)): entry}}))
+    monkeypatch.setenv(choice.ENVIRONMENT_TABLE, str(table))
+    for m in (1024, 1000, 900):
+        assert choice.choose(product(m, 6144, 4096), H100) == entry
+    for m in (520, 600):
+        problem = product(m, 6144, 4096)
+        chosen = choice.choose(problem, H100)
+        assert choice.predicted_us(problem, chosen, H100) < 0.8 * choice.predicted_us(problem, entry, H100)
+
+
 def test_entries_of_schedules_that_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A table may be older than the schedules."""
     problem = product(16, 4096, 4096)
@@ -113,3 +127,12 @@ def test_the_model_knows_the_memory() -> None:
         chosen = choice.choose(problem, H200)
         ratio = choice.predicted_us(problem, chosen, H100) / choice.predicted_us(problem, chosen, H200)
         assert slower <= ratio < H200.bytes_per_us / H100.bytes_per_us
+
+
+def test_the_model_knows_what_missing_rows_cost() -> None:
+    """Two tiles of 256 are faster with 500 rows than with 300, and one tile with any number of rows lacks none."""
+    entry = Choice(Schedule(64, 256, 64, 5), False, False, 4)
+    few, many = (choice.predicted_us(product(m, 12288, 4096).swap(), entry, H200) for m in (300, 500))
+    assert few > 1.3 * many
+    alone, full = (choice.predicted_us(product(m, 12288, 4096).swap(), entry, H200) for m in (200, 256))
+    assert alone <= full

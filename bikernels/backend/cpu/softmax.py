@@ -423,14 +423,14 @@ def prepare(spec: ReductionSpec) -> ReductionLaunch:
         loops, step = _loops(spec.operation, spec.x.dtype, spec.out.dtype), rows_at_a_time(g)
         itemsize, row_bytes = ITEMSIZE[spec.x.dtype], (4 * SUM_LANES + g.n) * g.itemsize
 
-        def launch_rows(out: View, x: View, keep: object = tables) -> None:
+        def launch_rows(stream: int, out: int, x: int, *_: int, keep: object = tables) -> None:
             counters = np.zeros(1, np.int64)
 
             def work_on_rows() -> None:
                 memory = np.empty(row_bytes + state_bytes, np.uint8)
                 workspace = memory.ctypes.data
                 state, counter = workspace + row_bytes, counters.ctypes.data
-                _rows(kind, operation, loops, step, g, x.pointer, out.pointer, itemsize, state, workspace, counter)
+                _rows(kind, operation, loops, step, g, x, out, itemsize, state, workspace, counter)
 
             threads.run(work_on_rows, -(-g.groups // step), cost)
 

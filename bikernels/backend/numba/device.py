@@ -30,7 +30,6 @@ Function = Callable[..., Any]
 WARP = 32
 ALL_LANES = 0xFFFFFFFF
 
-
 _OLDEST = (7, 5)
 """A compute capability that every compiler of CUDA 13 knows."""
 

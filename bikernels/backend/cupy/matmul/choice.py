@@ -1,5 +1,7 @@
 """Which schedule of wgmma.py a product takes: what was measured for it on this GPU, else what a model predicts.
 
+What was measured is for m rounded up to a power of two; the model says for which of the other lengths it will do.
+
 The table and the model decide speed and no bit: a wrong entry is slow and still right. `benchmarks/tune.py` measures
 and writes tables; those of the package lie in the folder `tables`, one for each chip, and BIKERNELS_SCHEDULES may name
 another file, which goes first.
@@ -25,6 +27,8 @@ FEWEST_ROWS = 8
 TABLES = Path(__file__).parent / "tables"
 BAND, BANDS = 4, (2, 4, 8, 16)
 """Where nothing was measured, and what is worth a try."""
+TOLERANCE = 1.1
+"""Of a prediction."""
 
 
 def choose(problem: Problem, gpu: GPU) -> Choice:
@@ -32,8 +36,36 @@ def choose(problem: Problem, gpu: GPU) -> Choice:
     for table in (os.environ.get(ENVIRONMENT_TABLE), TABLES / table_name(gpu)):
         measured = _read(table).get(key(problem))
         if measured is not None:
-            return measured
-    return min(choices(problem, gpu), key=lambda choice: predicted_us(problem, choice, gpu))
+            return measured if _suits(measured, _nearby(problem), gpu) else _fastest(_nearby(problem), gpu)[0]
+    return _fastest(_nearby(problem), gpu)[0]
+
+
+def _nearby(problem: Problem) -> Problem:
+    """One whose m is rounded up by little: a server's products have many lengths, and the model takes its time."""
+    step = max(1, min(16, problem.m // 16))
+    return problem._replace(m=-(-problem.m // step) * step)
+
+
+@functools.lru_cache(maxsize=4096)
+def _suits(measured: Choice, problem: Problem, gpu: GPU) -> bool:
+    """Whether a schedule that was measured with more rows is still one to take.
+
+    With 513 to 640 rows tiles fill the GPU otherwise than with the 1024 of the table. The model may be wrong about a
+    schedule; it tells by how much it falls behind, between there and here.
+    """
+    there = problem._replace(m=_measured_rows(problem))
+
+    def behind(problem: Problem) -> float:
+        return predicted_us(problem, measured, gpu) / _fastest(problem, gpu)[1]
+
+    return problem.m == there.m or behind(problem) <= TOLERANCE * behind(there)
+
+
+@functools.lru_cache(maxsize=4096)
+def _fastest(problem: Problem, gpu: GPU) -> tuple[Choice, float]:
+    """The choice of which the model says that it takes the least time, and how long."""
+    times = {choice: predicted_us(problem, choice, gpu) for choice in choices(problem, gpu)}
+    return min(times.items(), key=lambda item: item[1])
 
 
 def choices(problem: Problem, gpu: GPU) -> list[Choice]:
@@ -71,8 +103,11 @@ def table_name(gpu: GPU) -> str:
 def key(problem: Problem) -> str:
     """What a table knows a product by: layouts and lengths, m rounded up to a power of two from FEWEST_ROWS on."""
     layouts = "".join("k" if along_k(strides) else "n" for strides in (problem.a, problem.b))
-    m = max(FEWEST_ROWS, 1 << (problem.m - 1).bit_length())
-    return f"{layouts} {problem.matrices}x{m}x{problem.n}x{problem.k}"
+    return f"{layouts} {problem.matrices}x{_measured_rows(problem)}x{problem.n}x{problem.k}"
+
+
+def _measured_rows(problem: Problem) -> int:
+    return max(FEWEST_ROWS, 1 << (problem.m - 1).bit_length())
 
 
 @functools.cache
@@ -104,6 +139,8 @@ WRITTEN_BYTE = 0.14
 """What a byte that arrives in shared memory costs of one that is read there."""
 LINE_CYCLES = 1.44
 """Of a line of at most 128 bytes that the TMA brings, however short it is."""
+MISSING_LINE_CYCLES = 6.0
+"""Of one outside of the operand, which the TMA fills with zeros."""
 LINE_EFFICIENCY = {128: 1.0, 64: 1.0, 32: 0.73, 16: 0.46}
 """Of device memory, by the bytes of a line."""
 STEP_CYCLES, STAGE_CYCLES = 11, 1.5
@@ -135,12 +172,20 @@ def predicted_us(problem: Problem, choice: Choice, gpu: GPU) -> float:
     shared = (read + WRITTEN_BYTE * written) / SHARED_BYTES_PER_CYCLE
     sides = ((schedule.m, m, problem.a), (schedule.n, n, problem.b))
     lines = sum(_lines(tile, length, along_k(strides)) for tile, length, strides in sides)
-    step = max(arithmetic, shared, LINE_CYCLES * lines) * (CLUSTER_FACTOR if schedule.cluster > 1 else 1)
+    missing = [_missing_lines(tile, length, along_k(strides)) for tile, length, strides in sides]
+    of_last = lines * LINE_CYCLES + sum(missing) * (MISSING_LINE_CYCLES - LINE_CYCLES)
+    factor = CLUSTER_FACTOR if schedule.cluster > 1 else 1
+    step, last_step = (max(arithmetic, shared, cycles) * factor for cycles in (lines * LINE_CYCLES, of_last))
     busiest, rounds = -(-ctas // multiprocessors), -(-ctas // (multiprocessors * schedule.resident))
     outputs = schedule.m * schedule.n / (128 * schedule.consumers)  # of a thread
     epilogue = EPILOGUE_CYCLES + OUTPUT_CYCLES * outputs
-    alone = max(groups * step + stages * STAGE_CYCLES, stages * LATENCY_CYCLES / (schedule.stages - 1))
-    cycles = max(busiest * groups * step, rounds * alone) + (busiest - 1) * epilogue / schedule.resident
+    # Of a multiprocessor's tiles, how many may lie at an end where rows are missing.
+    ends = [tiles for tiles, lost in zip((tiles_m, tiles_n), missing, strict=True) if lost]
+    last = max((-(-busiest // tiles) for tiles in ends), default=0)
+    slowest_step = last_step if last else step
+    alone = max(groups * slowest_step + stages * STAGE_CYCLES, stages * LATENCY_CYCLES / (schedule.stages - 1))
+    together = groups * ((busiest - last) * step + last * last_step)
+    cycles = max(together, rounds * alone) + (busiest - 1) * epilogue / schedule.resident
 
     brought = ((schedule.m / schedule.cluster_n, problem.a), (schedule.n / schedule.cluster_m, problem.b))
     l2_us = sum(ctas * k * 2 * lines / L2_BYTES_PER_US[_aligned_bytes(strides)] for lines, strides in brought)
@@ -176,3 +221,9 @@ def _lines(tile: int, length: int, k_contiguous: bool) -> float:
     """Lines that a group of K takes, of a tile or, along K, of as many rows as there are."""
     rows = min(tile, length) if k_contiguous else tile
     return rows * GROUP * 2 / _line_bytes(tile, k_contiguous)
+
+
+def _missing_lines(tile: int, length: int, k_contiguous: bool) -> float:
+    """Lines of a group of K that the last tile asks for in vain. Where there is one tile, only its rows are brought."""
+    missing = -length % tile if k_contiguous and length > tile else 0
+    return missing * GROUP * 2 / _line_bytes(tile, k_contiguous)
