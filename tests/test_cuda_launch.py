@@ -36,12 +36,12 @@ def test_arguments(before: tuple[str, ...]) -> None:
     first, second = blocks.new(), blocks.new()
     struct.Struct(blocks.layout).pack_into(first.memory, blocks.WRITTEN, 2**33, *blocks.attributes, *values)
 
-    config = launch._Config.from_address(first.config)
+    config = launch._Config.from_address(first.config.value or 0)
     assert (*config.grid, *config.block, config.shared_bytes) == (3, 1, 1, 64, 1, 1, 1000)
     assert (config.stream, config.number_of_attributes) == (2**33, 1)
     assert launch._Attribute.from_address(config.attributes).id == 6
     given: list[Any] = list(values)
-    addresses = struct.unpack(f"<{len(arguments)}Q", read(first.arguments, 8 * len(arguments)))
+    addresses = struct.unpack(f"<{len(arguments)}Q", read(first.arguments.value or 0, 8 * len(arguments)))
     for address, argument in zip(addresses, arguments, strict=True):
         if isinstance(argument, bytes):
             assert read(address, len(argument)) == argument
@@ -50,4 +50,4 @@ def test_arguments(before: tuple[str, ...]) -> None:
             size = struct.calcsize(f"<{argument}")
             assert struct.unpack(f"<{argument}", read(address, size)) == (given.pop(0),)
             assert address % min(size, 64) == 0
-    assert launch._Config.from_address(second.config).stream is None
+    assert launch._Config.from_address(second.config.value or 0).stream is None
