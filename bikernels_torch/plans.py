@@ -81,17 +81,21 @@ def _key(arguments: Sequence[Any], keywords: dict[str, Any]) -> Hashable:
             return *core.settings_in_force(), *of_a, b.dtype, b.shape, b.stride(), b.device
     parts: list[Any] = [*core.settings_in_force()]
     for x in (*arguments, *itertools.chain(*keywords.items())) if keywords else arguments:
-        if isinstance(x, torch.Tensor):
+        if type(x) in _AS_THEY_ARE:
+            parts.append(x)
+        elif isinstance(x, torch.Tensor):
             parts += (x.dtype, x.shape, x.stride(), x.device)
         elif isinstance(x, list):
             parts.append(tuple(x))
         elif isinstance(x, float):
             parts.append(x.hex())  # equal floats may differ in the sign of zero
-        elif isinstance(x, complex):
-            return None  # it may be equal to a real number, which PyTorch takes where it refuses this one
         else:
-            parts.append(x)
+            return None  # a complex number, for one, may be equal to a real one, where PyTorch refuses one of them
     return tuple(parts)
+
+
+_AS_THEY_ARE = frozenset((int, bool, type(None), torch.dtype, str, tuple, torch.Size))
+"""Types of arguments that are as good as equal if they are equal; of floats in a tuple there is no operator."""
 
 
 def _differ(arguments: Sequence[Any]) -> bool:

@@ -35,8 +35,7 @@ def _accepts(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
 def linear(original: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x @ weight.T + bias for x (..., K), weight (N, K), bias (N,)."""
     if dispatch.autograd_is_idle(x, weight, bias):
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.nn.functional.linear(x, weight, bias)
+        return without_autograd(original, x, weight, bias)
     return _composed(original, x, weight, bias)
 
 
@@ -59,7 +58,8 @@ def linear_out(
     return core.store(out, torch.nn.functional.linear(x, weight, bias))
 
 
-def linear_without_autograd(
+@planned
+def without_autograd(
     original: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The same as one call of the core."""
@@ -75,5 +75,5 @@ def linear_without_autograd(
 
 
 OVERRIDES: dict[str, Callable[..., Any]] = {"linear": linear}
-BELOW_AUTOGRAD: dict[str, Callable[..., Any]] = {"linear": planned(linear_without_autograd)}
+BELOW_AUTOGRAD: dict[str, Callable[..., Any]] = {"linear": without_autograd}
 OUT_OVERRIDES: dict[str, Callable[..., Any]] = {"linear.out": linear_out}

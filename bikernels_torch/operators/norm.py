@@ -187,8 +187,7 @@ def rms_norm(
     torch.func's transforms and forward-mode derivatives take those several, which are row by row in the mode too.
     """
     if dispatch.autograd_is_idle(x, weight):
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.rms_norm(x, normalized_shape, weight, eps)
+        return rms_norm_without_autograd(original, x, normalized_shape, weight, eps)
     return _composed_rms_norm(original, x, normalized_shape, weight, eps)
 
 
@@ -206,6 +205,7 @@ def _composed_rms_norm(
     return torch.ops.bikernels.rms_norm(x, normalized_shape, weight, eps)
 
 
+@planned
 def rms_norm_without_autograd(
     original: Any, x: torch.Tensor, normalized_shape: Sequence[int], weight: Affine = None, eps: float | None = None
 ) -> torch.Tensor:
@@ -269,5 +269,5 @@ CUDA_OVERRIDES: dict[str, Callable[..., Any]] = {
     "_fused_rms_norm_backward": planned(fused_rms_norm_backward),
 }
 COMPOSITE_OVERRIDES: dict[str, Callable[..., Any]] = {"rms_norm": rms_norm}
-BELOW_AUTOGRAD: dict[str, Callable[..., Any]] = {"rms_norm": planned(rms_norm_without_autograd)}
+BELOW_AUTOGRAD: dict[str, Callable[..., Any]] = {"rms_norm": rms_norm_without_autograd}
 FAKES: dict[str, Callable[..., Any]] = {"native_layer_norm": fake_native_layer_norm}

@@ -150,9 +150,9 @@ class _Block(NamedTuple):
     """What the driver reads at one launch: the config, the arguments that the call gives, the addresses of all."""
 
     memory: ctypes.Array[ctypes.c_char]
-    config: int
+    config: ctypes.c_void_p
     """Addresses within the memory."""
-    arguments: int
+    arguments: ctypes.c_void_p
 
 
 class _Blocks:
@@ -186,14 +186,7 @@ class _Blocks:
         ctypes.memmove(memory, ctypes.byref(self._config), ctypes.sizeof(self._config))
         addresses = [start + place if isinstance(place, int) else ctypes.addressof(place) for place in self._places]
         struct.pack_into(f"<{len(addresses)}Q", memory, self._addresses, *addresses)
-        return _Block(memory, start, start + self._addresses)
-
-
-@functools.cache
-def _launch_kernel() -> Callable[[int, int, int, None], int]:
-    function = driver.library().cuLaunchKernelEx
-    function.argtypes = (ctypes.c_void_p,) * 4
-    return function
+        return _Block(memory, driver.POINTER(start), driver.POINTER(start + self._addresses))
 
 
 def shaped(
@@ -236,7 +229,7 @@ def shaped(
     blocks = _Blocks(_Config((ctas, 1, 1), (block, 1, 1), shared_bytes), attributes, values)
 
     pack_into, start, (address, count) = struct.Struct(blocks.layout).pack_into, blocks.WRITTEN, blocks.attributes
-    new_block, handle, launch_kernel = blocks.new, function.handle, _launch_kernel()
+    new_block, handle, launch_kernel = blocks.new, driver.POINTER(function.handle), driver.library().cuLaunchKernelEx
     device, current_device = function.device, cupy.cuda.runtime.getDevice
     free = [new_block()]
 
