@@ -302,11 +302,20 @@ def softplus_backward(
     return _function(_softplus_backward, grad, x, dtype=dtype, numbers=(beta, threshold))
 
 
-exp, exp2, expm1, log, log1p, erf, sqrt, rsqrt, sigmoid, tanh, silu, sin, cos, pow, *_backward_of = (  # noqa: A001
-    functools.partial(_function, compute)
-    for compute in (
-        *(_exp, _exp2, _expm1, _log, _log1p, _erf, _sqrt, _rsqrt, _sigmoid, _tanh, _silu, _sin, _cos, _pow),
-        *(_sigmoid_backward, _tanh_backward, _silu_backward),
-    )
-)
-sigmoid_backward, tanh_backward, silu_backward = _backward_of
+exp = functools.partial(_function, _exp)
+exp2 = functools.partial(_function, _exp2)
+expm1 = functools.partial(_function, _expm1)
+log = functools.partial(_function, _log)
+log1p = functools.partial(_function, _log1p)
+erf = functools.partial(_function, _erf)
+sqrt = functools.partial(_function, _sqrt)
+rsqrt = functools.partial(_function, _rsqrt)
+sigmoid = functools.partial(_function, _sigmoid)
+tanh = functools.partial(_function, _tanh)
+silu = functools.partial(_function, _silu)
+sin = functools.partial(_function, _sin)
+cos = functools.partial(_function, _cos)
+pow = functools.partial(_function, _pow)  # noqa: A001
+sigmoid_backward = functools.partial(_function, _sigmoid_backward)
+tanh_backward = functools.partial(_function, _tanh_backward)
+silu_backward = functools.partial(_function, _silu_backward)

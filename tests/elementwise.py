@@ -113,7 +113,7 @@ FUNCTIONS = {
     "softplus": Function(_SOFTPLUS, _softplus, lambda x: 3 + np.abs(x * LONG(BETA))),
     "sin": Function({}, np.sin, 1),
     "cos": Function({}, np.cos, 1),
-    "pow": Function({}, np.power, lambda x, y: 1 + 1.5 * np.nan_to_num(np.abs(y * np.log(np.abs(x))))),
+    "pow": Function({}, np.power, lambda x, y: 1 + 2.75 * np.nan_to_num(np.abs(y * np.log(np.abs(x))))),
     "sigmoid_backward": Function({}, lambda y: (1 - y) * y, 1),
     "tanh_backward": Function({}, lambda y: 1 - y * y, 1.5),
     "silu_backward": Function({}, _silu_slope, 5),
