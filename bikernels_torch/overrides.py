@@ -77,15 +77,16 @@ class Overrides:
         """Put everything in; nothing happens if it is in."""
         if self._library is not None:
             return
-        library = torch.library.Library("aten", "IMPL")
-        undo: list[Callable[[], None]] = [_forget_resolved_keys, library._destroy]
+        # Other threads may compute meanwhile: Autograd's kernels are there before those below them, and after them.
+        autograd, library = torch.library.Library("aten", "IMPL"), torch.library.Library("aten", "IMPL")
+        undo: list[Callable[[], None]] = [_forget_resolved_keys, autograd._destroy, library._destroy]
         try:
             with dispatch.quietly():
                 for key in dispatch.backend_keys():
                     for name, override in kernels(key.lower()).items():
                         _replace(library, name, override, key)
                 for name, override in COMPOSITES.items():
-                    _replace_composite(library, name, override)
+                    _replace_composite(autograd, library, name, override)
             _forget_resolved_keys()
             undo.append(attention.avoid_fused_layers())
             undo.append(matmul.contract_left_to_right())
@@ -158,15 +159,15 @@ def _replace(library: Any, name: str, override: Override, key: str) -> None:
         library.impl(name, functools.partial(override, original), key, allow_override=True)
 
 
-def _replace_composite(library: Any, name: str, override: Override) -> None:
+def _replace_composite(autograd: Any, library: Any, name: str, override: Override) -> None:
     operator = f"aten::{name}"
     if not dispatch.has_kernel(operator, "CPU"):
         return
     original = dispatch.kernel(operator, "CPU")  # computed alike under every key
-    library.impl(name, functools.partial(override, original), "CompositeImplicitAutograd")
+    composite = functools.partial(override, original)
+    library.impl(name, composite, "CompositeImplicitAutograd")
     below = BELOW_AUTOGRAD.get(name)
     if below is not None:
-        for key in dispatch.backend_keys():
+        for key in dispatch.backend_keys():  # Autograd takes no composite by itself that has a kernel beside it
+            autograd.impl(name, composite, f"Autograd{key}")
             library.impl(name, functools.partial(below, original), key)
-            # Autograd takes no composite by itself where there is a kernel beside it.
-            library.impl(name, functools.partial(override, original), f"Autograd{key}")

@@ -110,7 +110,7 @@ def _differ(arguments: Sequence[Any]) -> bool:
 def _plan(arguments: Sequence[Any], results: Any, calls: Sequence[core.Recorded]) -> _Replay | None:
     """The plan of a call that has just been made; None where the core has not made all of its results, of arguments."""
     given = results if isinstance(results, tuple) else (results,)
-    written = [[_place(one, given) for one in call.results] for call in calls]
+    written = [[_whole_place(one, given) for one in call.results] for call in calls]
     places = [[_place(one, arguments) for one in call.operands] for call in calls]
     if any(place is None for each in (*written, *places) for place in each):
         return None
@@ -118,7 +118,7 @@ def _plan(arguments: Sequence[Any], results: Any, calls: Sequence[core.Recorded]
         return None
     stream = _stream(given[0].device)
     allocate = [_allocator(one) for one in given]
-    if len(calls) == len(given) == 1:
+    if len(calls) == 1 and isinstance(results, torch.Tensor):
         of_all_two = len(arguments) == 2 and places[0] == [0, 1]
         return _one_result(allocate[0], stream, calls[0].launch, _addresses(places[0]), of_all_two)
     steps = []
@@ -165,6 +165,12 @@ def _place(x: torch.Tensor, among: Sequence[Any]) -> int | None:
     return found[0] if len(found) == 1 and address else None
 
 
+def _whole_place(x: torch.Tensor, among: Sequence[Any]) -> int | None:
+    """The same, of a tensor of as many elements."""
+    place = _place(x, among)
+    return place if place is not None and among[place].numel() == x.numel() else None
+
+
 _address = torch.Tensor.data_ptr
 
 
@@ -204,7 +210,7 @@ def _allocator(like: torch.Tensor) -> Callable[[], torch.Tensor]:
 def _direct_allocators() -> dict[str, Callable[..., torch.Tensor]]:
     """What compiled graphs allocate with, on the current device: torch.empty without its way through the dispatcher."""
     names = {"cpu": "_empty_strided_cpu", "cuda": "_empty_strided_cuda"}
-    guards = torch._C._dynamo.guards
+    guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
     return {device: getattr(guards, name) for device, name in names.items() if hasattr(guards, name)}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -359,3 +359,34 @@ def test_reductions_on_a_cpu_are_recorded_and_drawn(
     assert "16 rows" in drawn.read_text()
     assert run_here("--from", record, "--plot", drawn, "--dtype", "fp64") == 1
     assert "nothing to draw" in capsys.readouterr().err
+
+
+def test_host_cost_of_the_mode(module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On tiny shapes: both ways are timed, and the record is one that `records.py` reads."""
+    host, decoder = module("host"), module("decoder")
+    tiny = {"width": 16, "heads": 4, "kv_heads": 2, "head": 4, "mlp": 8, "vocabulary": 10, "batch": 2, "context": 3}
+    written = tmp_path / "host.json"
+    monkeypatch.setattr(host, "REPEATS", 2)
+    monkeypatch.setattr(host, "Sizes", lambda layers: decoder.Sizes(layers, **tiny))
+    every = host.calls
+    monkeypatch.setattr(host, "calls", lambda device: {"mm": every(device)["mm"]})
+    monkeypatch.setattr(sys, "argv", ["host.py", "--device", "cpu", "--layers", "2", "--json", str(written)])
+    assert host.main() == 0
+    loaded = module("records").Results.load(written)
+    assert [each.name for each in loaded.host] == ["mm", "decode step, 2 layers, eager"]
+    for each in loaded.host:
+        assert sorted(each.us) == ["mode", "standard"]
+        assert all(us > 0 for samples in each.us.values() for us in samples)
+
+
+def test_a_decode_step_is_the_same_in_any_batch(module: Any) -> None:
+    from bikernels_torch import set_batch_invariant_mode
+
+    decoder = module("decoder")
+    model = decoder.Decoder(decoder.Sizes(2, 16, 4, 2, 4, 8, 10, 5, 3), "cpu")
+    with torch.inference_mode(), set_batch_invariant_mode():
+        whole = model.step()
+        for layer in model.layers:
+            layer.attention.keys, layer.attention.values = layer.attention.keys[1:2], layer.attention.values[1:2]
+        model.tokens = model.tokens[1:2]
+        assert torch.equal(model.step(), whole[1:2])

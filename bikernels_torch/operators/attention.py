@@ -84,11 +84,39 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: 
     if torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed():
         wide = query.dtype
     factor = math.sqrt(scale or 1.0 / math.sqrt(width))
-    rows = (query.to(wide) * factor).reshape(batch * groups, heads // groups * length, width)
-    columns = (key.to(wide) * factor).flatten(0, 1).mT
+    rows = _scaled(query, factor, wide).reshape(batch * groups, heads // groups * length, width)
+    columns = _scaled(key, factor, wide).flatten(0, 1).mT
     weights = torch.softmax(torch.bmm(rows, columns), -1)
     out = torch.bmm(weights, value.to(wide).flatten(0, 1))
     return out.view(batch, heads, length, -1).to(query.dtype)
+
+
+def _scaled(x: torch.Tensor, factor: float, dtype: torch.dtype) -> torch.Tensor:
+    """x.to(dtype) * factor, in one step where x is narrower: PyTorch converts while it multiplies by a tensor."""
+    if x.dtype is dtype:
+        return x * factor
+    constant = _constant(factor, dtype, x.device)
+    return x.to(dtype) * factor if constant is None else x * constant
+
+
+_constants: dict[tuple[float, torch.dtype, torch.device], torch.Tensor] = {}
+_MOST_CONSTANTS = 64
+"""They stay for good, since a CUDA graph may hold their addresses."""
+
+
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+    """A tensor of one element with one dimension (without it would have no say in a result's dtype), ready for every
+    stream; None where there are too many, or while a graph is captured, which would delay it.
+    """
+    key = value, dtype, device
+    found = _constants.get(key)
+    if found is None and len(_constants) < _MOST_CONSTANTS:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None
+        with torch.inference_mode(False):
+            found = torch.tensor([value], dtype=dtype, device=device)  # waits for the copy
+        found = _constants.setdefault(key, found)  # another thread's, if it was quicker
+    return found
 
 
 OVERRIDES: dict[str, Callable[..., Any]] = {"scaled_dot_product_attention": scaled_dot_product_attention}

@@ -75,6 +75,21 @@ def test_transforms(device: str) -> None:
         torch.testing.assert_close(tangent, F.linear(torch.ones_like(x), w))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated")
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.usefixtures("mode")
+def test_traces_keep_the_operators(context: Any, device: str) -> None:
+    x, w, scale = draw(4, 16, device=device), draw(8, 16, device=device), draw(8, device=device)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(F.linear(x, w), (8,), scale)
+
+    with context():
+        function(x)
+        traced = torch.jit.trace(function, x)
+        assert same_bits(traced(x + 1), function(x + 1))
+
+
 class Seen(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
