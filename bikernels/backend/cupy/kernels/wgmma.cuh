@@ -10,7 +10,7 @@
 // lies in slabs of 64 elements of K (128 bytes) times its rows, else in slabs of up to 64 of its rows times TILE_K.
 //
 // ELEMENT: bfloat16 or float16. TILE_M, TILE_N, TILE_K: of a CTA. A_K_CONTIGUOUS, B_K_CONTIGUOUS: how the operands lie in
-// global memory. CTAS: that a multiprocessor holds.
+// global memory. CTAS: that a multiprocessor holds. PRODUCER_REGISTERS: of a producer's thread, beside two consumers.
 #pragma once
 #define WGMMA_N TILE_N
 #include "hopper.cuh"
@@ -19,11 +19,12 @@ constexpr int GROUP_K = 16;
 constexpr int SLAB_K = 64;
 constexpr int CLUSTER = CLUSTER_M * CLUSTER_N;
 constexpr int CONSUMER_THREADS = 128 * CONSUMERS;
-constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
+// Of a thread: a CTA of two consumers starts with 168 for each of three warpgroups, and PRODUCER_REGISTERS of them stay.
+constexpr int CONSUMER_REGISTERS = (3 * 168 - PRODUCER_REGISTERS) / 2;
 constexpr int BLOCKS = TILE_M > 64 * CONSUMERS ? TILE_M / (64 * CONSUMERS) : 1;  // of 64 rows, of a warpgroup
 
 static_assert(sizeof(ELEMENT) == 2 && GROUP_K % TENSOR_CORE_GROUP == 0);
-static_assert(TILE_K % SLAB_K == 0 && CONSUMERS <= 2);
+static_assert(TILE_K % SLAB_K == 0 && CONSUMERS <= 2 && PRODUCER_REGISTERS % 8 == 0 && CONSUMER_REGISTERS % 8 == 0);
 static_assert(TILE_M % 8 == 0 && (TILE_M == 64 * CONSUMERS * BLOCKS || (CONSUMERS == 1 && TILE_M < 64)));
 
 struct Wgmma {

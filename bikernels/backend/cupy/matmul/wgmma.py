@@ -100,6 +100,11 @@ class Schedule(NamedTuple):
         """CTAs that a multiprocessor holds. One with several consumers takes all its registers."""
         return 1 if self.consumers > 1 else resident_ctas(self.shared_bytes)
 
+    @property
+    def producer_registers(self) -> int:
+        """Of a producer's thread beside two consumers, which get the rest. Tiles in many slabs take more."""
+        return 40 if self.m == 256 and self.n % SLAB else 24
+
     def grid(self, tiles: int, multiprocessors: int) -> int:
         """CTAs to launch: as many as run at once. Clusters of more than two may not fill every part of the GPU; there,
         one for each tile, and the GPU places them as others end.
@@ -121,6 +126,7 @@ class Schedule(NamedTuple):
                 ("CLUSTER_M", self.cluster_m),
                 ("CLUSTER_N", self.cluster_n),
                 ("CTAS", self.resident),
+                ("PRODUCER_REGISTERS", self.producer_registers),
                 ("A_K_CONTIGUOUS", int(a_k_contiguous)),
                 ("B_K_CONTIGUOUS", int(b_k_contiguous)),
             ),
@@ -171,7 +177,6 @@ SCHEDULES = (
     Schedule(128, 256, 64, 4, 2, 2, 1),
     Schedule(256, 160, 64, 4, 2),
     Schedule(256, 160, 64, 4, 2, 1, 2),
-    Schedule(256, 176, 64, 4, 2),
     Schedule(256, 192, 64, 4, 2),
 )
 
