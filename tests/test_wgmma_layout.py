@@ -20,7 +20,7 @@ pytest.importorskip("cupy", reason="needs the cuda13 extra")
 
 from bikernels.backend.cupy import compile as compiler
 from bikernels.backend.cupy.matmul import wgmma, wgmma_copy
-from bikernels.backend.cupy.matmul.problem import Problem
+from bikernels.backend.cupy.matmul.problem import SHARED_BYTES, Problem
 from bikernels.backend.cupy.matmul.wgmma import Schedule
 from bikernels.contract import ARITHMETIC
 from bikernels.specs import Layout, MatmulSpec
@@ -233,7 +233,7 @@ def test_wgmma_reads_what_the_tma_wrote(side: Side) -> None:
 def test_shared_memory(schedule: Schedule) -> None:
     """A CTA fits, and rows of an instruction that a narrow tile does not have lie within its memory."""
     assert schedule.resident >= 1
-    assert schedule.shared_bytes <= wgmma.SHARED_BYTES
+    assert schedule.shared_bytes <= SHARED_BYTES
     last = (schedule.stages - 1) * schedule.m * schedule.k * 2
     for k_contiguous in (True, False):
         operand = operands(schedule.k)[schedule.m, k_contiguous]
