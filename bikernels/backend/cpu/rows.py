@@ -19,8 +19,9 @@ from .compile import inner, invoke
 from .convert import reader, rounder, writer
 from .numerics import pointer
 
-_WIDTH = 16
-"""Rows in a group of several."""
+_WIDTH, _WIDE = 16, 64
+"""Rows in a group of several; of rows that lie closer than their elements up to so many, so that each stretch of memory
+that is read is long."""
 
 _SHORT = SUM_LANES
 """Rows shorter than this are taken in groups."""
@@ -109,11 +110,16 @@ def describe(spec: ReductionSpec) -> tuple[Rows, tuple[Table, Table]]:
     closest = min(range(len(kept_dimensions)), key=lambda i: (abs(kept_dimensions[i][x]) or 1 << 62, -i))
     neighbours, *rows_apart = kept_dimensions.pop(closest)
     inner_length, *elements_apart = row[-1]
-    is_grouped = n < _SHORT or 0 < abs(rows_apart[X]) < abs(elements_apart[X])
-    width = _WIDTH if neighbours > 1 and is_grouped and not lies_side_by_side(spec) else 1
-    blocks = groups = -(-neighbours // width)
+    others = 1
     for length, *_ in kept_dimensions:
-        groups *= length
+        others *= length
+    width, lies_across = 1, 0 < abs(rows_apart[X]) < abs(elements_apart[X])
+    if neighbours > 1 and (n < _SHORT or lies_across) and not lies_side_by_side(spec):
+        width = _WIDTH
+        enough = threads.FEW * threads.limit()
+        while lies_across and width < min(_WIDE, neighbours) and others * (neighbours // (2 * width)) >= enough:
+            width *= 2
+    blocks = -(-neighbours // width)
     tables = (
         np.array(kept_dimensions + row[:-1], np.int64).reshape(-1, 1 + len(OPERANDS)),
         np.zeros((len(OPERANDS), _FIELDS), np.int64),
@@ -137,7 +143,7 @@ def describe(spec: ReductionSpec) -> tuple[Rows, tuple[Table, Table]]:
         width=width,
         neighbours=neighbours,
         blocks=blocks,
-        groups=groups,
+        groups=blocks * others,
         kept=len(kept_dimensions),
         inner=inner_length,
         outer=len(row) - 1,

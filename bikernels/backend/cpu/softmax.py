@@ -286,6 +286,10 @@ def _write(kind, operation, precise, g, x, out, group, chunk, state, workspace):
         if operation == _LOG_SOFTMAX:
             for i in range(count):
                 results[start + i] = values[start + i] - maximum[i] - divisor[i]
+        elif g.chunks == 1:  # the exponentials still lie there, but for those of the maximum, which are 1
+            for i in range(count):
+                is_zero = values[start + i] - maximum[i] == kind(0)
+                results[start + i] = (kind(1) if is_zero else results[start + i]) / divisor[i]
         else:
             for i in range(count):
                 t = values[start + i] - maximum[i]

@@ -41,10 +41,10 @@ class Kernel(NamedTuple):
     """Thread blocks that should fit on a multiprocessor together; bounds the registers of a thread."""
     shared_bytes: int = 0
     """Dynamic shared memory of a thread block."""
-    older_blocks: int | None = None
-    """`blocks` of GPUs older than compute capability 9.0, where they differ: those need a few more registers."""
     specific: bool = False
     """Whether it has instructions that only GPUs of one compute capability have."""
+    older_blocks: int | None = None
+    """`blocks` of GPUs older than compute capability 9.0, where they differ: those need a few more registers."""
 
     def architecture(self, compute_capability: tuple[int, int]) -> str:
         """The assembler's name of the GPU."""
