@@ -83,11 +83,14 @@ struct Variance {
 
 template <bool CENTRED>
 struct WeightBackward {
+    // At a time; single columns have 64 registers a thread.
+    static constexpr int STEPS = WIDTH == 1 && sizeof(A) == 8 ? 1 : 8;
+
     static __device__ __forceinline__ void run(const Tile& tile, const Reduction& p, long long first,
                                                const Arrays& arrays) {
         const WeightTerms<ELEMENT, A, WIDTH, CENTRED> terms(p, tile.column, arrays.grad, arrays.mean, arrays.rstd);
         share_chunks(tile, [&](int chunk, A(&sum)[WIDTH]) {
-            tile.sum_terms<8>(chunk, sum, [&](int i, A(&lane)[WIDTH]) {
+            tile.sum_terms<STEPS>(chunk, sum, [&](int i, A(&lane)[WIDTH]) {
                 A v[WIDTH];
                 tile.read(i, v);
                 terms.add(i, v, lane);
