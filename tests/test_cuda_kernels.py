@@ -17,25 +17,31 @@ from bikernels.backend.cupy.compile import all_kernels
 ARCHITECTURES = ("sm_80", "sm_90a")
 NEWER = ("sm_100a", "sm_120")
 
-PRODUCTS_SHARE, REDUCTIONS_SHARE = 3, 6
-"""One in so many kernels of each source and dtype, of each reduction: of hundreds that differ by little."""
+REDUCTIONS_SHARE = 6
+"""One in so many kernels of each reduction: of hundreds that differ by little."""
+OPERANDS = ("ELEMENT", "A_K_CONTIGUOUS", "B_K_CONTIGUOUS", "A_ALONG_K", "B_ALONG_K")
+"""In which kernels of one schedule differ."""
 
 
 @functools.cache
 def kernels(arch: str, every: bool) -> dict[str, compiler.Kernel]:
-    """All, or a share. Layouts alternate fastest, four to a schedule, so one in three still meets every schedule."""
-    numbers: collections.Counter[str] = collections.Counter()
-
-    def is_left_out(kernel: compiler.Kernel) -> bool:
+    """All, or of each schedule of the products one dtype and layout, and a share of each reduction's."""
+    found: collections.defaultdict[str, list[compiler.Kernel]] = collections.defaultdict(list)
+    for kernel in all_kernels(arch):
         macros = dict(kernel.macros)
-        if kernel.source == "elementwise.cu" and arch == ARCHITECTURES[0]:
-            return True  # they have nothing of an architecture's own
-        share = REDUCTIONS_SHARE if "OPERATION" in macros else PRODUCTS_SHARE
-        group = f"{kernel.source} {macros.get('OPERATION', macros.get('ELEMENT'))}"
-        numbers[group] += 1
-        return (numbers[group] + zlib.crc32(group.encode())) % share != 0
+        if kernel.source == "elementwise.cu" and arch == ARCHITECTURES[0] and not every:
+            continue  # they have nothing of an architecture's own
+        operation = macros.get("OPERATION")
+        schedule = operation or str(kernel._replace(macros=tuple(kv for kv in kernel.macros if kv[0] not in OPERANDS)))
+        found[f"{kernel.source} {schedule}"].append(kernel)
 
-    return {str(kernel): kernel for kernel in all_kernels(arch) if every or not is_left_out(kernel)}
+    def chosen(group: str, members: list[compiler.Kernel]) -> list[compiler.Kernel]:
+        if every:
+            return members
+        share = REDUCTIONS_SHARE if "OPERATION" in dict(members[0].macros) else len(members)
+        return members[zlib.crc32(group.encode()) % min(share, len(members)) :: share]
+
+    return {str(kernel): kernel for group, members in found.items() for kernel in chosen(group, members)}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -37,9 +37,10 @@ SHARED_BYTES = 99 << 10
 """Shared memory that every GPU from sm_80 on has for a thread block."""
 
 
-SHARE = 6
-"""One in so many kernels of each reduction, of which there are a stage, mode and dtype each, unless --every-kernel asks
-for all."""
+PRODUCTS_SHARE, REDUCTIONS_SHARE = 2, 6
+"""One in so many kernels of each product, which differ by their tiles, and of each reduction, of which there is one for a
+stage, mode and dtype, unless --every-kernel asks for all.
+"""
 
 
 def family(variant: Any) -> str:
@@ -58,8 +59,9 @@ def families(every: bool) -> dict[str, list[Any]]:
         chosen = list(members)
         if not every and isinstance(chosen[0], matmul.Variant) and chosen[0].operand == "float16":
             chosen = list({one.tile.instruction: one for one in chosen}.values())
-        elif not every and isinstance(chosen[0], reduction.Variant):
-            chosen = chosen[zlib.crc32(name.encode()) % SHARE :: SHARE]
+        elif not every:
+            share = PRODUCTS_SHARE if isinstance(chosen[0], matmul.Variant) else REDUCTIONS_SHARE
+            chosen = chosen[zlib.crc32(name.encode()) % share :: share]
         found[name] = chosen
     return found
 
