@@ -38,8 +38,8 @@ SHARED_BYTES = 99 << 10
 
 
 PRODUCTS_SHARE, REDUCTIONS_SHARE = 2, 6
-"""One in so many kernels of each product, which differ by their tiles, and of each reduction, of which there is one for a
-stage, mode and dtype, unless --every-kernel asks for all.
+"""One in so many kernels of each product, which differ by their tiles, and of each reduction, which differ by stage,
+mode and dtype, unless --every-kernel asks for all.
 """
 
 
