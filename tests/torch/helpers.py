@@ -68,3 +68,15 @@ def layouts(x: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     rows = torch.full((*x.shape[:-2], 2 * x.shape[-2], x.shape[-1] + 3), float("nan"), dtype=x.dtype, device=x.device)
     rows[..., ::2, 1:-2] = x
     yield "unaligned rows", rows[..., ::2, 1:-2]
+
+
+LAYOUTS_OF_ELEMENTS: dict[str, Callable[[Callable[..., torch.Tensor]], torch.Tensor]] = {
+    "contiguous": lambda draw: draw(3, 5, 7),
+    "transposed": lambda draw: draw(3, 5, 7).transpose(0, 2),
+    "channels last": lambda draw: draw(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "sliced": lambda draw: draw(3, 5, 9)[:, ::2, 1:8],
+    "expanded": lambda draw: draw(3, 1, 7).expand(3, 5, 7),
+    "0-d": lambda draw: draw(()),
+    "empty": lambda draw: draw(3, 0, 7),
+}
+"""Operands of pointwise functions, drawn by `torch.rand` or its like."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from bikernels_torch import set_batch_invariant_mode
 from bikernels_torch.operators import pointwise
 
-from .helpers import DTYPES, TOLERANCE, bits, same_bits
+from .helpers import DTYPES, LAYOUTS_OF_ELEMENTS, TOLERANCE, bits, same_bits
 
 aten = torch.ops.aten
 
@@ -221,21 +221,10 @@ def test_every_override_is_exercised() -> None:
     assert {name.split(".")[0].rstrip("_") for name in original} == used
 
 
-LAYOUTS: dict[str, Callable[[], torch.Tensor]] = {
-    "contiguous": lambda: torch.randn(3, 5, 7),
-    "transposed": lambda: torch.randn(3, 5, 7).transpose(0, 2),
-    "channels last": lambda: torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
-    "sliced": lambda: torch.randn(3, 5, 9)[:, ::2, 1:8],
-    "expanded": lambda: torch.randn(3, 1, 7).expand(3, 5, 7),
-    "0-d": lambda: torch.randn(()),
-    "empty": lambda: torch.randn(3, 0, 7),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS_OF_ELEMENTS)
 def test_layouts(layout: str) -> None:
     """Shape and strides of the result are PyTorch's, for one operand, two, and a broadcast one."""
-    x = LAYOUTS[layout]()
+    x = LAYOUTS_OF_ELEMENTS[layout](torch.randn)
     calls = [
         lambda: F.silu(x),
         lambda: torch.sigmoid(x),

@@ -20,7 +20,7 @@ from bikernels_torch.auditing import kinds
 from bikernels_torch.auditing.kinds import Kind
 from bikernels_torch.operators import portable
 
-from .helpers import DTYPES, from_numpy, same_bits, to_numpy
+from .helpers import DTYPES, LAYOUTS_OF_ELEMENTS, from_numpy, same_bits, to_numpy
 
 aten = torch.ops.aten
 
@@ -212,15 +212,6 @@ def test_without_it_numbers_are_rounded(device: str) -> None:
 
 # ------------------------------------------------------------------------------------------------- forms and layouts
 
-LAYOUTS: dict[str, Callable[[], torch.Tensor]] = {
-    "contiguous": lambda: torch.rand(3, 5, 7),
-    "transposed": lambda: torch.rand(3, 5, 7).transpose(0, 2),
-    "channels last": lambda: torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last),
-    "sliced": lambda: torch.rand(3, 5, 9)[:, ::2, 1:8],
-    "expanded": lambda: torch.rand(3, 1, 7).expand(3, 5, 7),
-    "0-d": lambda: torch.rand(()),
-    "empty": lambda: torch.rand(3, 0, 7),
-}
 FORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "unary": torch.exp,
     "in place": lambda x: x.clone().sigmoid_(),
@@ -246,10 +237,10 @@ FORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS_OF_ELEMENTS)
 def test_forms_and_layouts(layout: str, form: str) -> None:
     """Dtype, shape and strides are PyTorch's, and the values close to its."""
-    x = LAYOUTS[layout]()
+    x = LAYOUTS_OF_ELEMENTS[layout](torch.rand)
     standard = FORMS[form](x)
     with set_batch_invariant_mode(portable=True):
         result = FORMS[form](x)

@@ -19,7 +19,7 @@ from . import threads
 from .compile import address_of, inner, invoke, kernel
 from .convert import reader, rounder, writer
 from .functions import function
-from .numerics import FLOAT, pointer, take
+from .numerics import FLOAT, offset, pointer, take
 
 _BLOCK = 1024
 """Elements that are computed together, so that they stay in the cache."""
@@ -56,13 +56,7 @@ class Elements(NamedTuple):
 @inner
 def _place(g, operand, row):  # type: ignore[no-untyped-def]
     """Elements to the first one of a row, the index of the other dimensions in C order."""
-    table = pointer(g.dimensions, np.int64)
-    total = 0
-    for dimension in range(g.outer - 1, -1, -1):
-        length = table[4 * dimension]
-        total += (row % length) * table[4 * dimension + 1 + operand]
-        row //= length
-    return total
+    return offset(g.dimensions, 4, 0, g.outer, row, 1 + operand)
 
 
 @inner

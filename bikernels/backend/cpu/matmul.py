@@ -28,7 +28,7 @@ from .. import MatmulLaunch
 from . import fma, tensor_core, threads
 from .compile import address_of, inner, invoke, kernel
 from .convert import reader, writer
-from .numerics import FLOAT, pointer, take
+from .numerics import FLOAT, offset, pointer, take
 from .numerics import fma as fused
 from .panels import Panels
 from .stream import Stream, stream
@@ -108,13 +108,7 @@ def _ceil(x, y):  # type: ignore[no-untyped-def]
 @inner
 def _offset(g, index, operand):  # type: ignore[no-untyped-def]
     """Elements from the start of an operand to its matrix number `index` of the batch."""
-    table = pointer(g.batch, np.int64)
-    offset = 0
-    for dimension in range(g.dimensions - 1, -1, -1):
-        length = table[5 * dimension]
-        offset += (index % length) * table[5 * dimension + operand]
-        index //= length
-    return offset
+    return offset(g.batch, 5, 0, g.dimensions, index, operand)
 
 
 @inner

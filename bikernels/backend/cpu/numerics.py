@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 
 from ...contract import CANONICAL_NAN, ITEMSIZE
-from .compile import primitive
+from .compile import inner, primitive
 from .vectors import constant
 
 # ------------------------------------------------------------------------------------------------------- the machine
@@ -245,6 +245,20 @@ def transposed(builder: Any, vectors: list[Any]) -> list[Any]:
                 result[i + step] = builder.shuffle_vector(*pair, ir.Constant(index, high))
         vectors, step = result, step // 2
     return vectors
+
+
+@inner
+def offset(table, columns, first, end, index, column):  # type: ignore[no-untyped-def]
+    """Elements to position `index`, in C order, of dimensions `first` to `end`.
+
+    The table has `columns` int64 for each dimension: its length, and strides, of which `column` says which.
+    """
+    place, total = pointer(table, np.int64), 0
+    for dimension in range(end - 1, first - 1, -1):
+        length = place[columns * dimension]
+        total += (index % length) * place[columns * dimension + column]
+        index //= length
+    return total
 
 
 @primitive

@@ -17,7 +17,7 @@ from ...specs import Layout, ReductionSpec
 from . import threads
 from .compile import inner, invoke
 from .convert import reader, rounder, writer
-from .numerics import pointer
+from .numerics import offset, pointer
 
 _WIDTH, _WIDE = 16, 64
 """Rows in a group of several; of rows that lie closer than their elements up to so many, so that each stretch of memory
@@ -167,14 +167,7 @@ def _field(g, operand, field):  # type: ignore[no-untyped-def]
 @inner
 def _offset(g, index, first, dimensions, operand):  # type: ignore[no-untyped-def]
     """Elements to position `index`, in C order, of the table's dimensions from `first` on."""
-    place = pointer(g.dimensions, np.int64)
-    columns = 1 + len(OPERANDS)
-    total = 0
-    for dimension in range(first + dimensions - 1, first - 1, -1):
-        length = place[columns * dimension]
-        total += (index % length) * place[columns * dimension + 1 + operand]
-        index //= length
-    return total
+    return offset(g.dimensions, 1 + len(OPERANDS), first, first + dimensions, index, 1 + operand)
 
 
 @inner

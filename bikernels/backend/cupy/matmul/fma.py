@@ -21,6 +21,7 @@ NARROW_COMPUTE_CAPABILITY = (8, 0)
 """The least one that has cp.async and the shared memory for `Narrow`."""
 
 ANY_NUMBER = 2**62
+"""Of tiles; more than there are."""
 
 SINGLY = 1.3
 """How much longer a `Narrow` tile takes whose elements are copied one by one, an estimate."""

@@ -151,7 +151,7 @@ def resident_ctas(shared_bytes: int) -> int:
 
 
 class Cycles(NamedTuple):
-    """Estimates for an H100, per step of k: of a tile that has a multiprocessor to itself, and of one of many."""
+    """Estimates for Hopper, per step of k: of a tile that has a multiprocessor to itself, and of one of many."""
 
     alone: float
     shared: float
