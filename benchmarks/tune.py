@@ -171,9 +171,8 @@ def main() -> None:
     compile_ahead([problem_of(*operands(case, buffer)[0]) for case in cases], arguments.most)
     print(f"compiled after {time.perf_counter() - start:.1f} s", flush=True)
 
-    table: dict[str, Any] = {"gpu": gpu(0).name, "products": {}}
-    if arguments.table.is_file():
-        table = json.loads(arguments.table.read_text())
+    known = json.loads(arguments.table.read_text())["products"] if arguments.table.is_file() else {}
+    table = {"gpu": gpu(0).name, "bytes_per_us": gpu(0).bytes_per_us, "products": known}
     record = []
     speeds: dict[str, list[tuple[float, float]]] = collections.defaultdict(list)
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -208,7 +207,8 @@ def main() -> None:
 def _lines(table: dict[str, Any]) -> str:
     """JSON with a line for each product."""
     products = ",\n".join(f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in table["products"].items())
-    return f'{{\n  "gpu": {json.dumps(table["gpu"])},\n  "products": {{\n{products}\n  }}\n}}\n'
+    machine = "".join(f"  {json.dumps(name)}: {json.dumps(table[name])},\n" for name in ("gpu", "bytes_per_us"))
+    return f'{{\n{machine}  "products": {{\n{products}\n  }}\n}}\n'
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 
 import bikernels
-from bikernels.backend.cupy.matmul import wgmma
 from bikernels.specs import REDUCTIONS
 
 from . import test_reduction_schedules as reductions
@@ -21,20 +20,22 @@ ROWS, COLUMNS = ((9, 7), (70, 24), (5, 257), (3, 5001)), ((13, 1), (24, 40), (16
 
 
 def main() -> None:
-    """Run the products that the arguments choose."""
+    """Run the products and reductions that the arguments choose."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="of the schedules for wgmma, every N-th only")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="of schedules and operations one in N")
+    parser.add_argument("--first", type=int, default=0, metavar="I", help="from the I-th on")
     arguments = parser.parse_args()
     bikernels.backends()
-    backend, ran = BackendUnderTest("cupy"), 0
-    for number, case in enumerate(forced()):
-        if not backend.can_compute(case.arithmetic) or (case.family is wgmma and number % arguments.every):
-            continue
-        ran += sum(run(backend, case, product) for product in products(case.dtype, case.arithmetic, SHAPES))
-    print(f"{ran} products, the bytes of the CPU's")
+    backend, share = BackendUnderTest("cupy"), slice(arguments.first, None, arguments.every)
+    cases = [case for case in forced() if backend.can_compute(case.arithmetic)][share]
+    ran = sum(
+        run(backend, case, product) for case in cases for product in products(case.dtype, case.arithmetic, SHAPES)
+    )
+    print(f"{ran} products by {len(cases)} schedules, the bytes of the CPU's")
     reductions.ROWS, reductions.COLUMNS = ROWS, COLUMNS
-    reduced = sum(reductions.run(backend, operation, "bfloat16", "bfloat16") for operation in REDUCTIONS)
-    print(f"{reduced} reductions, the bytes of the reference")
+    operations = sorted(REDUCTIONS)[share]
+    reduced = sum(reductions.run(backend, operation, "bfloat16", "bfloat16") for operation in operations)
+    print(f"{reduced} reductions of {len(operations)} operations, the bytes of the reference")
 
 
 if __name__ == "__main__":

@@ -43,16 +43,25 @@ def product(m: int, n: int, k: int, batch: tuple[int, ...] = ()) -> Problem:
 
 
 def test_tables_of_the_package() -> None:
-    """Chips that differ in their memory share a table, all of whose schedules exist."""
-    assert choice.table_name(H100) == choice.table_name(H200) != choice.table_name(OTHER)
-    tables = list(choice.TABLES.glob("*.json"))
-    assert choice.TABLES / choice.table_name(H100) in tables
-    for table in tables:
+    """A GPU reads its chip's tables, that of the memory most like its own first; all of their schedules exist."""
+    assert [table.name for table in choice.tables(H100)] == ["sm_90-132-h100.json", "sm_90-132-h200.json"]
+    assert choice.tables(H200) == choice.tables(H100)[::-1]
+    assert not choice.tables(OTHER)
+    for table in choice.TABLES.glob("*.json"):
         written = json.loads(table.read_text())["products"]
         assert len(written) == len(choice._read(table))
         for chosen in choice._read(table).values():
             assert chosen.schedule in wgmma.SCHEDULES
             assert isinstance(chosen.swap, bool) and isinstance(chosen.early, bool) and chosen.band >= 1
+
+
+def test_the_table_of_the_nearest_memory_goes_first() -> None:
+    """Both chips have measured this product, and have found different schedules."""
+    problem = product(8, 24576, 4096)
+    of_h100, of_h200 = (choice._read(table)[choice.key(problem)] for table in choice.tables(H100))
+    assert of_h100.schedule != of_h200.schedule
+    assert choice.choose(problem, H100) == of_h100
+    assert choice.choose(problem, H200) == of_h200
 
 
 def test_a_table_goes_before_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

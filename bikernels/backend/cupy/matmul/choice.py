@@ -3,8 +3,8 @@
 What was measured is for m rounded up to a power of two; the model says for which of the other lengths it will do.
 
 The table and the model decide speed and no bit: a wrong entry is slow and still right. `benchmarks/tune.py` measures
-and writes tables; those of the package lie in the folder `tables`, one for each chip, and BIKERNELS_SCHEDULES may name
-another file, which goes first.
+and writes tables; those of the package lie in the folder `tables`, and BIKERNELS_SCHEDULES may name another file, which
+goes first.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TOLERANCE = 1.1
 
 def choose(problem: Problem, gpu: GPU) -> Choice:
     """The choice for a product on a GPU."""
-    for table in (os.environ.get(ENVIRONMENT_TABLE), TABLES / table_name(gpu)):
+    for table in (os.environ.get(ENVIRONMENT_TABLE), *tables(gpu)):
         measured = _read(table).get(key(problem))
         if measured is not None:
             return measured if _suits(measured, _nearby(problem), gpu) else _fastest(_nearby(problem), gpu)[0]
@@ -94,10 +94,17 @@ def variants(problem: Problem, choice: Choice) -> list[Choice]:
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def table_name(gpu: GPU) -> str:
-    """The file of a GPU's table: one for each chip and number of multiprocessors, whatever memory it has."""
+@functools.cache
+def tables(gpu: GPU) -> tuple[Path, ...]:
+    """The package's tables for a chip with as many multiprocessors; first that of the memory most like this GPU's."""
     major, minor = gpu.compute_capability
-    return f"sm_{major}{minor}-{gpu.multiprocessors}.json"
+    found = TABLES.glob(f"sm_{major}{minor}-{gpu.multiprocessors}-*.json")
+
+    def unlike(table: Path) -> float:
+        bytes_per_us: float = json.loads(table.read_text())["bytes_per_us"]
+        return abs(math.log(bytes_per_us / gpu.bytes_per_us))
+
+    return tuple(sorted(found, key=unlike))
 
 
 def key(problem: Problem) -> str:
