@@ -142,10 +142,18 @@ def test_the_model_knows_the_memory() -> None:
         assert slower <= ratio < H200.bytes_per_us / H100.bytes_per_us
 
 
-def test_the_model_knows_what_missing_rows_cost() -> None:
-    """Two tiles of 256 are faster with 500 rows than with 300, and one tile with any number of rows lacks none."""
-    entry = Choice(Schedule(64, 256, 64, 5), False, False, 4)
-    few, many = (choice.predicted_us(product(m, 12288, 4096).swap(), entry, H200) for m in (300, 500))
-    assert few > 1.3 * many
-    alone, full = (choice.predicted_us(product(m, 12288, 4096).swap(), entry, H200) for m in (200, 256))
-    assert alone <= full
+def test_the_last_tile_lies_within_the_matrix() -> None:
+    """It begins early, in whole vectors of an operand along m, and not where the addend may be the result."""
+
+    def begins(problem: Problem) -> tuple[int, int]:
+        parameters, _ = wgmma.parameters(problem, Schedule(64, 128, 64, 9), early=False, band=1)
+        return int(parameters["last_m"]), int(parameters["last_n"])
+
+    problem = product(200, 300, 4096)
+    assert begins(problem) == (136, 172)
+    assert begins(problem._replace(a=(1, 200), m=197)) == (136, 172)
+    assert begins(product(3, 128, 4096)) == (0, 0)
+    in_place = problem._replace(c_dtype="bfloat16", c=problem.out)
+    assert begins(in_place) == (wgmma.ANYWHERE, wgmma.ANYWHERE)
+    assert begins(in_place._replace(c=(0, 1))) == (136, 172)
+    assert begins(in_place._replace(m=1, c=(0, 1)))[1] == wgmma.ANYWHERE  # of one row a stride says nothing

@@ -31,6 +31,7 @@ struct Wgmma {
     long long c_stride[2], out_stride[2];  // along m, along n
     long long c_batch[2], out_batch[2];    // along the batch's dimensions
     unsigned m, n, steps;                  // steps: tiles of K
+    unsigned last_m, last_n;               // where a tile may begin at the latest
     unsigned tiles_m, tiles_n;             // in clusters
     unsigned tiles;                        // of all matrices
     unsigned band;                         // clusters along m that are walked before the next along n
@@ -111,7 +112,8 @@ struct Ring {
     }
 };
 
-// Where the tile of this CTA lies.
+// Where the tile of this CTA lies. The last one along a dimension begins early enough to lie within the matrix, if that is
+// as long as a tile, and computes once more what its neighbour does: the TMA takes longer for lines that do not exist.
 struct Tile {
     int m, n, batch[2];
 
@@ -121,8 +123,8 @@ struct Tile {
         const unsigned of_band = p.band * p.tiles_n, band = index / of_band;
         index -= band * of_band;
         const unsigned height = min(p.band, p.tiles_m - band * p.band);
-        m = ((band * p.band + index % height) * CLUSTER_M + rank % CLUSTER_M) * TILE_M;
-        n = (index / height * CLUSTER_N + rank / CLUSTER_M) * TILE_N;
+        m = min(((band * p.band + index % height) * CLUSTER_M + rank % CLUSTER_M) * TILE_M, p.last_m);
+        n = min((index / height * CLUSTER_N + rank / CLUSTER_M) * TILE_N, p.last_n);
         batch[0] = matrix / p.batch;
         batch[1] = matrix % p.batch;
     }

@@ -76,8 +76,10 @@ def choices(problem: Problem, gpu: GPU) -> list[Choice]:
     early = _memory_us(problem, gpu) > EARLY * _flops_us(problem)
     found = []
     for swap in (problem.m > problem.n, problem.m <= problem.n):
-        m, n = (problem.n, problem.m) if swap else (problem.m, problem.n)
+        m, n, b = (problem.n, problem.m, problem.a) if swap else (problem.m, problem.n, problem.b)
         for schedule in SCHEDULES:
+            if not schedule.takes(along_k(b)):
+                continue
             rows, columns = schedule.m * schedule.cluster_m, schedule.n * schedule.cluster_n
             if rows < 2 * max(m, FEWEST_ROWS) and columns < 2 * max(n, FEWEST_ROWS):
                 found.append(Choice(schedule, swap, early, BAND))
@@ -146,8 +148,6 @@ WRITTEN_BYTE = 0.14
 """What a byte that arrives in shared memory costs of one that is read there."""
 LINE_CYCLES = 1.44
 """Of a line of at most 128 bytes that the TMA brings, however short it is."""
-MISSING_LINE_CYCLES = 6.0
-"""Of one outside of the operand, which the TMA fills with zeros."""
 LINE_EFFICIENCY = {128: 1.0, 64: 1.0, 32: 0.73, 16: 0.46}
 """Of device memory, by the bytes of a line."""
 STEP_CYCLES, STAGE_CYCLES = 11, 1.5
@@ -179,20 +179,13 @@ def predicted_us(problem: Problem, choice: Choice, gpu: GPU) -> float:
     shared = (read + WRITTEN_BYTE * written) / SHARED_BYTES_PER_CYCLE
     sides = ((schedule.m, m, problem.a), (schedule.n, n, problem.b))
     lines = sum(_lines(tile, length, along_k(strides)) for tile, length, strides in sides)
-    missing = [_missing_lines(tile, length, along_k(strides)) for tile, length, strides in sides]
-    of_last = lines * LINE_CYCLES + sum(missing) * (MISSING_LINE_CYCLES - LINE_CYCLES)
     factor = CLUSTER_FACTOR if schedule.cluster > 1 else 1
-    step, last_step = (max(arithmetic, shared, cycles) * factor for cycles in (lines * LINE_CYCLES, of_last))
+    step = max(arithmetic, shared, lines * LINE_CYCLES) * factor
     busiest, rounds = -(-ctas // multiprocessors), -(-ctas // (multiprocessors * schedule.resident))
     outputs = schedule.m * schedule.n / (128 * schedule.consumers)  # of a thread
     epilogue = EPILOGUE_CYCLES + OUTPUT_CYCLES * outputs
-    # Of a multiprocessor's tiles, how many may lie at an end where rows are missing.
-    ends = [tiles for tiles, lost in zip((tiles_m, tiles_n), missing, strict=True) if lost]
-    last = max((-(-busiest // tiles) for tiles in ends), default=0)
-    slowest_step = last_step if last else step
-    alone = max(groups * slowest_step + stages * STAGE_CYCLES, stages * LATENCY_CYCLES / (schedule.stages - 1))
-    together = groups * ((busiest - last) * step + last * last_step)
-    cycles = max(together, rounds * alone) + (busiest - 1) * epilogue / schedule.resident
+    alone = max(groups * step + stages * STAGE_CYCLES, stages * LATENCY_CYCLES / (schedule.stages - 1))
+    cycles = max(busiest * groups * step, rounds * alone) + (busiest - 1) * epilogue / schedule.resident
 
     brought = ((schedule.m / schedule.cluster_n, problem.a), (schedule.n / schedule.cluster_m, problem.b))
     l2_us = sum(ctas * k * 2 * lines / L2_BYTES_PER_US[_aligned_bytes(strides)] for lines, strides in brought)
@@ -228,9 +221,3 @@ def _lines(tile: int, length: int, k_contiguous: bool) -> float:
     """Lines that a group of K takes, of a tile or, along K, of as many rows as there are."""
     rows = min(tile, length) if k_contiguous else tile
     return rows * GROUP * 2 / _line_bytes(tile, k_contiguous)
-
-
-def _missing_lines(tile: int, length: int, k_contiguous: bool) -> float:
-    """Lines of a group of K that the last tile asks for in vain. Where there is one tile, only its rows are brought."""
-    missing = -length % tile if k_contiguous and length > tile else 0
-    return missing * GROUP * 2 / _line_bytes(tile, k_contiguous)

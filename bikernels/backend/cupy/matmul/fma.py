@@ -155,7 +155,8 @@ SCHEDULES: dict[str, tuple[Schedule, ...]] = {
     "float16": _HALF,
     "float32": (
         Narrow(32, 2, 128, 1, 1, 1, 5, 4, Cycles(10.3, 9)),
-        Narrow(32, 8, 128, 2, 2, 2, 4, 4, Cycles(13.7, 13)),
+        Narrow(32, 4, 128, 1, 1, 2, 5, 4, Cycles(10.6, 10.6)),
+        Narrow(32, 8, 128, 2, 1, 2, 4, 4, Cycles(12, 12)),
         Narrow(32, 16, 128, 2, 2, 2, 3, 4, Cycles(16, 16)),
         Narrow(32, 32, 64, 2, 4, 2, 3, 2, Cycles(23.6, 16.5)),
         Narrow(64, 32, 64, 4, 4, 4, 3, 2, Cycles(32.5, 27)),

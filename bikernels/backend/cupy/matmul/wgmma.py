@@ -39,6 +39,8 @@ PARAMETERS = np.dtype(
         ("m", "u4"),
         ("n", "u4"),
         ("steps", "u4"),
+        ("last_m", "u4"),
+        ("last_n", "u4"),
         ("tiles_m", "u4"),
         ("tiles_n", "u4"),
         ("tiles", "u4"),
@@ -65,6 +67,9 @@ AHEAD = np.dtype([("line", "i8"), ("rows", "u4"), ("depth", "u4"), ("steps", "u4
 
 AHEAD_BYTES = 32 * 1024
 """That a CTA brings to the L2 before the kernels before it have ended: what memory can bring meanwhile."""
+
+ANYWHERE = 2**31 - 1
+"""In place of where the last tile begins: past the end, too, in a cluster that the matrix does not fill."""
 
 LONGEST_BOX = 256
 """Elements along a dimension that the TMA takes at once."""
@@ -104,6 +109,10 @@ class Schedule(NamedTuple):
     def producer_registers(self) -> int:
         """Of a producer's thread beside two consumers, which get the rest. Tiles in many slabs take more."""
         return 40 if self.m == 256 and self.n % SLAB else 24
+
+    def takes(self, b_k_contiguous: bool) -> bool:
+        """Whether it is for a b that lies so: where tiles of b are walked along n, lines of 16 bytes are slow."""
+        return b_k_contiguous or self.consumers == 1 or self.n % 32 == 0
 
     def grid(self, tiles: int, multiprocessors: int) -> int:
         """CTAs to launch: as many as run at once. Clusters of more than two may not fill every part of the GPU; there,
@@ -167,14 +176,21 @@ SCHEDULES = (
     Schedule(64, 96, 128, 5),
     Schedule(64, 128, 64, 9),
     Schedule(64, 256, 64, 5),
-    # Two warpgroups: for products that compute.
+    # Two warpgroups: for products that compute. The many widths are for the numbers of rows that serving has.
     Schedule(128, 64, 64, 9, 2),
     Schedule(128, 64, 64, 9, 2, 1, 2),
+    Schedule(128, 72, 64, 9, 2),
     Schedule(128, 96, 64, 8, 2),
+    Schedule(128, 104, 64, 7, 2),
+    Schedule(128, 120, 64, 7, 2),
     Schedule(128, 128, 64, 7, 2),
+    Schedule(128, 144, 64, 6, 2),
+    Schedule(128, 152, 64, 6, 2),
     Schedule(128, 160, 64, 6, 2),
+    Schedule(128, 176, 64, 5, 2),
     Schedule(128, 192, 64, 5, 2),
     Schedule(128, 192, 64, 5, 2, 2, 1),
+    Schedule(128, 208, 64, 5, 2),
     Schedule(128, 224, 64, 5, 2),
     Schedule(128, 256, 64, 4, 2),
     Schedule(128, 256, 64, 4, 2, 2, 1),
@@ -270,6 +286,7 @@ def parameters(problem: Problem, schedule: Schedule, early: bool, band: int) -> 
     p["c_stride"], p["out_stride"] = problem.c, problem.out
     p["c_batch"], p["out_batch"] = last_two(problem.batch_c), last_two(problem.batch_out)
     p["m"], p["n"], p["steps"] = problem.m, problem.n, -(-problem.k // schedule.k)
+    p["last_m"], p["last_n"] = _last_tiles(problem, schedule)
     p["tiles_m"], p["tiles_n"], p["tiles"] = tiles_m, tiles_n, tiles_m * tiles_n * problem.matrices
     p["band"] = min(tiles_m, band)
     p["batch"] = (1, *problem.batch)[-1]
@@ -279,6 +296,24 @@ def parameters(problem: Problem, schedule: Schedule, early: bool, band: int) -> 
     p["vectors"] = _vectors(problem)
     p["early"] = early
     return p, int(p["tiles"])
+
+
+def _last_tiles(problem: Problem, schedule: Schedule) -> list[int]:
+    """Where the last tile along m and along n may begin at the latest.
+
+    An addend may be the result itself, unless it is broadcast; then nothing is computed twice. Of an operand that is
+    contiguous along m or n the TMA takes elements from a multiple of `ELEMENTS` on.
+    """
+    is_broadcast = any(
+        length > 1 and stride == 0 for length, stride in zip((problem.m, problem.n), problem.c, strict=True)
+    )
+    may_be_result = problem.c_dtype is not None and not is_broadcast
+    last = []
+    for length, tile, strides in ((problem.m, schedule.m, problem.a), (problem.n, schedule.n, problem.b)):
+        begin = max(0, length - tile)
+        step = 1 if along_k(strides) else ELEMENTS
+        last.append(ANYWHERE if may_be_result else -(-begin // step) * step)
+    return last
 
 
 def _vectors(problem: Problem) -> int:
@@ -352,7 +387,7 @@ def instances(compute_capability: int, source: str, schedules: Iterable[Schedule
     for dtype in sorted({dtype for kind in ARITHMETIC.values() if kind.is_tensor_core for dtype in kind.covers}):
         for schedule in schedules:
             for a_k_contiguous in (True, False):
-                for b_k_contiguous in (True, False):
+                for b_k_contiguous in filter(schedule.takes, (True, False)):
                     yield schedule.kernel(source, dtype, a_k_contiguous, b_k_contiguous)
 
 
