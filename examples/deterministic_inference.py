@@ -1,30 +1,33 @@
 """How many different answers does a server give to one prompt, sent many times among other traffic? Ideally one.
 
-    python examples/deterministic_inference.py [--model NAME_OR_PATH] [--copies 1000] [--device cuda|cpu]
+    python examples/deterministic_inference.py [--model NAME_OR_PATH] [--copies 1000] [--cuda-graphs] [--json FILE]
 
 A Hugging Face causal language model generates greedily under continuous batching (`continuous_batching.py`): requests
 with prompts and completions of random lengths join and leave, so the batch is another one at every step. One prompt is
-sent many times among them. The same requests run on the same schedule twice, in standard PyTorch and in the
-batch-invariant mode; the model's code and the engine know nothing of the mode.
+sent many times among them. The same requests run on the same schedule in standard PyTorch and in the batch-invariant
+mode, eager and, on a GPU with --cuda-graphs, replayed from CUDA graphs; the model's code and the engine know nothing of
+the mode.
 
 Then the completion is scored as a trainer does it, all of its tokens in one prefill, and these log-probabilities are
 compared with those that the sampler had.
 
 Without --model it is a small model of the Qwen3 architecture with random weights, so no download is needed. The exit
-status is 1 if the mode gives more than one answer, or a log-probability in another bit; the audit then says which
-operator made the difference.
+status is 1 if the mode gives more than one answer, or a log-probability in another bit, in all of its runs together;
+the audit then says which operator made the difference.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import platform
 import random
 import sys
 import time
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -58,10 +61,11 @@ SIZES = {
     "cuda": Size(1000, 100, 256, 1024, torch.bfloat16, 4096, 8, 32768),
 }
 LONGEST_PROMPT = 64
+STANDARD, MODE, IN_GRAPHS = "standard PyTorch", "batch-invariant mode", ", CUDA graphs"
 
 
 def load_model(name: str | None, size: Size, device: str, seed: int) -> PreTrainedModel:
-    """The model by its name or path; with None one with random weights."""
+    """The model by its name or path; with None one with random weights, which are drawn on the device."""
     if name is not None:
         return AutoModelForCausalLM.from_pretrained(name, dtype=size.dtype).to(device).eval()
     head_size = min(128, size.hidden_size // 4)
@@ -77,8 +81,9 @@ def load_model(name: str | None, size: Size, device: str, seed: int) -> PreTrain
         initializer_range=1.28 * size.hidden_size**-0.5,
         tie_word_embeddings=False,
     )
-    torch.manual_seed(seed)  # on the CPU, so that the weights do not depend on the device
-    return AutoModelForCausalLM.from_config(config, dtype=size.dtype).to(device).eval()
+    torch.manual_seed(seed)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=size.dtype).eval()
 
 
 def traffic(
@@ -109,9 +114,9 @@ class Run(NamedTuple):
     logprobs: torch.Tensor  # (copies, tokens), float32
     scored: torch.Tensor  # (tokens,): those of the first completion, computed in one prefill
     kl: float  # of the sampler's distributions to those of the prefill, largest over the tokens
-    tokens_per_second: float
-    largest_batch: int
-    smallest_batch: int
+    new_tokens: int  # of all requests
+    seconds: float
+    batches: list[int]  # tokens of each step
 
     def in_bits(self) -> list[tuple[Hashable, ...]]:
         """The completions, each token with the bits of its log-probability."""
@@ -122,6 +127,26 @@ class Run(NamedTuple):
         """How many log-probabilities of the first completion have other bits in the prefill."""
         return int((self.scored.view(torch.int32) != self.logprobs[0].view(torch.int32)).sum())
 
+    def to_json(self) -> dict[str, Any]:
+        """What is kept of it."""
+        different, first = parting(self.completions)
+        different_in_bits, first_in_bits = parting(self.in_bits())
+        return {
+            "different completions": different,
+            "first token that differs": first,
+            "different in every bit": different_in_bits,
+            "first token that differs in a bit": first_in_bits,
+            "log-probabilities with other bits in one prefill": self.rescored(),
+            "largest KL to the prefill": self.kl,
+            "tokens per second": round(self.new_tokens / self.seconds),
+            "seconds": round(self.seconds, 2),
+            "new tokens": self.new_tokens,
+            "steps": len(self.batches),
+            "tokens of a step": [min(self.batches), max(self.batches)],
+            "share still identical": still_identical(self.completions),
+            "share still identical in every bit": still_identical(self.in_bits()),
+        }
+
 
 def still_identical(completions: Sequence[tuple[Hashable, ...]]) -> list[float]:
     """For each length, the share of the largest group of completions that are the same so far."""
@@ -129,13 +154,12 @@ def still_identical(completions: Sequence[tuple[Hashable, ...]]) -> list[float]:
     return [Counter(c[:n] for c in completions).most_common(1)[0][1] / len(completions) for n in lengths]
 
 
-def how_many(completions: Sequence[tuple[Hashable, ...]]) -> str:
-    """How many are different, and where they first part."""
-    different = len(set(completions))
-    if different == 1:
-        return "1"
-    shared = min(common_prefix(completions[0], other) for other in completions)
-    return f"{different}, from token {shared + 1}"
+def parting(completions: Sequence[tuple[Hashable, ...]]) -> tuple[int, int | None]:
+    """How many are different, and from which token on, counted from 1; None if all are the same."""
+    different = set(completions)
+    if len(different) == 1:
+        return 1, None
+    return len(different), 1 + min(common_prefix(completions[0], other) for other in different - {completions[0]})
 
 
 def run(model: PreTrainedModel, same: list[Request], requests: list[Request], engine: Engine, name: str) -> Run:
@@ -157,9 +181,9 @@ def run(model: PreTrainedModel, same: list[Request], requests: list[Request], en
         logprobs=torch.stack([torch.stack(request.logprobs) for request in same]).cpu(),
         scored=scored.cpu(),
         kl=kl.abs().max().item(),
-        tokens_per_second=total / seconds,
-        largest_batch=max(batches),
-        smallest_batch=min(batches),
+        new_tokens=total,
+        seconds=seconds,
+        batches=batches,
     )
 
 
@@ -179,10 +203,52 @@ def where_bits_part(model: PreTrainedModel, vocabulary: int, seed: int) -> str:
     return "none at the batch sizes of the audit"
 
 
-# ---- The picture -----------------------------------------------------------------------------------------------------
+# ---- The record ------------------------------------------------------------------------------------------------------
 
 
-def draw(runs: dict[str, Run], title: str, path: Path) -> bool:
+def describe(settings: dict[str, Any], versions: dict[str, Any]) -> str:
+    """What is run, on what."""
+    return (
+        f"{settings['device']}; {', '.join(f'{name} {version}' for name, version in versions.items())}\n"
+        f"{settings['model']}: {settings['layers']} layers, hidden size {settings['hidden size']}, "
+        f"{settings['parameters'] / 1e6:.1f} M parameters, {settings['dtype']}; seed {settings['seed']}\n"
+        f"{settings['copies']} copies of one prompt of {settings['prompt tokens']} tokens among "
+        f"{settings['other requests']} other requests, answered with {settings['new tokens']} tokens"
+    )
+
+
+def table(record: dict[str, Any]) -> str:
+    """A line for each run."""
+
+    def parted(different: int, first: int | None) -> str:
+        return str(different) if first is None else f"{different}, from token {first}"
+
+    runs = record["runs"]
+    width = max(map(len, runs))
+    lines = [
+        f"{'':{width}}  {'different completions':22}  {'in every bit':22}  {'tokens/s':>8}  {'prefill':>10}  {'KL':>8}"
+    ]
+    for name, result in runs.items():
+        tokens = parted(result["different completions"], result["first token that differs"])
+        bits = parted(result["different in every bit"], result["first token that differs in a bit"])
+        prefill = f"{result['log-probabilities with other bits in one prefill']} of {record['settings']['new tokens']}"
+        lines.append(
+            f"{name:{width}}  {tokens:22}  {bits:22}  {result['tokens per second']:>8}  {prefill:>10}  "
+            f"{result['largest KL to the prefill']:>8.2g}"
+        )
+    return "\n".join(lines)
+
+
+LINES = {
+    STANDARD: ("tab:red", "-", 2.4),
+    STANDARD + IN_GRAPHS: ("tab:orange", "--", 1.2),
+    MODE: ("tab:blue", "-", 2.4),
+    MODE + IN_GRAPHS: ("black", "--", 1.2),
+}
+"""Colour, style and width for each run; of lines that coincide both show."""
+
+
+def draw(record: dict[str, Any], path: Path) -> bool:
     """The share of completions still identical against token position; False if matplotlib is not installed."""
     try:
         import matplotlib
@@ -191,17 +257,58 @@ def draw(runs: dict[str, Run], title: str, path: Path) -> bool:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for (name, result), colour in zip(runs.items(), ("tab:red", "tab:blue"), strict=True):
-        for in_bits, style, what in ((False, "-", "tokens"), (True, "--", "log-probabilities, every bit")):
-            completions = result.in_bits() if in_bits else result.completions
-            shares = [100 * share for share in still_identical(completions)]
-            axes.plot(range(1, len(shares) + 1), shares, style, color=colour, label=f"{name}: {what}")
-    axes.set(xlabel="token of the completion", ylabel="completions still identical, %", ylim=(0, 105), title=title)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    settings = record["settings"]
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bikernels"}):
+        figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.8), sharex=True, sharey=True, layout="constrained")
+        for panel, key, what in zip(
+            panels,
+            ("share still identical", "share still identical in every bit"),
+            ("tokens", "tokens and every bit of their log-probabilities"),
+            strict=True,
+        ):
+            for name, result in record["runs"].items():
+                shares = [100 * share for share in result[key]]
+                colour, style, width = LINES[name]
+                panel.plot(range(1, len(shares) + 1), shares, style, color=colour, linewidth=width, label=name)
+            panel.set(xlabel="token of the completion", ylim=(0, 105), title=what)
+        panels[0].set(ylabel="completions still identical, %")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+        figure.suptitle(
+            f"{settings['copies']} completions of one prompt among {settings['other requests']} other requests, "
+            f"{settings['device']}"
+        )
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else {})
+        pyplot.close(figure)
     return True
+
+
+def show(record: dict[str, Any], picture: Path) -> int:
+    """Print and draw what came of it; 1 if the mode failed."""
+    batches = [size for result in record["runs"].values() for size in result["tokens of a step"]]
+    print(f"steps of {min(batches)} to {max(batches)} tokens\n\n{table(record)}")
+    print(
+        "in every bit: log-probabilities of the tokens included; prefill: log-probabilities of a completion that have\n"
+        "other bits when it is scored in one prefill; KL: the largest, of the sampler to that prefill"
+    )
+    if draw(record, picture):
+        print(f"\npicture: {picture}")
+    print(f"\nfirst operator that varies in standard PyTorch: {record['first operator that varies']['standard']}")
+    where = record["first operator that varies"].get("mode")
+    if where is None:
+        print("In the mode there is one answer, and the prefill gives the sampler's log-probabilities in every bit.")
+        return 0
+    print(f"The mode gave other bits; first operator that varies in it: {where}")
+    answers = record["different in every bit in all runs of the mode"]
+    print(f"different completions in all of its runs together, in every bit: {answers}")
+    return 1
+
+
+def save(record: dict[str, Any], path: Path) -> None:
+    """As JSON, a line for each run."""
+    parts = {key: json.dumps(value) for key, value in record.items()}
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(result)}" for name, result in record["runs"].items())
+    parts["runs"] = f"{{\n{lines}\n }}"
+    path.write_text("{\n" + ",\n".join(f" {json.dumps(key)}: {part}" for key, part in parts.items()) + "\n}\n")
 
 
 # ---- The program -----------------------------------------------------------------------------------------------------
@@ -216,8 +323,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--others", type=int, help="how many other requests; default as many")
     parser.add_argument("--new-tokens", type=int, help="tokens of a completion; default 100 (cuda), 32 (cpu)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the prompts and the schedule")
+    parser.add_argument("--cuda-graphs", action="store_true", help="serve from CUDA graphs, too, which needs a GPU")
+    parser.add_argument("--json", type=Path, help="where to write all that was measured")
     parser.add_argument("--picture", type=Path, default=Path("deterministic_inference.png"))
+    parser.add_argument("--draw", type=Path, metavar="JSON", help="only print and draw such a record")
     options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU, and torch.cuda.is_available() is False")
+    if options.cuda_graphs and options.device != "cuda":
+        parser.error("--cuda-graphs needs a GPU, and --device is cpu; leave it out")
     size = SIZES[options.device]
     options.copies = size.copies if options.copies is None else options.copies
     options.others = options.copies if options.others is None else options.others
@@ -228,69 +342,75 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run both; 1 if the mode gave more than one answer, or other bits in the prefill."""
+    """Run all; 1 if the mode gave more than one answer, or other bits in the prefill."""
     options = parse(arguments)
+    if options.draw is not None:
+        record = json.loads(options.draw.read_text())
+        print(describe(record["settings"], record["versions"]))
+        return show(record, options.picture)
     size = SIZES[options.device]
     where = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(
-        f"{where}; torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"bikernels {bikernels.__version__}, contract version {bikernels.contract_version}"
-    )
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "bikernels": bikernels.__version__,
+        "contract": bikernels.contract_version,
+    }
     model = load_model(options.model, size, options.device, options.seed)
-    vocabulary = model.config.get_text_config().vocab_size
-    dtype = str(model.dtype).removeprefix("torch.")
-    print(
-        f"{options.model or 'Qwen3 architecture, random weights'}: {model.num_parameters() / 1e6:.1f} M parameters, "
-        f"{dtype}; seed {options.seed}\n{options.copies} copies of one prompt among {options.others} other requests, "
-        f"answered with {options.new_tokens} tokens"
-    )
+    config = model.config.get_text_config()
+    settings = {
+        "device": where,
+        "model": options.model or "Qwen3 architecture, random weights",
+        "layers": config.num_hidden_layers,
+        "hidden size": config.hidden_size,
+        "vocabulary": config.vocab_size,
+        "parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "seed": options.seed,
+        "copies": options.copies,
+        "other requests": options.others,
+        "prompt tokens": LONGEST_PROMPT // 2,
+        "new tokens": options.new_tokens,
+        "requests at a time": size.slots,
+        "tokens of a step, at most": size.tokens_per_step,
+    }
+    print(describe(settings, versions), flush=True)
 
-    def serve(name: str) -> Run:
-        def engine() -> Engine:
-            return Engine(
-                model,
-                slots=size.slots,
-                max_length=LONGEST_PROMPT + options.new_tokens,
-                tokens_per_step=size.tokens_per_step,
-                seed=options.seed,
-            )
-
-        # Kernels are compiled at first use, which is not timed.
-        engine().run(traffic(vocabulary, 1, size.slots, min(4, options.new_tokens), options.seed)[1])
-        same, requests = traffic(vocabulary, options.copies, options.others, options.new_tokens, options.seed)
-        return run(model, same, requests, engine(), name)
-
-    runs = {"standard PyTorch": serve("standard PyTorch")}
-    with set_batch_invariant_mode():
-        runs["batch-invariant mode"] = mode = serve("batch-invariant mode")
-
-    print(f"steps of {mode.smallest_batch} to {mode.largest_batch} tokens\n")
-    width = max(map(len, runs))
-    print(
-        f"{'':{width}}  {'different completions':22}  {'in every bit':22}  {'tokens/s':>8}  {'prefill':>9}  {'KL':>8}"
-    )
-    for name, result in runs.items():
-        print(
-            f"{name:{width}}  {how_many(result.completions):22}  {how_many(result.in_bits()):22}  "
-            f"{result.tokens_per_second:>8.0f}  {f'{result.rescored()} of {options.new_tokens}':>9}  {result.kl:>8.2g}"
+    def serve(name: str, graphs: bool) -> Run:
+        engine = Engine(
+            model,
+            slots=size.slots,
+            max_length=LONGEST_PROMPT + options.new_tokens,
+            tokens_per_step=size.tokens_per_step,
+            graphs=graphs,
         )
-    print(
-        "in every bit: log-probabilities of the tokens included; prefill: log-probabilities of a completion that have\n"
-        "other bits when it is scored in one prefill; KL: the largest, of the sampler to that prefill"
-    )
+        # Kernels are compiled at first use, which is not timed.
+        engine.run(traffic(config.vocab_size, 1, size.slots, options.new_tokens, options.seed)[1])
+        engine.random.seed(options.seed)
+        engine.batches.clear()
+        same, requests = traffic(config.vocab_size, options.copies, options.others, options.new_tokens, options.seed)
+        return run(model, same, requests, engine, name)
 
-    failed = len(set(mode.in_bits())) != 1 or mode.rescored() != 0 or mode.kl != 0
-    title = f"{options.copies} completions of one prompt among {options.others} others, {dtype}"
-    if draw(runs, title, options.picture):
-        print(f"\npicture: {options.picture}")
-    print(f"\nfirst operator that varies in standard PyTorch: {where_bits_part(model, vocabulary, options.seed)}")
-    if failed:
+    ways = {"": False, IN_GRAPHS: True} if options.cuda_graphs else {"": False}
+    standard = {STANDARD + way: serve(STANDARD + way, graphs) for way, graphs in ways.items()}
+    with set_batch_invariant_mode():
+        mode = {MODE + way: serve(MODE + way, graphs) for way, graphs in ways.items()}
+    answers, _ = parting([completion for result in mode.values() for completion in result.in_bits()])
+    varies = {"standard": where_bits_part(model, config.vocab_size, options.seed)}
+    if answers != 1 or any(result.rescored() or result.kl != 0 for result in mode.values()):
         with set_batch_invariant_mode():
-            where = where_bits_part(model, vocabulary, options.seed)
-        print(f"The mode gave other bits; first operator that varies in it: {where}")
-    else:
-        print("In the mode there is one answer, and the prefill gives the sampler's log-probabilities in every bit.")
-    return int(failed)
+            varies["mode"] = where_bits_part(model, config.vocab_size, options.seed)
+    record = {
+        "settings": settings,
+        "versions": versions,
+        "runs": {name: result.to_json() for name, result in {**standard, **mode}.items()},
+        "different in every bit in all runs of the mode": answers,
+        "first operator that varies": varies,
+    }
+    if options.json is not None:
+        save(record, options.json)
+    return show(record, options.picture)
 
 
 if __name__ == "__main__":

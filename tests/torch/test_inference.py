@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import itertools
+import json
 import random
 import sys
 from collections.abc import Iterator
@@ -58,8 +60,8 @@ def mode(request: pytest.FixtureRequest, model: Any) -> Iterator[None]:
         yield
 
 
-def engine(batching: Any, model: Any, slots: int = 6, tokens_per_step: int = 16, seed: int = 0) -> Any:
-    return batching.Engine(model, slots=slots, max_length=64, tokens_per_step=tokens_per_step, seed=seed)
+def engine(batching: Any, model: Any, slots: int = 6, tokens_per_step: int = 16, seed: int = 0, **options: Any) -> Any:
+    return batching.Engine(model, slots=slots, max_length=64, tokens_per_step=tokens_per_step, seed=seed, **options)
 
 
 def tokens(seed: int, count: int) -> list[int]:
@@ -135,6 +137,51 @@ def test_scoring_in_one_prefill_gives_the_samplers_logprobs(batching: Any, model
 
 
 @pytest.mark.usefixtures("mode")
+def test_graphs_give_the_bits_of_eager_steps(
+    batching: Any, model: Any, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, which has no CUDA graphs, what a graph would replay is computed: a padded batch of single tokens."""
+    sizes, capture = [], batching.capture if device == "cuda" else lambda compute, *_: compute
+
+    def counted(compute: Any, *arguments: Any) -> Any:
+        replay = capture(compute, *arguments)
+
+        def replayed() -> Any:
+            answer = replay()
+            sizes.append(len(answer.best))
+            return answer
+
+        return replayed
+
+    monkeypatch.setattr(batching, "capture", counted)
+    steps = []
+    runs = []
+    for graphs in (False, True):
+        e = engine(batching, model, slots=20, tokens_per_step=44, graphs=graphs)
+        requests = [sampled(batching, tokens(8, PROMPT)), *traffic(batching, 24, 4), sampled(batching, tokens(9, 1))]
+        for request in requests:
+            request.keep_distributions = True
+        e.run(requests)
+        steps.append(e.batches)
+        runs.append(requests)
+    assert steps[0] == steps[1]
+    assert len(sizes) == len(steps[1])  # no step was eager
+    assert len(set(sizes)) > 2
+    for eager, replayed in zip(*runs, strict=True):
+        assert eager.tokens == replayed.tokens
+        assert same_bits(torch.stack(eager.logprobs), torch.stack(replayed.logprobs))
+        assert same_bits(torch.stack(eager.distributions), torch.stack(replayed.distributions))
+
+
+def test_graph_sizes(batching: Any) -> None:
+    assert batching.graph_sizes(5) == [5]
+    assert batching.graph_sizes(30) == [8, 16, 24, 30]
+    sizes = batching.graph_sizes(1000)
+    assert sizes[-1] == 1000
+    assert all(0 < b - a <= max(8, b // 5) for a, b in itertools.pairwise(sizes))
+
+
+@pytest.mark.usefixtures("mode")
 def test_slots_are_cleared(batching: Any, model: Any) -> None:
     """Beside a longer request the attention reads a slot to the end, where weights of 0 meet what was left there."""
     prompt = tokens(3, PROMPT)
@@ -170,6 +217,9 @@ def test_engine_computes_the_models_own_logits(batching: Any, model: Any) -> Non
 def test_errors_name_the_argument(batching: Any, model: Any) -> None:
     with pytest.raises(ValueError, match="tokens_per_step is 3 with slots=6; pass at least 6"):
         engine(batching, model, tokens_per_step=3)
+    if model.device.type == "cpu":
+        with pytest.raises(ValueError, match="graphs=True with a model on cpu; CUDA graphs need a GPU"):
+            engine(batching, model, graphs=True)
     e = engine(batching, model)
     with pytest.raises(ValueError, match="first is 0 of 3 tokens"):
         e.score([1, 2, 3], 0)
@@ -192,27 +242,80 @@ def test_the_example_runs(example: Any, tmp_path: Path, capsys: pytest.CaptureFi
     """The program as it is called, with a model that was saved to a folder."""
     size = example.Size(0, 0, 0, 0, torch.float32, 64, 2, VOCABULARY)
     example.load_model(None, size, "cpu", seed=1).save_pretrained(tmp_path / "model")
-    picture = tmp_path / "picture.png"
+    picture, record = tmp_path / "picture.svg", tmp_path / "record.json"
     arguments = ["--device", "cpu", "--copies", "4", "--new-tokens", "6", "--picture", str(picture)]
-    assert example.main([*arguments, "--model", str(tmp_path / "model")]) == 0
+    assert example.main([*arguments, "--model", str(tmp_path / "model"), "--json", str(record)]) == 0
     printed = capsys.readouterr().out
-    assert "4 copies of one prompt among 4 other requests" in printed
+    assert "4 copies of one prompt of 32 tokens among 4 other requests" in printed
     assert "batch-invariant mode  1 " in printed
     assert "0 of 6         0" in printed
     assert picture.exists() == (importlib.util.find_spec("matplotlib") is not None)
+    assert json.loads(record.read_text())["runs"]["batch-invariant mode"]["different in every bit"] == 1
+    drawn = picture.read_bytes() if picture.exists() else None
+    assert example.main(["--draw", str(record), "--picture", str(picture)]) == 0
+    assert capsys.readouterr().out == printed
+    assert drawn is None or picture.read_bytes() == drawn
+
+
+def small(example: Any, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Let the example be one of few requests to a small model."""
+    monkeypatch.setitem(example.SIZES, device, example.Size(2, 2, 8, 40, torch.float32, 64, 1, VOCABULARY))
 
 
 def test_the_example_fails_if_a_bit_differs(
     example: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(example.Run, "rescored", lambda _: 1)
-    monkeypatch.setitem(example.SIZES, "cpu", example.Size(2, 2, 2, 8, torch.float32, 64, 1, VOCABULARY))
+    small(example, monkeypatch, "cpu")
     assert example.main(["--device", "cpu", "--picture", str(tmp_path / "picture.png")]) == 1
     assert "The mode gave other bits; first operator that varies in it: none" in capsys.readouterr().out
 
 
+def test_the_example_names_an_operator_that_varies(
+    example: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a layer whose result depends on how many tokens there are, as a kernel's may."""
+    load = example.load_model
+
+    def load_with_fault(*arguments: Any) -> Any:
+        model = load(*arguments)
+        gate = model.model.layers[0].mlp.gate_proj
+        gate.register_forward_hook(lambda _, given, out: out * (1 + out[..., 0].numel() / 1024))
+        return model
+
+    monkeypatch.setattr(example, "load_model", load_with_fault)
+    small(example, monkeypatch, device)
+    arguments = ["--device", device, "--copies", "9", "--picture", str(tmp_path / "picture.png")]
+    if device == "cuda":
+        arguments.append("--cuda-graphs")
+    assert example.main(arguments) == 1
+    *_, last, answers = capsys.readouterr().out.splitlines()
+    assert "The mode gave other bits; first operator that varies in it: model.layers.0.mlp" in last
+    assert "aten::mul" in last
+    assert int(answers.rpartition(" ")[2]) > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False")
+def test_the_example_runs_in_graphs(example: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    small(example, monkeypatch, "cuda")
+    record = tmp_path / "record.json"
+    arguments = ["--device", "cuda", "--copies", "20", "--new-tokens", "12", "--cuda-graphs"]
+    assert example.main([*arguments, "--json", str(record), "--picture", str(tmp_path / "picture.png")]) == 0
+    recorded = json.loads(record.read_text())
+    assert len(recorded["runs"]) == 4
+    assert recorded["different in every bit in all runs of the mode"] == 1
+
+
+def test_the_example_says_that_graphs_need_a_gpu(example: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        example.main(["--device", "cpu", "--cuda-graphs"])
+    assert "--cuda-graphs needs a GPU, and --device is cpu; leave it out" in capsys.readouterr().err
+
+
 def test_counts_and_shares(example: Any) -> None:
     completions = [(1, 2, 3), (1, 2, 4), (1, 2, 3), (5, 2, 3)]
-    assert example.how_many(completions) == "3, from token 1"
-    assert example.how_many([(1, 2)] * 3) == "1"
+    assert example.parting(completions) == (3, 1)
+    assert example.parting(completions[:3]) == (2, 3)
+    assert example.parting([(1, 2)] * 3) == (1, None)
     assert example.still_identical(completions) == [0.75, 0.75, 0.5]
