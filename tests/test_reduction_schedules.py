@@ -10,6 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
+import bikernels
 from bikernels import reference
 from bikernels.contract import ACCUMULATE, ITEMSIZE
 from bikernels.dtypes import NUMPY_DTYPE
@@ -24,7 +25,19 @@ from bikernels.backend.cupy import launch, reductions, schedules
 
 DTYPES = (("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "float32"), ("float64", "float64"))
 CASTS = (("bfloat16", "float32"), ("float16", "float32"), ("float32", "bfloat16"), ("bfloat16", "float64"))
-ROWS = ((1, 1), (9, 7), (70, 24), (300, 100), (3, 257), (6, 2048), (4, 2049), (3, 9001), (2, 33000), (2, 152000))
+ROWS = (
+    (1, 1),
+    (9, 7),
+    (70, 24),
+    (300, 100),
+    (3, 257),
+    (9, 512),
+    (6, 2048),
+    (4, 2049),
+    (3, 9001),
+    (2, 33000),
+    (2, 152000),
+)
 """Rows and their length. Of odd ones, rows begin anywhere in a vector."""
 COLUMNS = ((13, 1), (24, 40), (2056, 8), (64, 300), (72, 2100), (33, 5000), (8, 9001), (16, 66000))
 """Columns and their length. Some are whole vectors side by side and some are not."""
@@ -107,16 +120,23 @@ def forced(case: Case, operation: str, element: str, accumulate: str, gpu: launc
         for width in {1, vector if count % vector == 0 else 1}:
             if n <= schedules.MAX_COLUMN_CHUNKS * schedules.SUM_CHUNK:
                 for column_schedule in schedules.column_schedules(n, width, gpu):
-                    yield str(column_schedule), {"choose_column_schedule": column_schedule, "splits_columns": False}
+                    answers = {"choose_column_schedule": column_schedule, "splits_columns": False}
+                    yield str(column_schedule), answers | {"choose_register_schedule": None}
         if operation in schedules.TERMS and n > schedules.SUM_CHUNK:
             yield "chunks", {"splits_columns": lambda columns, length, *rest: length == n}
     else:
+        if operation in schedules.REGISTER_OPERATIONS and element in schedules.ELEMENTS:
+            for register_schedule in schedules.register_schedules(
+                operation, n, element
+            ):  # where the layout allows them
+                yield str(register_schedule), {"choose_register_schedule": register_schedule}
+        elsewhere = {"choose_register_schedule": None}
         for schedule in schedules.row_schedules(n, schedules.kept(operation, element, accumulate), gpu):
-            yield str(schedule), {"choose_row_schedule": schedule, "splits_rows": False}
+            yield str(schedule), elsewhere | {"choose_row_schedule": schedule, "splits_rows": False}
         if operation not in schedules.SPLIT:
             yield "streaming", {"choose_row_schedule": None}
         elif n > schedules.SUM_CHUNK:
-            yield "chunks", {"splits_rows": lambda rows, length, *rest: length == n}
+            yield "chunks", elsewhere | {"splits_rows": lambda rows, length, *rest: length == n}
 
 
 def run(backend: Any, operation: str, dtype: str, out_dtype: str) -> int:
@@ -158,6 +178,26 @@ def test_bytes(backend: Any, operation: str, dtype: str, out_dtype: str) -> None
     assert run(backend, operation, dtype, out_dtype) >= 20
 
 
+@pytest.mark.parametrize("operation", sorted(schedules.REGISTER_OPERATIONS))
+@pytest.mark.parametrize("dtype", schedules.ELEMENTS)
+def test_rows_beside_vectors(backend: Any, operation: str, dtype: str) -> None:
+    """Rows in registers whose length and distance are whole vectors, and whose addresses are not."""
+    if backend.name != "cupy":
+        pytest.skip("the schedules are those of the backend 'cupy'")
+    rng, is_sum = np.random.default_rng(9), operation in schedules.SUMS
+    for n in (2, 16, 256, 1000, 2048):
+        wide = draw(rng, (5, n + 8), dtype, "wide")
+        x, out = backend.put(wide)[:, 1 : n + 1], backend.put(np.zeros_like(wide))
+        expected = getattr(reference, operation)(np.ascontiguousarray(wide[:, 1 : n + 1]), 1)
+        results = out[:, 1] if is_sum else out[:, 1 : n + 1]
+        getattr(bikernels, operation)(x, axis=-1, out=results, backend=backend.name)
+        written = backend.get(out)
+        actual = written[:, 1] if is_sum else written[:, 1 : n + 1]
+        assert_same_bits(np.ascontiguousarray(actual), expected, f"rows of {n}")
+        assert not written[:, 0].any()
+        assert not written[:, n + 1 :].any()
+
+
 # ------------------------------------------------------------------------------------------------------- without a GPU
 
 H100 = launch.GPU("H100", (9, 0), 132, 232_448, 3.35e6)
@@ -182,6 +222,13 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
                 assert chosen.lanes * chosen.octets * 8 >= min(n, 256)
             else:
                 assert chosen.warps * chosen.ctas * chosen.rounds(n) * schedules.SUM_CHUNK >= n
+            if element in schedules.ELEMENTS and operation in schedules.REGISTER_OPERATIONS:
+                held = schedules.choose_register_schedule(operation, rows, n, element, gpu)
+                assert (held is not None) == (0 < n <= (1024 if operation in schedules.SUMS else 8192)) or n > 8192
+                if held is not None:
+                    lanes = held.threads if held.spread else held.lanes
+                    assert lanes * held.width * held.groups * held.steps >= n
+                    assert 32 % held.lanes == 0 and held.threads <= 512
             for width in {1, schedules.vector_width(element)}:
                 one = schedules.choose_column_schedule(rows, n, width, gpu)
                 assert one.groups * 8 >= min(n, schedules.SUM_LANES)

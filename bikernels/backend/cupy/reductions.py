@@ -17,7 +17,7 @@ from . import schedules
 from .compile import Kernel
 from .launch import ADDRESS, Argument, Launch, gpu, load, shaped, workspace
 from .parameters import DTYPE_CODE, OPERANDS, REDUCTION, divisor, fill_dims
-from .schedules import ColumnSchedule, RowSchedule
+from .schedules import ColumnSchedule, RegisterSchedule, RowSchedule
 
 SIDES = OPERANDS[2:]
 """Operands that an operation may have beside x and out."""
@@ -83,6 +83,19 @@ class _Rows(NamedTuple):
         if len(self.row) != 1 or not self.kept or self.kept[-1] < schedules.MIN_COLUMNS:
             return False
         return abs(self.x.kept[-1]) < abs(self.x.row[0])
+
+    @property
+    def fits_registers(self) -> bool:
+        """Whether register_rows.cu reads and writes such a layout, and whole vectors of it if addresses allow that."""
+        if self.element != self.out_dtype or len(self.row) != 1 or len(self.kept) > 1:
+            return False
+        arrays = [self.x, self.operands["out"]]
+        if arrays[1].row == (0,):  # a result of one element for each row
+            del arrays[1]
+        aligned = self.n < schedules.GROUP_LANES or all(
+            step % schedules.GROUP_LANES == 0 for step in (self.n, *(step for one in arrays for step in one.kept))
+        )
+        return aligned and (self.n == 1 or all(one.row[0] == 1 for one in arrays))
 
     @property
     def width(self) -> int:
@@ -191,7 +204,9 @@ class _Plan:
 def prepare(spec: ReductionSpec, device: Device) -> ReductionLaunch:
     """See `bikernels.backend.Backend.prepare_reduction`."""
     rows, plan, operation = _rows_of(spec), _Plan(device), spec.operation
-    if rows.in_columns and operation in schedules.TERMS:
+    if (held := _choose_registers(plan, rows, operation)) is not None:
+        _plan_single(plan, _register_launch(plan, rows, operation, held))
+    elif rows.in_columns and operation in schedules.TERMS:
         _plan_column_tree(plan, rows, operation)
     elif rows.in_columns and operation in schedules.COLUMN_OPERATIONS and rows.chunks <= schedules.MAX_COLUMN_CHUNKS:
         _plan_single(plan, _column_launch(plan, rows, operation))
@@ -209,6 +224,13 @@ def prepare(spec: ReductionSpec, device: Device) -> ReductionLaunch:
 def _plan_single(plan: _Plan, run: Launch) -> None:
     """One kernel, from x to out."""
     plan.alone = run
+
+
+def _choose_registers(plan: _Plan, rows: _Rows, operation: str) -> RegisterSchedule | None:
+    """The schedule that keeps rows in registers; None if the operation or the layout has none, or others are better."""
+    if operation not in schedules.REGISTER_OPERATIONS or not rows.fits_registers:
+        return None
+    return schedules.choose_register_schedule(operation, rows.number, rows.n, rows.element, plan.gpu)
 
 
 def _choose_rows(plan: _Plan, rows: _Rows, operation: str) -> RowSchedule | None:
@@ -240,6 +262,29 @@ def _row_launch(plan: _Plan, rows: _Rows, operation: str, schedule: RowSchedule 
         kept.bytes(schedule, rows.n),
         (rows.parameters(operation), np.int32(schedule.lanes), np.int32(schedule.batch), of_warp, *_addresses(rows)),
         cluster=schedule.ctas,
+        overlapping=True,
+    )
+
+
+def _register_launch(plan: _Plan, rows: _Rows, operation: str, schedule: RegisterSchedule) -> Launch:
+    """A launch of register_rows.cu, given the addresses of out and x."""
+    steps = [np.int64(operand.kept[0] if operand.kept else 0) for operand in (rows.x, rows.operands["out"])]
+    divisor = np.dtype(rows.accumulate).type(rows.divisor)
+    return plan.shape(
+        schedules.register_kernel(operation, rows.element, schedule),
+        "reduce_rows",
+        -(-rows.number // schedule.rows),
+        schedule.threads,
+        0,
+        (
+            np.int64(rows.number),
+            *steps,
+            divisor,
+            np.int32(rows.n),
+            np.int32(schedule.lanes.bit_length() - 1),
+            ADDRESS,
+            ADDRESS,
+        ),
         overlapping=True,
     )
 

@@ -229,6 +229,80 @@ def splits_rows(rows: int, n: int, device: GPU, fits: bool) -> bool:
     return chunks_of(n) >= 32 and rows < device.multiprocessors
 
 
+# --------------------------------------------------------------------------------------------------- rows in registers
+
+REGISTER_OPERATIONS = SUMS | {"softmax", "log_softmax"}
+"""Those that register_rows.cu has."""
+FIRST_WITH_PAIRS = (8, 0)
+"""The first compute capability that has all the instructions it uses."""
+MANY_ELEMENTS = {"bfloat16": 32, "float16": 32, "float32": 16, "float64": 16}
+"""Of a thread, where many rows are short: what a row costs beside its elements is then shared by several."""
+WARP_STEPS, CTA_STEPS = 4, SUM_CHUNK // SUM_LANES
+"""Of 256 elements, that a thread has of a row, at most."""
+CTA_THREADS = 512
+"""Of a CTA that has one row, at most."""
+THREADS_OF_A_MULTIPROCESSOR = 2048
+
+
+class RegisterSchedule(NamedTuple):
+    """How threads share rows that they keep in registers (register_rows.cu)."""
+
+    width: int
+    """Elements of a thread's vectors, each of another lane of the tree."""
+    groups: int
+    """Vectors that a thread has of every 256 elements."""
+    steps: int
+    """Of 256 elements, at most."""
+    spread: bool
+    """Whether a row is a CTA's."""
+    lanes: int
+    """Threads of a row in a warp."""
+    threads: int
+    """Of a CTA."""
+
+    @property
+    def rows(self) -> int:
+        """Of a CTA."""
+        return 1 if self.spread else self.threads // self.lanes
+
+
+def register_schedules(operation: str, n: int, element: str) -> list[RegisterSchedule]:
+    """The schedules for rows of n elements, if their layout allows any; the fewest threads of a row first."""
+    vector, is_sum, is_double = vector_width(element), operation in SUMS, element == "float64"
+    found = []
+    if n <= SUM_LANES:
+        vectors = 1 << (-(-n // vector) - 1).bit_length()
+        for elements in (MANY_ELEMENTS[element], GROUP_LANES):
+            groups = elements // vector
+            if elements == GROUP_LANES or vectors >= 4 * groups:  # else neighbours would read too far apart
+                lanes = max(1, vectors // groups)
+                found.append(RegisterSchedule(vector, groups, 1, False, lanes, CTA_WARPS * 32))
+    elif n <= WARP_STEPS * SUM_LANES:
+        if is_double and not is_sum:  # of which a warp could keep few rows, and computes long
+            found.append(RegisterSchedule(2, 1, WARP_STEPS, True, 32, SUM_LANES // 2))
+        else:
+            groups = GROUP_LANES // vector
+            found.append(RegisterSchedule(vector, groups, WARP_STEPS, False, 32, CTA_WARPS * 32))
+    elif not is_sum:
+        for width in (4, 2):
+            threads = chunks_of(n) * SUM_LANES // width
+            too_many = is_double and width == 4 and (operation == "softmax" or n <= SUM_CHUNK * 4)  # registers
+            if threads <= CTA_THREADS and not too_many:
+                found.append(RegisterSchedule(width, 1, CTA_STEPS, True, 32, threads))
+    return found
+
+
+def choose_register_schedule(operation: str, rows: int, n: int, element: str, device: GPU) -> RegisterSchedule | None:
+    """The schedule of the fewest threads of a row that fill the GPU, else of the most; None for long rows."""
+    if device.compute_capability < FIRST_WITH_PAIRS or n == 0:
+        return None
+    found = register_schedules(operation, n, element)
+    for one in found:
+        if rows * one.threads >= THREADS_OF_A_MULTIPROCESSOR * device.multiprocessors * one.rows:
+            return one
+    return found[-1] if found else None
+
+
 # ------------------------------------------------------------------------------------------------------------ columns
 
 
@@ -332,6 +406,23 @@ def row_kernel(operation: str, element: str, out_dtype: str, team: str, keeps: b
     )
 
 
+def register_kernel(operation: str, element: str, schedule: RegisterSchedule) -> Kernel:
+    """The kernel of register_rows.cu."""
+    return Kernel(
+        "register_rows.cu",
+        (
+            ("OPERATION", OPERATIONS[operation]),
+            ("ELEMENT", c_type(element)),
+            ("ACCUMULATE", C_TYPE[ACCUMULATE[element]]),
+            ("WIDTH", schedule.width),
+            ("GROUPS", schedule.groups),
+            ("STEPS", schedule.steps),
+            ("SPREAD", str(schedule.spread).lower()),
+            ("THREADS", CTA_THREADS if schedule.spread else CTA_WARPS * 32),
+        ),
+    )
+
+
 def column_kernel(operation: str, element: str, accumulate: str, width: int, in_cluster: bool) -> Kernel:
     """The kernel of columns.cu."""
     return Kernel(
@@ -371,6 +462,10 @@ def reduction_kernels(compute_capability: int) -> Iterator[Kernel]:
             for operation in filter(COLUMN_OPERATIONS.__contains__, OPERATIONS):
                 for in_cluster in (False, True) if has_clusters else (False,):
                     found[column_kernel(operation, element, accumulate, width, in_cluster)] = None
+        for operation in filter(REGISTER_OPERATIONS.__contains__, OPERATIONS):
+            for n in (1, SUM_LANES, WARP_STEPS * SUM_LANES, SUM_CHUNK, 8 * SUM_CHUNK) if element in ELEMENTS else ():
+                for schedule in register_schedules(operation, n, element):
+                    found[register_kernel(operation, element, schedule)] = None
         for operation in OPERATIONS:
             for out_dtype in ELEMENTS:
                 if ACCUMULATE[out_dtype] == accumulate and element in (ANY, out_dtype, *_widened_to(out_dtype)):

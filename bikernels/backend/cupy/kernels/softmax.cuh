@@ -42,6 +42,83 @@ __device__ __forceinline__ A exponential_anywhere(A x, A maximum) {
     return exponential(t, error);
 }
 
+// ---------------------------------------------------------------------------------------------- one form for all t <= 0
+
+// P * 2^k is computed as P * 2^(k + SHIFT), which is normal, and a product with 2^-SHIFT, which rounds what is not.
+constexpr int SHIFT_FLOAT32 = 64, SHIFT_FLOAT64 = 512;
+constexpr double EXP_FLOAT64_SHIFTED = 0x1.8p52 + SHIFT_FLOAT64;
+static_assert(EXP_FLOAT64_MAGIC == 0x1.8p52 + 2046, "an even number more, so that ties are rounded alike");
+
+// exponential(t, d) for t <= 0; anything if t is a NaN.
+template <bool PRECISE>
+__device__ __forceinline__ float exponential_below(float t, float d) {
+    constexpr float c[] = {EXP_FLOAT32_COEFFICIENTS};
+    const float z = fused(t, EXP_FLOAT32_LOG2E, EXP_MAGIC + SHIFT_FLOAT32);
+    const float k = z - (EXP_MAGIC + SHIFT_FLOAT32);
+    float f = fused(k, -EXP_FLOAT32_LN2_HIGH, t);
+    f = fused(k, -EXP_FLOAT32_LN2_LOW, f);
+    if constexpr (PRECISE) f = f + d;
+    const float power = __uint_as_float(__float_as_uint(horner(f, c)) + (__float_as_uint(z) << 23)) * 0x1p-64f;
+    return t < EXP_FLOAT32_LOW ? 0.0f : power;
+}
+template <bool PRECISE>
+__device__ __forceinline__ double exponential_below(double t, double d) {
+    constexpr double c[] = {EXP_FLOAT64_COEFFICIENTS};
+    const double z = fused(t, EXP_FLOAT64_LOG2E, EXP_FLOAT64_SHIFTED);
+    const double k = z - EXP_FLOAT64_SHIFTED;
+    double f = fused(k, -EXP_FLOAT64_LN2_HIGH, t);
+    f = fused(k, -EXP_FLOAT64_LN2_LOW, f) + d;
+    const double p = horner(f, c);
+    const double power = __hiloint2double(__double2hiint(p) + (__double2loint(z) << 20), __double2loint(p)) * 0x1p-512;
+    // By the upper words, since the sign is known; the power of a t that has LOW's is 0 anyway.
+    const unsigned upper = __double2hiint(t), lowest = __double2hiint(EXP_FLOAT64_LOW);
+    return upper > lowest ? 0.0 : power;
+}
+
+// Above which t the quotients of exponentials, by a divisor of up to 2^20, can be corrected by fma.
+__device__ __forceinline__ float near_of(float) { return NEAR; }
+__device__ __forceinline__ double near_of(double) { return -600.0; }
+__device__ __forceinline__ float smaller(float a, float b) { return fminf(a, b); }
+__device__ __forceinline__ double smaller(double a, double b) { return b < a ? b : a; }
+__device__ __forceinline__ float nan_of(float) { return __uint_as_float(NAN_FLOAT32); }
+__device__ __forceinline__ double nan_of(double) { return __longlong_as_double(NAN_FLOAT64); }
+
+__device__ __forceinline__ bool is_zero(float t) { return t == 0; }
+__device__ __forceinline__ bool is_zero(double t) {
+    return ((__double2hiint(t) & 0x7FFFFFFF) | __double2loint(t)) == 0;
+}
+
+// log(u) for u >= 1, below 2^20 times that.
+__device__ __forceinline__ float logarithm_above(float u) {
+    constexpr float c[] = {LOG_FLOAT32_COEFFICIENTS};
+    const unsigned bits = __float_as_uint(u), above = bits - LOG_FLOAT32_CUT;
+    const float e = __uint_as_float(0x4B000000u | above >> 23) - 0x1p23f;  // a conversion takes longer
+    const float f = __uint_as_float(bits - (above & 0xFF800000u)) - 1.0f;
+    const float s = f * f;
+    return fused(e, LOG_FLOAT32_LN2_HIGH, fused(horner(f, c), s, f));
+}
+__device__ __forceinline__ double logarithm_above(double u) {
+    constexpr double c[] = {LOG_FLOAT64_COEFFICIENTS};
+    const unsigned long long bits = __double_as_longlong(u), above = bits - LOG_FLOAT64_CUT;
+    const double e = __longlong_as_double(0x4330000000000000ull | above >> 52) - 0x1p52;
+    const double f = __longlong_as_double(bits - (above & 0xFFF0000000000000ull)) - 1.0;
+    const double s = f * f;
+    const double w = f + fused(horner(f, c), s, e * LOG_FLOAT64_LN2_LOW);
+    return fused(e, LOG_FLOAT64_LN2_HIGH, w);
+}
+
+// softmax_normaliser of a row that is finite and not longer than 2^20.
+template <class A>
+__device__ __forceinline__ A normaliser_of(unsigned number, A sum, bool is_log) {
+    const A count = static_cast<A>(static_cast<int>(number));
+    const A u = count + sum;
+    const A b = u - count;
+    const A error = (count - (u - b)) + (sum - b);
+    if (!is_log) return u;
+    const A quotient = (error == 0 ? u : error) / u;  // a division of 0 takes longer
+    return logarithm_above(u) + (error == 0 ? A(0) : quotient);
+}
+
 // ------------------------------------------------------------------------------------------------ smallest and largest
 
 #if __CUDA_ARCH__ >= 800
@@ -204,6 +281,17 @@ __device__ __forceinline__ float divide_near(float a, float divisor, float recip
     float q = a * reciprocal;
     q = fused(fused(-divisor, q, a), reciprocal, q);
     return fused(fused(-divisor, q, a), reciprocal, q);
+}
+
+__device__ __forceinline__ double divide_near(double a, double divisor, double reciprocal) {
+    double q = a * reciprocal;
+    q = fused(fused(-divisor, q, a), reciprocal, q);
+    return fused(fused(-divisor, q, a), reciprocal, q);
+}
+template <class A>
+__device__ __forceinline__ A divide_anywhere(A a, A divisor) {
+    const A quotient = (a == 0 ? A(1) : a) / divisor;  // a division of 0 takes longer
+    return a == 0 ? a * divisor : quotient;  // NaN, if that is one
 }
 
 // Divides eight exponentials; `is_few`: divisor <= FEW.
