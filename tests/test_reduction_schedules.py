@@ -115,22 +115,31 @@ def spec_of(operation: str, shape: tuple[int, ...], arrays: dict[str, Any]) -> R
 def forced(case: Case, operation: str, element: str, accumulate: str, gpu: launch.GPU) -> Iterator[tuple[str, Any]]:
     """Patches that force each schedule that the case can have, with a name."""
     count, n = case.operands["x"].shape
+    elsewhere = {"choose_register_schedule": None}
     if case.in_columns and operation in schedules.COLUMN_OPERATIONS:
         vector = schedules.vector_width(element)
+        has_choice = operation not in schedules.WEIGHT_GRADIENTS
         for width in {1, vector if count % vector == 0 else 1}:
-            if n <= schedules.MAX_COLUMN_CHUNKS * schedules.SUM_CHUNK:
+            if width > 1 and has_choice:
+                for keeps in (False, True) if schedules.PASSES[operation] > 1 else (False,):
+                    for tiles in schedules.tile_schedules(n, element, operation, gpu, keeps):
+                        patches = elsewhere | {"choose_tile_schedule": tiles, "splits_columns": False}
+                        yield str(tiles), patches | {"choose_columns": schedules.TILES}
+            elif n <= schedules.MAX_COLUMN_CHUNKS * schedules.SUM_CHUNK:
                 for column_schedule in schedules.column_schedules(n, width, gpu):
-                    answers = {"choose_column_schedule": column_schedule, "splits_columns": False}
-                    yield str(column_schedule), answers | {"choose_register_schedule": None}
+                    patches = elsewhere | {"choose_column_schedule": column_schedule, "splits_columns": False}
+                    yield str(column_schedule), patches | {"choose_columns": schedules.SINGLY}
+        if has_choice and n <= schedules.SUM_LANES and element != schedules.ANY:
+            yield "short", elsewhere | {"choose_columns": schedules.SHORT, "splits_columns": False}
+            if operation in schedules.SHORT_TILE_OPERATIONS and count % vector == 0:
+                yield "short tiles", elsewhere | {"choose_columns": schedules.SHORT_TILES, "splits_columns": False}
         if operation in schedules.TERMS and n > schedules.SUM_CHUNK:
-            yield "chunks", {"splits_columns": lambda columns, length, *rest: length == n}
+            yield "chunks", elsewhere | {"splits_columns": lambda name, columns, length, *rest: length == n}
     else:
         if operation in schedules.REGISTER_OPERATIONS and element in schedules.ELEMENTS:
-            for register_schedule in schedules.register_schedules(
-                operation, n, element
-            ):  # where the layout allows them
+            # Where the layout does not allow them, another kernel is taken.
+            for register_schedule in schedules.register_schedules(operation, n, element):
                 yield str(register_schedule), {"choose_register_schedule": register_schedule}
-        elsewhere = {"choose_register_schedule": None}
         for schedule in schedules.row_schedules(n, schedules.kept(operation, element, accumulate), gpu):
             yield str(schedule), elsewhere | {"choose_row_schedule": schedule, "splits_rows": False}
         if operation not in schedules.SPLIT:
@@ -229,6 +238,14 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
                     lanes = held.threads if held.spread else held.lanes
                     assert lanes * held.width * held.groups * held.steps >= n
                     assert 32 % held.lanes == 0 and held.threads <= 512
+            is_short = 0 < n <= schedules.MAX_TILE_CHUNKS * schedules.SUM_CHUNK
+            if is_short and element != schedules.ANY and operation in schedules.PASSES:
+                tiles = schedules.choose_tile_schedule(rows, n, element, operation, gpu)
+                assert tiles in schedules.tile_schedules(n, element, operation, gpu, tiles.keeps)
+                assert tiles.ctas <= tiles.parts * schedules.chunks_of(n)
+            short = schedules.short_schedule(rows, n)
+            assert short.groups * schedules.GROUP_LANES >= min(n, schedules.SUM_LANES)
+            assert n > schedules.SUM_LANES or short.threads <= schedules.SHORT_THREADS
             for width in {1, schedules.vector_width(element)}:
                 one = schedules.choose_column_schedule(rows, n, width, gpu)
                 assert one.groups * 8 >= min(n, schedules.SUM_LANES)

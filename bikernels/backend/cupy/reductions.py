@@ -105,6 +105,10 @@ class _Rows(NamedTuple):
         lines_up = self.kept[-1] % width == 0 and all(step % width == 0 for step in (*others, *self.x.row))
         return width if last == 1 and lines_up else 1
 
+    @property
+    def max_column_chunks(self) -> int:
+        return schedules.MAX_COLUMN_CHUNKS if self.width == 1 else schedules.MAX_TILE_CHUNKS
+
     def of_sums(self, kept: tuple[int, ...], step: int) -> _Rows:
         """The next level of the tree: a row's chunk sums, `step` apart, in the accumulate dtype."""
         operands = {"x": _Operand(self.accumulate, kept, (step,)), "out": self.operands["out"]}
@@ -208,7 +212,7 @@ def prepare(spec: ReductionSpec, device: Device) -> ReductionLaunch:
         _plan_single(plan, _register_launch(plan, rows, operation, held))
     elif rows.in_columns and operation in schedules.TERMS:
         _plan_column_tree(plan, rows, operation)
-    elif rows.in_columns and operation in schedules.COLUMN_OPERATIONS and rows.chunks <= schedules.MAX_COLUMN_CHUNKS:
+    elif rows.in_columns and operation in schedules.COLUMN_OPERATIONS and rows.chunks <= rows.max_column_chunks:
         _plan_single(plan, _column_launch(plan, rows, operation))
     elif operation in schedules.SUMS:
         _plan_row_tree(plan, rows, operation)
@@ -290,7 +294,15 @@ def _register_launch(plan: _Plan, rows: _Rows, operation: str, schedule: Registe
 
 
 def _column_launch(plan: _Plan, rows: _Rows, operation: str) -> Launch:
-    """A launch of columns.cu, given the addresses of out, x and its sides."""
+    """A launch of a kernel for columns, given the addresses of out, x and its sides."""
+    if operation not in schedules.WEIGHT_GRADIENTS:
+        how = schedules.choose_columns(operation, rows.number, rows.n, rows.element, rows.width)
+        if how == schedules.SHORT:
+            return _short_column_launch(plan, rows, operation)
+        if how == schedules.SHORT_TILES:
+            return _short_tile_launch(plan, rows, operation)
+        if how == schedules.TILES:
+            return _tile_launch(plan, rows, operation)
     schedule: ColumnSchedule = schedules.choose_column_schedule(rows.number, rows.n, rows.width, plan.gpu)
     return plan.shape(
         schedules.column_kernel(operation, rows.element, rows.accumulate, schedule.width, schedule.ctas > 1),
@@ -299,6 +311,53 @@ def _column_launch(plan: _Plan, rows: _Rows, operation: str) -> Launch:
         schedule.threads,
         schedule.bytes(rows.n, rows.accumulate),
         (rows.parameters(operation), np.int32(schedule.bits), *_addresses(rows)),
+        cluster=schedule.ctas,
+        overlapping=True,
+    )
+
+
+def _short_column_launch(plan: _Plan, rows: _Rows, operation: str) -> Launch:
+    """A launch of short_columns.cu, given the addresses of out and x."""
+    schedule = schedules.short_schedule(rows.number, rows.n)
+    return plan.shape(
+        schedules.short_kernel(operation, rows.element, rows.out_dtype),
+        "reduce_short_columns",
+        -(-rows.number // schedule.columns),
+        schedule.threads,
+        0,
+        (rows.parameters(operation), np.int32(schedule.columns.bit_length() - 1), ADDRESS, ADDRESS),
+        overlapping=True,
+    )
+
+
+def _short_tile_launch(plan: _Plan, rows: _Rows, operation: str) -> Launch:
+    """A launch of short_tiles.cu, given the addresses of out and x."""
+    vectors = schedules.short_tile_vectors(rows.n)
+    return plan.shape(
+        schedules.short_tile_kernel(operation, rows.element, rows.out_dtype),
+        "reduce_short_tiles",
+        -(-rows.number // (vectors * rows.width)),
+        schedules.TILE_THREADS,
+        0,
+        (rows.parameters(operation), np.int32(vectors.bit_length() - 1), ADDRESS, ADDRESS),
+        overlapping=True,
+    )
+
+
+def _tile_launch(plan: _Plan, rows: _Rows, operation: str, of_chunks: bool = False) -> Launch:
+    """A launch of column_tiles.cu, given the addresses of out and x. `of_chunks`: each chunk is summed apart."""
+    times, n = (rows.chunks, SUM_CHUNK) if of_chunks else (1, rows.n)
+    computed = "chunks" if of_chunks else operation
+    schedule = schedules.choose_tile_schedule(rows.number, n, rows.element, computed, plan.gpu, times)
+    items = -(-rows.number // schedule.tile) * times
+    begun = schedules.tile_items(schedule, items, plan.gpu)
+    return plan.shape(
+        schedules.tile_kernel(computed, rows.element, rows.out_dtype),
+        "reduce_column_tiles",
+        begun * schedule.ctas,
+        schedules.TILE_THREADS,
+        schedule.bytes(n, rows.accumulate, begun < items),
+        (rows.parameters(operation), *map(np.int32, schedule.arguments(n, begun < items)), ADDRESS, ADDRESS),
         cluster=schedule.ctas,
         overlapping=True,
     )
@@ -327,7 +386,7 @@ def _plan_row_tree(plan: _Plan, rows: _Rows, operation: str) -> None:
 def _plan_column_tree(plan: _Plan, rows: _Rows, operation: str) -> None:
     """The same of columns; what is added up is that of the operation at the first level, and then sums."""
     source: int | None = None
-    while schedules.splits_columns(rows.number, rows.n, rows.width, plan.gpu, source is None):
+    while schedules.splits_columns(operation, rows.number, rows.n, rows.width, plan.gpu, source is None):
         source, rows = _plan_column_sums(plan, rows, operation, source)
         if operation not in schedules.SUMS:
             operation, rows = "sum", rows._replace(divisor=1.0)
@@ -352,15 +411,18 @@ def _plan_row_sums(plan: _Plan, rows: _Rows, source: int | None) -> tuple[int, _
 def _plan_column_sums(plan: _Plan, rows: _Rows, operation: str, source: int | None) -> tuple[int, _Rows]:
     """One level: the sums of all chunks, chunk by chunk, those of neighbouring rows side by side."""
     target = plan.reserve(rows.number * rows.chunks, rows.accumulate)
-    schedule = schedules.column_schedules(rows.n, rows.width, plan.gpu)[0]
-    run = plan.shape(
-        schedules.column_chunk_kernel(operation, rows.element, rows.accumulate, schedule.width),
-        "sum_column_chunks",
-        -(-rows.number // schedule.tile) * rows.chunks,
-        schedule.threads,
-        schedule.bytes(SUM_CHUNK, rows.accumulate),
-        (rows.parameters(operation), np.int32(schedule.bits), *_addresses(rows, ("grad", "mean", "rstd"))),
-    )
+    if operation in schedules.SUMS and rows.width > 1:
+        run = _tile_launch(plan, rows, operation, of_chunks=True)
+    else:
+        schedule = schedules.column_schedules(rows.n, rows.width, plan.gpu)[0]
+        run = plan.shape(
+            schedules.column_chunk_kernel(operation, rows.element, rows.accumulate, schedule.width),
+            "sum_column_chunks",
+            -(-rows.number // schedule.tile) * rows.chunks,
+            schedule.threads,
+            schedule.bytes(SUM_CHUNK, rows.accumulate),
+            (rows.parameters(operation), np.int32(schedule.bits), *_addresses(rows, ("grad", "mean", "rstd"))),
+        )
 
     def sums(stream: int, out: int, x: int, sides: Addresses, workspace: int) -> None:
         if source is None:

@@ -19,8 +19,8 @@ FIRST_WITH_CLUSTERS = (9, 0)
 MAX_ROW_CHUNKS = SUM_CHUNK
 """Chunks of a row that one CTA may sum: their sums are one chunk of the next level."""
 
-MAX_COLUMN_CHUNKS = 32
-"""Chunks of a column: their sums are a warp's (columns.cuh)."""
+MAX_COLUMN_CHUNKS, MAX_TILE_CHUNKS = 32, 256
+"""Chunks of a column (columns.cuh, column_tiles.cu): their sums, in shared memory, are one chunk of the next level."""
 
 MIN_COLUMNS = 8
 """Neighbouring rows from which on threads lie across rows."""
@@ -63,6 +63,8 @@ COLUMN_OPERATIONS = frozenset(
 SUMS = frozenset(("sum", "mean"))
 TERMS = {"sum": 0, "mean": 0, "rms_norm_weight_backward": 1, "layer_norm_weight_backward": 2}
 """The operations that are a sum along a column, and of what (column_chunks.cu)."""
+
+WEIGHT_GRADIENTS = frozenset(TERMS) - SUMS
 
 EXPONENTIALS = frozenset(("softmax", "log_softmax", "logsumexp"))
 """Their kernels differ by the result's dtype."""
@@ -362,13 +364,226 @@ def choose_column_schedule(columns: int, n: int, width: int, device: GPU) -> Col
     return found[-1]
 
 
-def splits_columns(columns: int, n: int, width: int, device: GPU, first: bool) -> bool:
+def splits_columns(operation: str, columns: int, n: int, width: int, device: GPU, first: bool) -> bool:
     """Whether a sum along a strided axis is spread over CTAs, a chunk each; `first`: not yet, at the first level."""
     chunks = chunks_of(n)
+    if operation in SUMS and width > 1:
+        return chunks > MAX_TILE_CHUNKS or (first and chunks > 1 and _is_faster_by_chunks(columns, n, width, device))
     if chunks > MAX_COLUMN_CHUNKS:
         return True
     most = column_schedules(n, width, device)[-1]
     return first and chunks > most.ctas and -(-columns // most.tile) * most.ctas < device.multiprocessors
+
+
+PASSES = {"sum": 1, "mean": 1, "chunks": 1, "var": 2, "std": 2, "logsumexp": 2, "softmax": 3, "log_softmax": 3}
+"""How often column_tiles.cu uses each element; "chunks": the sums of chunks."""
+
+TILE_THREADS = 256
+"""Of a CTA."""
+MAX_LANES = 8
+"""Of a thread, in a piece."""
+AT_ONCE, DEPTH = 4, 6
+"""Elements of a lane that are one group of copies, and groups that are on their way."""
+
+
+def _is_faster_by_chunks(columns: int, n: int, width: int, device: GPU) -> bool:
+    element = next(name for name in ELEMENTS if vector_width(name) == width)
+    size, chunks = columns * n * ITEMSIZE[element], chunks_of(n)
+    if size < MOST_BYTES:
+        return chunks > 2 * MAX_CTAS and _ceil(columns, width) * MAX_CTAS < device.multiprocessors
+
+    def us(length: int, times: int) -> float:
+        one = choose_tile_schedule(columns, length, element, "chunks", device, times)
+        return size / (device.bytes_per_us * _reading_speed(one, columns, times, device))
+
+    return us(SUM_CHUNK, chunks) + SECOND_KERNEL_US < us(n, 1)
+
+
+class TileSchedule(NamedTuple):
+    """How threads share columns that come in vectors (column_tiles.cu)."""
+
+    width: int
+    """Columns of a thread: those of a vector."""
+    vectors: int
+    """Side by side: threads of a tile."""
+    parts: int
+    """Of a chunk: each has as many of its lanes."""
+    ctas: int
+    """That share a tile."""
+    keeps: bool
+    """Whether elements are read once, if an operation has several passes."""
+
+    @property
+    def tile(self) -> int:
+        """Columns."""
+        return self.vectors * self.width
+
+    @property
+    def lanes(self) -> int:
+        """Of a thread."""
+        return SUM_LANES * self.vectors // (self.parts * TILE_THREADS)
+
+    @property
+    def is_possible(self) -> bool:
+        lanes_of_tile = self.lanes * self.parts * TILE_THREADS
+        return lanes_of_tile == SUM_LANES * self.vectors and 1 <= self.lanes <= MAX_LANES
+
+    def arguments(self, n: int, goes_on: bool = True) -> tuple[int, int, int]:
+        """Of the kernel, besides its operands."""
+        return self.vectors.bit_length() - 1, self.parts.bit_length() - 1, self.room(n, goes_on)
+
+    def room(self, n: int, goes_on: bool = True) -> int:
+        """Groups of a thread's elements that shared memory holds; `goes_on`: to other tiles, which it copies ahead."""
+        rounds = SUM_CHUNK // SUM_LANES // AT_ONCE if n > AT_ONCE * SUM_LANES else 1
+        groups = _ceil(chunks_of(n) * self.parts, self.ctas) * self.lanes * rounds
+        return groups if self.keeps else DEPTH if goes_on else min(DEPTH, groups)
+
+    def bytes(self, n: int, accumulate: str, goes_on: bool = True) -> int:
+        """Of shared memory: elements, two times the sums of each warp, those of pieces, maxima, values, counts."""
+        elements = self.room(n, goes_on) * min(AT_ONCE, _ceil(n, SUM_LANES)) * TILE_THREADS * 16
+        values = 2 * TILE_THREADS // 32 + chunks_of(n) * self.parts + self.ctas + 1
+        return elements + self.tile * (values * ITEMSIZE[accumulate] + self.ctas * 4)
+
+
+def tile_ctas(operation: str, element: str) -> int:
+    """CTAs whose registers a multiprocessor has, as far as nothing else limits them."""
+    return 3 if PASSES[operation] == 3 and element == "float32" else 2
+
+
+def tile_schedules(n: int, element: str, operation: str, device: GPU, keeps: bool) -> list[TileSchedule]:
+    """The schedules for columns of n elements, which they keep or not, as far as they fit."""
+    found = []
+    width = vector_width(element)
+    sizes = (1, 2, 4, MAX_CTAS) if device.compute_capability >= FIRST_WITH_CLUSTERS else (1,)
+    for vectors in (16, 8, 4, 2, 1):
+        for ctas in sizes:
+            parts = 1
+            while chunks_of(n) * parts < ctas or SUM_LANES * vectors > MAX_LANES * TILE_THREADS * parts:
+                parts *= 2
+            one = TileSchedule(width, vectors, parts, ctas, keeps)
+            if one.is_possible and one.bytes(n, ACCUMULATE[element]) <= device.shared_bytes:
+                found.append(one)
+    return found
+
+
+def choose_tile_schedule(
+    columns: int, n: int, element: str, operation: str, device: GPU, times: int = 1
+) -> TileSchedule:
+    """A schedule that fits; `times`: how often there are as many columns.
+
+    Sums of much are as `_reading_speed` has it. Two passes over columns that fill the GPU without clusters read them
+    twice. Else columns that are read again are kept, two tiles to a multiprocessor if possible. Of such schedules, the
+    one with as few CTAs as fill the GPU: if elements are many, of the widest tile, else of the smallest cluster.
+    """
+    size = columns * n * ITEMSIZE[element] * times
+    row = max(16, _power_of_two(columns * ITEMSIZE[element]))
+    streaming = [one for one in tile_schedules(n, element, operation, device, False) if one.vectors * 16 <= row]
+    if PASSES[operation] == 1 and size >= MOST_BYTES:
+        return max(streaming, key=lambda one: _reading_speed(one, columns, times, device))
+    if PASSES[operation] == 2 and columns * ITEMSIZE[element] >= PREFERRED_BYTES_ACROSS * 4 * device.multiprocessors:
+        return next(one for one in streaming if one.vectors * 16 <= PREFERRED_BYTES_ACROSS and one.ctas == 1)
+    for keeps, most in ((True, device.shared_bytes // 2), (True, device.shared_bytes), (False, device.shared_bytes)):
+        if keeps and PASSES[operation] == 1:
+            continue
+        narrowest = 64 if keeps and size >= MOST_BYTES else 32
+        found = [
+            one
+            for one in tile_schedules(n, element, operation, device, keeps)
+            if one.bytes(n, ACCUMULATE[element]) <= most
+            and min(narrowest, row) <= one.vectors * 16 <= min(PREFERRED_BYTES_ACROSS, row)
+        ]
+
+        def order(one: TileSchedule) -> tuple[int, ...]:
+            ctas = _ceil(columns, one.tile) * one.ctas * times
+            missing = max(0, 19 * device.multiprocessors // 10 - ctas)
+            return missing, *((-one.vectors, one.ctas) if size >= MOST_BYTES else (one.ctas, -one.vectors))
+
+        if found:
+            return min(found, key=order)
+    raise AssertionError("a schedule that keeps nothing always fits")
+
+
+def _reading_speed(one: TileSchedule, columns: int, times: int, device: GPU) -> float:
+    """Relative to the fastest: the share of multiprocessors that have work to the end, and what an H200 has shown."""
+    of_width = {16: 1.06, 8: 1.0, 4: 0.85, 2: 0.7, 1: 0.5}[one.vectors]
+    of_cluster = {1: 1.0, 2: 0.93, 4: 0.72, 8: 0.6}[one.ctas]
+    ctas = _ceil(columns, one.tile) * one.ctas * times
+    is_alone = ctas <= device.multiprocessors
+    places = device.multiprocessors * (1 if is_alone else STREAMING_CTAS)
+    return of_width * of_cluster * (0.92 if is_alone else 1.0) * ctas / (_ceil(ctas, places) * places)
+
+
+def tile_items(one: TileSchedule, items: int, device: GPU) -> int:
+    """Items that are begun at once: CTAs that keep nothing go on to others, and copy ahead."""
+    return items if one.keeps else min(items, max(1, STREAMING_CTAS * device.multiprocessors // one.ctas))
+
+
+STREAMING_CTAS = 2
+"""Of a multiprocessor."""
+PREFERRED_BYTES_ACROSS = 128
+"""Of a tile, of every element."""
+MANY_BYTES, MOST_BYTES = 2**22, 2**25
+"""From which on there is much to read, and so much that it does not stay in the L2."""
+SECOND_KERNEL_US = 8
+"""That the next level of a tree costs: two launches, of which the first one has to end."""
+
+SHORT_THREADS = 512
+"""Of a CTA, at most, where columns are short (short_columns.cu)."""
+
+
+class ShortSchedule(NamedTuple):
+    """How threads share columns of at most SUM_LANES elements (short_columns.cu)."""
+
+    groups: int
+    """Threads of a column."""
+    columns: int
+    """Of a CTA."""
+
+    @property
+    def threads(self) -> int:
+        return self.groups * self.columns
+
+
+def short_schedule(columns: int, n: int) -> ShortSchedule:
+    """The schedule for columns of n elements."""
+    groups = _power_of_two(_ceil(max(n, 1), GROUP_LANES))
+    return ShortSchedule(groups, min(max(32, 256 // groups), SHORT_THREADS // groups, _power_of_two(columns)))
+
+
+SINGLY, TILES, SHORT, SHORT_TILES = "SINGLY", "TILES", "SHORT", "SHORT_TILES"
+"""How columns are taken: by columns.cu, column_tiles.cu, short_columns.cu, short_tiles.cu."""
+
+SHORT_COLUMNS = 32
+"""Elements, up to which columns are a few threads' each, however many there are."""
+
+
+SHORT_TILE_OPERATIONS = SUMS | {"var", "std"}
+
+
+def choose_columns(operation: str, columns: int, n: int, element: str, width: int) -> str:
+    """How columns are taken by operations that have a choice: a few threads' each are quick, but read by elements."""
+    if element == ANY:
+        return SINGLY
+    is_little = n <= SHORT_COLUMNS or columns * n * ITEMSIZE[element] <= MANY_BYTES
+    if n <= SUM_LANES and (width == 1 or is_little):
+        return SHORT
+    if width == 1:
+        return SINGLY
+    return SHORT_TILES if n <= SUM_LANES and operation in SHORT_TILE_OPERATIONS else TILES
+
+
+def short_tile_vectors(n: int) -> int:
+    """Side by side: of a tile of short_tiles.cu, at most 32."""
+    return TILE_THREADS // max(TILE_THREADS // 32, _power_of_two(_ceil(max(n, 1), GROUP_LANES)))
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_two(number: int) -> int:
+    """The next one that is not smaller."""
+    return 1 << (number - 1).bit_length()
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
@@ -424,7 +639,7 @@ def register_kernel(operation: str, element: str, schedule: RegisterSchedule) ->
 
 
 def column_kernel(operation: str, element: str, accumulate: str, width: int, in_cluster: bool) -> Kernel:
-    """The kernel of columns.cu."""
+    """The kernel of columns.cu; WIDTH > 1 for the gradients of weights."""
     return Kernel(
         "columns.cu",
         (
@@ -432,6 +647,42 @@ def column_kernel(operation: str, element: str, accumulate: str, width: int, in_
             ("IN_CLUSTER", str(in_cluster).lower()),
             *_column_macros(element, accumulate, width),
         ),
+    )
+
+
+def tile_kernel(operation: str, element: str, out_dtype: str) -> Kernel:
+    """The kernel of column_tiles.cu; operation "chunks" sums chunks."""
+    return Kernel(
+        "column_tiles.cu",
+        (
+            *_typed_macros(operation, element, out_dtype),
+            ("PASSES", PASSES[operation]),
+            ("IS_OF_CHUNKS", str(operation == "chunks").lower()),
+            ("DEPTH", DEPTH),
+            ("THREADS", TILE_THREADS),
+            ("CTAS", tile_ctas(operation, element)),
+        ),
+    )
+
+
+def short_kernel(operation: str, element: str, out_dtype: str) -> Kernel:
+    """The kernel of short_columns.cu."""
+    return Kernel("short_columns.cu", (*_typed_macros(operation, element, out_dtype), ("THREADS", SHORT_THREADS)))
+
+
+def short_tile_kernel(operation: str, element: str, out_dtype: str) -> Kernel:
+    """The kernel of short_tiles.cu."""
+    macros = (one for one in _typed_macros(operation, element, out_dtype) if one[0] != "RESULT")
+    return Kernel("short_tiles.cu", (*macros, ("THREADS", TILE_THREADS)))
+
+
+def _typed_macros(operation: str, element: str, out_dtype: str) -> tuple[tuple[str, str | int], ...]:
+    accumulate = ACCUMULATE[element]
+    return (
+        ("OPERATION", "ChunkSum" if operation == "chunks" else OPERATIONS[operation]),
+        ("ELEMENT", c_type(element)),
+        ("ACCUMULATE", C_TYPE[accumulate]),
+        ("RESULT", C_TYPE[out_dtype if operation in EXPONENTIALS else accumulate]),
     )
 
 
@@ -458,14 +709,23 @@ def reduction_kernels(compute_capability: int) -> Iterator[Kernel]:
             found[chunk_kernel(source, element, accumulate)] = None
         for width in {1, vector_width(element)}:
             for operation in TERMS:
-                found[column_chunk_kernel(operation, element, accumulate, width)] = None
-            for operation in filter(COLUMN_OPERATIONS.__contains__, OPERATIONS):
+                if width == 1 or operation not in SUMS:
+                    found[column_chunk_kernel(operation, element, accumulate, width)] = None
+            for operation in filter((COLUMN_OPERATIONS if width == 1 else WEIGHT_GRADIENTS).__contains__, OPERATIONS):
                 for in_cluster in (False, True) if has_clusters else (False,):
                     found[column_kernel(operation, element, accumulate, width, in_cluster)] = None
         for operation in filter(REGISTER_OPERATIONS.__contains__, OPERATIONS):
             for n in (1, SUM_LANES, WARP_STEPS * SUM_LANES, SUM_CHUNK, 8 * SUM_CHUNK) if element in ELEMENTS else ():
                 for schedule in register_schedules(operation, n, element):
                     found[register_kernel(operation, element, schedule)] = None
+        if element != ANY:
+            found[tile_kernel("chunks", element, accumulate)] = None
+            for operation in filter((COLUMN_OPERATIONS - WEIGHT_GRADIENTS).__contains__, OPERATIONS):
+                for out_dtype in (element, accumulate):
+                    found[tile_kernel(operation, element, out_dtype)] = None
+                    found[short_kernel(operation, element, out_dtype)] = None
+                if operation in SHORT_TILE_OPERATIONS:
+                    found[short_tile_kernel(operation, element, accumulate)] = None
         for operation in OPERATIONS:
             for out_dtype in ELEMENTS:
                 if ACCUMULATE[out_dtype] == accumulate and element in (ANY, out_dtype, *_widened_to(out_dtype)):

@@ -103,9 +103,7 @@ struct Columns {
         if (is_present) {
 #pragma unroll 1
             for (int i = first; i < min(n, first + SUM_CHUNK); i += SUM_LANES) {
-                if (vectors && i + THREAD_LANES <= n) {
-                    add_vectors(x + start + i * p.step[OF_X], lane);
-                } else if (WIDE == 1 && i + THREAD_LANES <= n) {
+                if (WIDE == 1 && i + THREAD_LANES <= n) {
                     A v[THREAD_LANES][WIDE];
 #pragma unroll
                     for (int j = 0; j < THREAD_LANES; j++) read(i + j, v[j]);
@@ -211,23 +209,6 @@ struct Columns {
             const A left = sum_of_chunks<COUNT / 2>(at, first);
             if (first + COUNT / 2 >= chunks) return left;
             return left + sum_of_chunks<COUNT / 2>(at, first + COUNT / 2);
-        }
-    }
-
-  private:
-    // Add 8 elements of each column, `from` the first one of the first column, to their lanes.
-    __device__ __forceinline__ void add_vectors(const X* from, A (&lane)[THREAD_LANES][WIDE]) const {
-        if constexpr (WIDE > 1) {
-            uint4 raw[THREAD_LANES];
-#pragma unroll
-            for (int j = 0; j < THREAD_LANES; j++) raw[j] = *reinterpret_cast<const uint4*>(from + j * p.step[OF_X]);
-#pragma unroll
-            for (int j = 0; j < THREAD_LANES; j++) {
-                A v[WIDE];
-                unpack(raw[j], static_cast<X*>(nullptr), v);
-#pragma unroll
-                for (int w = 0; w < WIDE; w++) lane[j][w] += v[w];
-            }
         }
     }
 };
