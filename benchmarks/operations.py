@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -74,6 +75,19 @@ def reduction(name: str, rows: int, n: int, dtype: str, device: torch.device) ->
     )
 
 
+def decode(batch: int, keys: int, dtype: str, device: torch.device) -> Workload:
+    """Attention of the newest token of every sequence, with 4 heads to one of keys."""
+    heads, groups, width = 32, 8, 128
+
+    def make() -> tuple[torch.Tensor, ...]:
+        shapes = (batch, heads, 1, width), *[(batch, groups, keys, width)] * 2
+        return tuple(torch.randn(shape, device=device).to(DTYPES[dtype]) for shape in shapes)
+
+    call = functools.partial(torch.nn.functional.scaled_dot_product_attention, enable_gqa=True)
+    size = (2 * groups * keys + 2 * heads) * batch * width * DTYPES[dtype].itemsize
+    return Workload(f"attention {batch}x{heads}, {keys} keys", dtype, make, call, 0, size)
+
+
 def workloads(device: torch.device, quick: bool) -> Iterator[Workload]:
     """Shapes of a language model on a GPU; smaller ones on a CPU."""
     if device.type == "cpu":
@@ -94,6 +108,8 @@ def workloads(device: torch.device, quick: bool) -> Iterator[Workload]:
         for name in ("log_softmax", "softmax", "mean(-1)", "mean(0)"):
             for dtype in ("bf16",) if quick else ("bf16", "fp32"):
                 yield reduction(name, rows, n, dtype, device)
+    for batch, keys in ((8, 128), (1, 4096), (8, 4096)) if quick else itertools.product((1, 8, 64), (128, 1024, 4096)):
+        yield decode(batch, keys, "bf16", device)
 
 
 MODES = {"standard": contextlib.nullcontext, "invariant": set_batch_invariant_mode}

@@ -120,7 +120,28 @@ class ElementwiseSpec(NamedTuple):
     y: Layout | None = None
 
 
-Spec = MatmulSpec | ReductionSpec | ElementwiseSpec
+class AttentionSpec(NamedTuple):
+    """out = softmax(query @ key.T + mask) @ value, by section 11 of docs/contract.md: in float32, with query and key
+    multiplied by their factors first.
+
+    query (B, heads, L, D), key (B, groups, S, D), value (B, groups, S, E), out (B, heads, L, E), of one dtype, where
+    neighbouring heads share a group; mask (B, heads, L, S), with stride 0 where it is broadcast. A launch takes out,
+    query, key, value, and the mask if there is one.
+    """
+
+    query: Layout
+    key: Layout
+    value: Layout
+    out: Layout
+    mask: Layout | None
+    """Added to the scores; of a boolean one 0 or -inf."""
+    is_causal: bool
+    """Query l has keys 0 ... l; there is no mask."""
+    query_factor: float
+    key_factor: float
+
+
+Spec = MatmulSpec | ReductionSpec | ElementwiseSpec | AttentionSpec
 
 
 def merge_dimensions(

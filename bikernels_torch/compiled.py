@@ -326,6 +326,11 @@ class _ModeBackend:
         return _compile(graph, inputs, options, **keywords)
 
 
+def is_tracing() -> bool:
+    """Whether this thread traces a graph for inductor, in the mode."""
+    return getattr(_compiling, "allowed", False)
+
+
 def _innermost(backend: Any) -> Any:
     while hasattr(backend, "_torchdynamo_orig_backend"):
         backend = backend._torchdynamo_orig_backend

@@ -12,7 +12,10 @@ import torch
 
 import bikernels
 from bikernels import Device, View
-from bikernels.settings import current, current_arithmetic, current_backend
+from bikernels import backend as registry
+from bikernels.backend import AttentionLaunch
+from bikernels.settings import choose_backend, current, current_arithmetic, current_backend
+from bikernels.specs import AttentionSpec
 from bikernels.views import CPU
 
 FLOATS = {
@@ -89,6 +92,17 @@ def recording() -> Iterator[list[Recorded]]:
         _recorder.calls = before
 
 
+@contextlib.contextmanager
+def _with_mode_settings() -> Iterator[None]:
+    """Within, the mode's settings hold where the calling thread's own context names none."""
+    with contextlib.ExitStack() as stack:
+        if _settings.backend is not None and current_backend() is None:
+            stack.enter_context(bikernels.use_backend(_settings.backend))
+        if _settings.arithmetic is not None and current_arithmetic() is None:
+            stack.enter_context(bikernels.use_arithmetic(_settings.arithmetic))
+        yield
+
+
 def _call(
     function: Callable[..., Any],
     results: tuple[torch.Tensor, ...],
@@ -99,11 +113,7 @@ def _call(
     views = [view(one) if isinstance(one, torch.Tensor) else one for one in operands]
     outs = tuple(map(view, results))
     options |= {"out": outs if len(outs) > 1 else outs[0], "dtype": _NAMES[results[0].dtype]}
-    with contextlib.ExitStack() as stack:
-        if _settings.backend is not None and current_backend() is None:
-            stack.enter_context(bikernels.use_backend(_settings.backend))
-        if _settings.arithmetic is not None and current_arithmetic() is None:
-            stack.enter_context(bikernels.use_arithmetic(_settings.arithmetic))
+    with _with_mode_settings():
         function(*views, **options)
         if _recorder.calls is not None and not any(isinstance(one, float) for one in operands):
             given = tuple([one for one in operands if isinstance(one, torch.Tensor)])
@@ -215,3 +225,43 @@ def differentiate(
 ) -> None:
     """Write a norm's gradient to out, computed as out's dtype."""
     _call(operation, (out,), operands, axis=dims)
+
+
+def attend(
+    out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    factors: tuple[float, float],
+) -> bool:
+    """Write an attention (`AttentionSpec`) to out, if the backend has it as one operation; else False."""
+    views = [view(one) for one in (out, query, key, value)]
+    of_mask = None if mask is None else view(mask)
+    layouts = [one.description.layout for one in views]
+    spec = AttentionSpec(
+        query=layouts[1],
+        key=layouts[2],
+        value=layouts[3],
+        out=layouts[0],
+        mask=None if of_mask is None else of_mask.description.layout,
+        is_causal=is_causal,
+        query_factor=factors[0],
+        key_factor=factors[1],
+    )
+    device = views[0].device
+    with _with_mode_settings():
+        launch = _attention_launch(choose_backend(None, device).name, spec, device)
+    if launch is None:
+        return False
+    operands = (query, key, value) if mask is None else (query, key, value, mask)
+    launch(views[0].stream, *[one.data_ptr() for one in (out, *operands)])
+    if _recorder.calls is not None:
+        _recorder.calls.append(Recorded(launch, (out,), operands))
+    return True
+
+
+@functools.lru_cache(maxsize=1024)
+def _attention_launch(backend: str, spec: AttentionSpec, device: Device) -> AttentionLaunch | None:
+    return registry.get(backend).prepare_attention(spec, device)

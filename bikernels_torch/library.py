@@ -8,6 +8,7 @@
     log_softmax(x, dim, *, dtype=None)             softmax(x, dim, *, dtype=None)
     mean(x, dim=None, keepdim=False, *, dtype=None)   and sum
     rms_norm(x, normalized_shape, weight=None, eps=None)
+    _attention(query, key, value, mask, is_causal, scale, enable_gqa)   in compiled graphs, without gradients
 
 Floating-point CPU and CUDA tensors; `dtype` is that of the result, for products that of the operands or float32. They
 have gradients and fake kernels.
@@ -23,8 +24,8 @@ import torch
 import bikernels
 
 from . import core
+from .operators import attention, norm, reduction
 from .operators import matmul as products
-from .operators import norm, reduction
 from .operators import softmax as softmaxes
 from .plans import planned_operator
 
@@ -385,3 +386,45 @@ _define_rms_norm_gradient("_rms_norm_backward", of_weight=False)
 _define_rms_norm_gradient("_rms_norm_weight_backward", of_weight=True)
 _library.define("rms_norm(Tensor x, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None) -> Tensor")
 _library.impl("rms_norm", _rms_norm, "CompositeImplicitAutograd")
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    def steps() -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+
+    return attention.attend_few_queries(steps, query, key, value, mask, is_causal, scale, enable_gqa).contiguous()
+
+
+def _attention_fake(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    return query.new_empty((*query.shape[:3], value.shape[3]))
+
+
+_library.define(
+    "_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float? scale, bool enable_gqa) "
+    "-> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+for _key in ("CPU", "CUDA"):
+    _library.impl("_attention", _attention, _key)
+torch.library.register_fake("bikernels::_attention", _attention_fake, lib=_library)

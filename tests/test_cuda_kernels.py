@@ -19,7 +19,7 @@ NEWER = ("sm_100a", "sm_120")
 
 REDUCTIONS_SHARE = 6
 """One in so many kernels of each reduction: of hundreds that differ by little."""
-OPERANDS = ("ELEMENT", "A_K_CONTIGUOUS", "B_K_CONTIGUOUS", "A_ALONG_K", "B_ALONG_K")
+OPERANDS = ("ELEMENT", "ROWS", "A_K_CONTIGUOUS", "B_K_CONTIGUOUS", "A_ALONG_K", "B_ALONG_K")
 """In which kernels of one schedule differ."""
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from ..contract import FLOAT_DTYPES
 from ..errors import BackendUnavailableError
-from ..specs import ElementwiseSpec, MatmulSpec, ReductionSpec
+from ..specs import AttentionSpec, ElementwiseSpec, MatmulSpec, ReductionSpec
 from ..views import Device
 
 
@@ -31,6 +31,12 @@ class ElementwiseLaunch(Protocol):
     """Queues a function likewise, with the two numbers of `ElementwiseSpec`; y of none is 0."""
 
     def __call__(self, stream: int, out: int, x: int, y: int = 0, a: float = 0.0, b: float = 0.0, /) -> None: ...
+
+
+class AttentionLaunch(Protocol):
+    """Queues an attention likewise; `mask` is the address of the spec's, if it has one."""
+
+    def __call__(self, stream: int, out: int, query: int, key: int, value: int, /, *mask: int) -> None: ...
 
 
 class Backend(Protocol):
@@ -64,6 +70,9 @@ class Backend(Protocol):
 
     def prepare_elementwise(self, spec: ElementwiseSpec, device: Device) -> ElementwiseLaunch:
         """As `prepare_matmul`, for an elementwise function."""
+
+    def prepare_attention(self, spec: AttentionSpec, device: Device) -> AttentionLaunch | None:
+        """As `prepare_matmul`, for an attention; None where its steps have to be computed one by one."""
 
 
 _MODULES = {

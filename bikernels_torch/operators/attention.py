@@ -1,14 +1,20 @@
-"""scaled_dot_product_attention: the path made of products and a softmax, never a fused kernel."""
+"""scaled_dot_product_attention: products and a softmax in one order, never PyTorch's fused kernels.
+
+The order is that of PyTorch's path made of products and a softmax (docs/contract.md, section 11). Where nothing follows
+what attention is made of, few queries on a GPU are one kernel of the core, with the bits of that path.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from .. import core, dispatch
+from .. import compiled, core, dispatch
+from ..plans import planned
 
 
 class AttentionBlockSize(NamedTuple):
@@ -36,6 +42,103 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """Softmax(query @ key.T * scale + mask) @ value, whatever the choice of `torch.nn.attention.sdpa_kernel`."""
+    steps = functools.partial(
+        _in_steps, original, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+    )
+    if query.is_cuda and dropout_p == 0 and query.dim() == 4 and query.shape[2] <= FEW_QUERIES:
+        if dispatch.autograd_is_idle(query, key, value, attn_mask):
+            return attend_few_queries(steps, query, key, value, attn_mask, is_causal, scale, enable_gqa)
+        if compiled.is_tracing() and _may_be_one_operator(query, key, value, attn_mask, is_causal, enable_gqa):
+            return torch.ops.bikernels._attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+    return steps()
+
+
+def _may_be_one_operator(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    enable_gqa: bool,
+) -> bool:
+    """Whether a graph without gradients has these operands, which PyTorch would take."""
+    tensors = [query, key, value] if mask is None else [query, key, value, mask]
+    followed = torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
+    return (
+        not followed and _is_batch_of_heads(query, key, value, enable_gqa) and _takes_mask(query, key, mask, is_causal)
+    )
+
+
+def attend_few_queries(
+    steps: Callable[[], torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """One kernel, where the backend has it for these operands; else `steps`, which also raises all errors."""
+    in_float32 = not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    return _of_few_queries(steps, query, key, value, mask, is_causal, scale, enable_gqa, in_float32)
+
+
+FEW_QUERIES = 16
+"""More are worth the tiles of products."""
+
+
+@planned
+def _of_few_queries(
+    steps: Callable[[], torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    in_float32: bool,
+) -> torch.Tensor:
+    """`attend_few_queries`, with what decides besides about a plan."""
+    if not (
+        in_float32 and _is_batch_of_heads(query, key, value, enable_gqa) and _takes_mask(query, key, mask, is_causal)
+    ):
+        return steps()
+    if mask is not None:
+        mask = mask.expand(*query.shape[:3], key.shape[2])
+    out = query.new_empty((*query.shape[:3], value.shape[3]))
+    root = math.sqrt(abs(scale) if scale is not None else 1.0 / math.sqrt(query.shape[3]))
+    factors = math.copysign(root, scale or 1.0), root
+    return out if core.attend(out, query, key, value, mask, is_causal, factors) else steps()
+
+
+def _takes_mask(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, is_causal: bool) -> bool:
+    """Whether PyTorch adds the mask, if there is one, to the scores."""
+    if mask is None:
+        return True
+    shape = (*query.shape[:3], key.shape[2])
+    return (
+        not is_causal
+        and mask.device == query.device
+        and mask.dtype in (torch.bool, torch.float32, query.dtype)
+        and mask.dim() <= 4
+        and all(n in (1, wanted) for n, wanted in zip(reversed(mask.shape), reversed(shape), strict=False))
+    )
+
+
+def _in_steps(
+    original: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """Products and a softmax."""
     tensors = (query, key, value)
     if (
         query.device.type not in ("cpu", "cuda")
@@ -69,7 +172,9 @@ def _is_batch_of_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
     batch, heads, _, width = query.shape
     groups = key.shape[1]
     return (
-        key.shape[0] == batch
+        key.dtype is value.dtype is query.dtype
+        and key.device == value.device == query.device
+        and key.shape[0] == batch
         and key.shape[3] == width
         and key.shape[:3] == value.shape[:3]
         and min(query.numel(), key.numel(), value.numel()) > 0
@@ -86,7 +191,9 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: 
     factor = math.sqrt(scale or 1.0 / math.sqrt(width))
     rows = _scaled(query, factor, wide).reshape(batch * groups, heads // groups * length, width)
     columns = _scaled(key, factor, wide).flatten(0, 1).mT
-    weights = torch.softmax(torch.bmm(rows, columns), -1)
+    scores = torch.bmm(rows, columns)
+    weights = torch.softmax(scores, -1)
+    weights.masked_fill_(scores.amax(-1, keepdim=True) == float("-inf"), 0)  # PyTorch's _safe_softmax
     out = torch.bmm(weights, value.to(wide).flatten(0, 1))
     return out.view(batch, heads, length, -1).to(query.dtype)
 

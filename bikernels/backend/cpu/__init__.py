@@ -10,7 +10,7 @@ operations all of them are made of; `compile.py` says how they are compiled and 
 from __future__ import annotations
 
 from ... import contract
-from ...specs import ELEMENTWISE, REDUCTIONS, ElementwiseSpec, MatmulSpec, ReductionSpec
+from ...specs import ELEMENTWISE, REDUCTIONS, AttentionSpec, ElementwiseSpec, MatmulSpec, ReductionSpec
 from ...views import CPU, Device
 from .. import ElementwiseLaunch, MatmulLaunch, ReductionLaunch
 
@@ -47,6 +47,9 @@ class CpuBackend:
         from . import elementwise
 
         return elementwise.prepare(spec)
+
+    def prepare_attention(self, spec: AttentionSpec, device: Device) -> None:
+        return None
 
 
 backend = CpuBackend()

@@ -1,7 +1,8 @@
 """CUDA C++ kernels, compiled with NVRTC at first use and launched on CuPy's devices and streams.
 
-`kernels/` is the CUDA C++; `matmul/`, `reductions.py` and `elementwise.py` turn a spec into launches; `schedules.py` is
-for reductions; `compile.py` compiles and caches; `launch.py` loads and launches, through the driver (`driver.py`).
+`kernels/` is the CUDA C++; `matmul/`, `reductions.py`, `elementwise.py` and `attention.py` turn a spec into launches;
+`schedules.py` is for reductions; `compile.py` compiles and caches; `launch.py` loads and launches, through the driver
+(`driver.py`).
 Nothing of CUDA is imported before a launch is prepared.
 """
 
@@ -11,9 +12,9 @@ import ctypes
 import importlib.util
 
 from ... import contract
-from ...specs import ELEMENTWISE, REDUCTIONS, ElementwiseSpec, MatmulSpec, ReductionSpec
+from ...specs import ELEMENTWISE, REDUCTIONS, AttentionSpec, ElementwiseSpec, MatmulSpec, ReductionSpec
 from ...views import Device
-from .. import ElementwiseLaunch, MatmulLaunch, ReductionLaunch
+from .. import AttentionLaunch, ElementwiseLaunch, MatmulLaunch, ReductionLaunch
 from . import driver
 
 _MODULES = ("cupy", "cuda.core", "cuda.bindings", "cuda.pathfinder")
@@ -61,6 +62,11 @@ class CupyBackend:
         from . import elementwise
 
         return elementwise.prepare(spec, device)
+
+    def prepare_attention(self, spec: AttentionSpec, device: Device) -> AttentionLaunch | None:
+        from . import attention
+
+        return attention.prepare(spec, device)
 
 
 def _compute_capability(device: Device) -> tuple[int, int]:

@@ -75,6 +75,27 @@ ELEMENTWISE = np.dtype(
     ]
 )
 
+ATTENTION = np.dtype(
+    [
+        ("keys", "i8"),
+        ("width", "i8"),
+        ("columns", "i8"),
+        ("groups", DIVISOR),
+        ("queries", DIVISOR),
+        ("row_teams", DIVISOR),
+        ("sharing", "i8"),
+        ("slice", "i8"),
+        ("tile", "i8"),
+        ("stage_bytes", "i8"),
+        ("is_apart", "i8"),
+        ("is_causal", "i8"),
+        ("mask_dtype", "i8"),
+        ("query_factor", "f8"),
+        ("key_factor", "f8"),
+        *((f"{operand}_stride", "i8", (4,)) for operand in ("query", "key", "value", "out", "mask")),
+    ]
+)
+
 
 def divisor(number: int) -> tuple[int, int, int]:
     """A `Divisor` by number >= 1.

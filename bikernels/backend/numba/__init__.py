@@ -12,7 +12,7 @@ import importlib.util
 
 from ...contract import PORTABLE_ARITHMETIC, native_arithmetic, tensor_core_arithmetic
 from ...errors import BackendUnavailableError
-from ...specs import REDUCTIONS, ElementwiseSpec, MatmulSpec, ReductionSpec
+from ...specs import REDUCTIONS, AttentionSpec, ElementwiseSpec, MatmulSpec, ReductionSpec
 from ...views import Device
 from .. import ElementwiseLaunch, MatmulLaunch, ReductionLaunch
 
@@ -79,6 +79,9 @@ class NumbaBackend:
 
     def prepare_elementwise(self, spec: ElementwiseSpec, device: Device) -> ElementwiseLaunch:
         raise NotImplementedError(spec.operation)  # not in `elementwise`
+
+    def prepare_attention(self, spec: AttentionSpec, device: Device) -> None:
+        return None
 
 
 backend = NumbaBackend()
