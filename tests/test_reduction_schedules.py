@@ -112,10 +112,12 @@ def spec_of(operation: str, shape: tuple[int, ...], arrays: dict[str, Any]) -> R
     return ReductionSpec(operation, 1, correction=CORRECTION, eps=EPS, **layouts)
 
 
-def forced(case: Case, operation: str, element: str, accumulate: str, gpu: launch.GPU) -> Iterator[tuple[str, Any]]:
+def forced(case: Case, operation: str, element: str, out_dtype: str, gpu: launch.GPU) -> Iterator[tuple[str, Any]]:
     """Patches that force each schedule that the case can have, with a name."""
     count, n = case.operands["x"].shape
-    elsewhere = {"choose_register_schedule": None}
+    accumulate = ACCUMULATE[out_dtype]
+    no_registers = {"choose_register_schedule": None}
+    elsewhere = no_registers | {"choose_ring_schedule": None}
     if case.in_columns and operation in schedules.COLUMN_OPERATIONS:
         vector = schedules.vector_width(element)
         has_choice = operation not in schedules.WEIGHT_GRADIENTS
@@ -143,9 +145,16 @@ def forced(case: Case, operation: str, element: str, accumulate: str, gpu: launc
         for schedule in schedules.row_schedules(n, schedules.kept(operation, element, accumulate), gpu):
             yield str(schedule), elsewhere | {"choose_row_schedule": schedule, "splits_rows": False}
         if operation not in schedules.SPLIT:
-            yield "streaming", {"choose_row_schedule": None}
+            yield "streaming", elsewhere | {"choose_row_schedule": None}
         elif n > schedules.SUM_CHUNK:
             yield "chunks", elsewhere | {"splits_rows": lambda rows, length, *rest: length == n}
+        if not case.in_columns and schedules.has_ring_kernel(operation, element, out_dtype):
+            for ring_schedule in schedules.ring_schedules(n, ITEMSIZE[element], gpu):
+                for teams in (1, count):  # one that takes row after row, or one for each
+                    yield (
+                        f"{ring_schedule}, {teams}",
+                        no_registers | {"choose_ring_schedule": ring_schedule, "ring_teams": teams},
+                    )
 
 
 def run(backend: Any, operation: str, dtype: str, out_dtype: str) -> int:
@@ -160,7 +169,7 @@ def run(backend: Any, operation: str, dtype: str, out_dtype: str) -> int:
             return backend.put(x.T).T if is_transposed and x.ndim > 1 else backend.put(x)
 
         operands = {name: put(operand) for name, operand in case.operands.items()}
-        for name, patches in forced(case, operation, element, accumulate, launch.gpu(index)):
+        for name, patches in forced(case, operation, element, out_dtype, launch.gpu(index)):
             results = {key: put(np.full_like(expected, 7)) for key, expected in case.expected.items()}
             arrays = operands | results
             spec = spec_of(operation, case.operands["x"].shape, arrays)
@@ -246,9 +255,24 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
             short = schedules.short_schedule(rows, n)
             assert short.groups * schedules.GROUP_LANES >= min(n, schedules.SUM_LANES)
             assert n > schedules.SUM_LANES or short.threads <= schedules.SHORT_THREADS
+            itemsize = ITEMSIZE.get(element, 8)
+            ring = schedules.choose_ring_schedule(rows, n, operation, itemsize, False, gpu) if itemsize <= 4 else None
+            if ring is not None:
+                assert gpu is H100 and ring.bytes(n, itemsize) <= gpu.shared_bytes and ring.slots > 1
+                assert ring.warps * ring.ctas * ring.rounds * schedules.SUM_CHUNK >= n
+                assert 0 < ring.threads <= ring.resident_warps(n, itemsize) * 32 <= schedules.ring_threads(itemsize)
             for width in {1, schedules.vector_width(element)}:
                 one = schedules.choose_column_schedule(rows, n, width, gpu)
                 assert one.groups * 8 >= min(n, schedules.SUM_LANES)
                 assert one.threads % one.groups == 0
                 if schedules.chunks_of(n) <= schedules.MAX_COLUMN_CHUNKS:
                     assert one.bytes(n, accumulate) <= 48 * 1024
+
+
+def test_long_rows_go_to_the_ring() -> None:
+    chosen = schedules.choose_ring_schedule(8192, 32000, "log_softmax", 2, True, H100)
+    assert chosen is not None and chosen.slots > 1
+    assert schedules.choose_ring_schedule(8192, 32000, "log_softmax", 2, True, A100) is None
+    assert schedules.choose_ring_schedule(8192, 2048, "log_softmax", 2, True, H100) is None
+    assert schedules.choose_ring_schedule(4096, 50257, "mean", 2, False, H100) is not None
+    assert schedules.choose_ring_schedule(4096, 50264, "mean", 2, True, H100) is None

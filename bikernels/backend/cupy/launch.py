@@ -108,6 +108,22 @@ def _parameter_sizes(function: Function) -> list[int]:
     return sizes
 
 
+@functools.cache
+def resident_ctas(function: Function, block: int, shared_bytes: int, cluster: int) -> int:
+    """How many CTAs of such a launch its device holds at a time, whole clusters of them."""
+    with cupy.cuda.Device(function.device):
+        _bind_context()
+        count, handle = ctypes.c_int(), driver.POINTER(function.handle)
+        if cluster == 1:
+            name = "cuOccupancyMaxActiveBlocksPerMultiprocessor"
+            driver.call(name, ctypes.byref(count), handle, block, ctypes.c_size_t(shared_bytes))
+            return count.value * gpu(function.device).multiprocessors
+        attributes = (_Attribute * 1)(_Attribute(_CLUSTER_DIMENSION, (cluster, 1, 1)))
+        config = _Config((cluster, 1, 1), (block, 1, 1), shared_bytes, None, ctypes.addressof(attributes), 1)
+        driver.call("cuOccupancyMaxActiveClusters", ctypes.byref(count), handle, ctypes.byref(config))
+        return count.value * cluster
+
+
 # ----------------------------------------------------------------------------------------------------------- launching
 
 # The arguments that a call gives, as codes of the module struct.

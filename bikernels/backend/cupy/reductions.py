@@ -15,9 +15,9 @@ from ...views import Device
 from .. import ReductionLaunch
 from . import schedules
 from .compile import Kernel
-from .launch import ADDRESS, Argument, Launch, gpu, load, shaped, workspace
+from .launch import ADDRESS, Argument, Launch, gpu, load, resident_ctas, shaped, workspace
 from .parameters import DTYPE_CODE, OPERANDS, REDUCTION, divisor, fill_dims
-from .schedules import ColumnSchedule, RegisterSchedule, RowSchedule
+from .schedules import ColumnSchedule, RegisterSchedule, RingSchedule, RowSchedule
 
 SIDES = OPERANDS[2:]
 """Operands that an operation may have beside x and out."""
@@ -76,6 +76,16 @@ class _Rows(NamedTuple):
         """As what x, and the gradient with it, are read: see schedules.py."""
         differ = "grad" in self.operands and self.operands["grad"].dtype != self.x.dtype
         return schedules.element_of(self.x.dtype, self.accumulate, self.rounds or differ)
+
+    @property
+    def lie_side_by_side(self) -> bool:
+        """Whether the elements of a row do, in x and out."""
+        return len(self.row) == 1 and self.x.row[0] == 1 and self.operands["out"].row[0] in (0, 1)
+
+    @property
+    def line_up(self) -> bool:
+        """Whether rows begin where a vector does, if the first one does."""
+        return all(step % schedules.vector_width(self.element) == 0 for step in self.x.kept)
 
     @property
     def in_columns(self) -> bool:
@@ -214,6 +224,8 @@ def prepare(spec: ReductionSpec, device: Device) -> ReductionLaunch:
         _plan_column_tree(plan, rows, operation)
     elif rows.in_columns and operation in schedules.COLUMN_OPERATIONS and rows.chunks <= rows.max_column_chunks:
         _plan_single(plan, _column_launch(plan, rows, operation))
+    elif (ring := _choose_ring(plan, rows, operation)) is not None:
+        _plan_single(plan, _ring_launch(plan, rows, operation, ring))
     elif operation in schedules.SUMS:
         _plan_row_tree(plan, rows, operation)
     else:
@@ -243,6 +255,33 @@ def _choose_rows(plan: _Plan, rows: _Rows, operation: str) -> RowSchedule | None
     chosen = schedules.choose_row_schedule(rows.number, rows.n, kept, plan.gpu)
     may_split = operation in schedules.SPLIT
     return None if may_split and schedules.splits_rows(rows.number, rows.n, plan.gpu, chosen is not None) else chosen
+
+
+def _choose_ring(plan: _Plan, rows: _Rows, operation: str) -> RingSchedule | None:
+    """The schedule of rows_ring.cu; None if rows do not lie as it reads them, or others are faster."""
+    if not (rows.lie_side_by_side and schedules.has_ring_kernel(operation, rows.element, rows.out_dtype)):
+        return None
+    itemsize = ITEMSIZE[rows.element]
+    return schedules.choose_ring_schedule(rows.number, rows.n, operation, itemsize, rows.line_up, plan.gpu)
+
+
+def _ring_launch(plan: _Plan, rows: _Rows, operation: str, schedule: RingSchedule) -> Launch:
+    """A launch of rows_ring.cu, given the addresses of out, x and its sides."""
+    kernel = schedules.ring_kernel(operation, rows.element, rows.out_dtype)
+    shared_bytes = schedule.bytes(rows.n, ITEMSIZE[rows.element])
+    function = load(kernel, "reduce_long_rows", plan.index, shared_bytes)
+    resident = resident_ctas(function, schedule.threads, shared_bytes, schedule.ctas)
+    numbers = (schedule.slots, schedule.rounds, schedule.ctas, schedule.area_bytes(rows.n))
+    return plan.shape(
+        kernel,
+        "reduce_long_rows",
+        schedules.ring_teams(rows.number, resident // schedule.ctas) * schedule.ctas,
+        schedule.threads,
+        shared_bytes,
+        (rows.parameters(operation), *map(np.int32, numbers), *_addresses(rows, ())),
+        cluster=schedule.ctas,
+        overlapping=True,
+    )
 
 
 _NULL = np.uint64(0)

@@ -305,6 +305,108 @@ def choose_register_schedule(operation: str, rows: int, n: int, element: str, de
     return found[-1] if found else None
 
 
+# ------------------------------------------------------------------------------------------------------ rows in a ring
+
+RING_CAPABILITY = (9, 0)
+"""The compute capability that rows_ring.cu is for."""
+RING_OPERATIONS = SUMS | EXPONENTIALS
+MAX_RING_CHUNKS = 256
+"""Of a row: what a warp sums at once."""
+MAX_RING_WARPS = 20
+"""Of a CTA."""
+RING_AREAS = 4
+"""For what the warps exchange."""
+MULTIPROCESSOR_BYTES, CTA_BYTES = 228 * 1024, 1024
+"""Shared memory of a multiprocessor, and what the system takes of it for each CTA."""
+
+
+class RingSchedule(NamedTuple):
+    """How the warps of rows_ring.cu share rows."""
+
+    warps: int
+    """Of a CTA."""
+    ctas: int
+    """Of a cluster."""
+    rounds: int
+    """Chunks of a warp."""
+    slots: int
+    """Rows that a warp keeps."""
+
+    @property
+    def threads(self) -> int:
+        return self.warps * 32
+
+    def area_bytes(self, n: int) -> int:
+        """What the warps exchange at a time: 8 bytes for each chunk or 4 for each warp."""
+        return -(-max(8 * chunks_of(n), 4 * self.warps * self.ctas) // 16) * 16
+
+    def bytes(self, n: int, itemsize: int) -> int:
+        """Of shared memory: the chunks, each in as many bytes as it needs wherever it begins in a vector, the barriers,
+        what is exchanged.
+        """
+        of_slot = self.rounds * (SUM_CHUNK * itemsize + 32) + 8
+        return self.warps * self.slots * of_slot + RING_AREAS * (8 + self.area_bytes(n))
+
+    def resident_warps(self, n: int, itemsize: int) -> int:
+        """Of a multiprocessor, as many as its shared memory and its registers hold."""
+        ctas = MULTIPROCESSOR_BYTES // (self.bytes(n, itemsize) + CTA_BYTES)
+        return min(ctas, ring_threads(itemsize) // self.threads) * self.warps
+
+
+def ring_threads(itemsize: int) -> int:
+    """Threads of a multiprocessor for which there are registers: as many as there is shared memory for, at most."""
+    return 896 if itemsize == 2 else 512
+
+
+def has_ring_kernel(operation: str, element: str, out_dtype: str) -> bool:
+    """Whether rows_ring.cu computes this."""
+    is_single = ACCUMULATE[out_dtype] == "float32" and element in (out_dtype, *_widened_to(out_dtype))
+    return operation in RING_OPERATIONS and is_single
+
+
+def ring_schedules(n: int, itemsize: int, device: GPU) -> list[RingSchedule]:
+    """The schedules of rows_ring.cu for rows of n elements, the fewest CTAs first."""
+    chunks = chunks_of(n)
+    if device.compute_capability != RING_CAPABILITY or not 1 < chunks <= MAX_RING_CHUNKS:
+        return []
+    found: dict[RingSchedule, None] = {}
+    for ctas in _cluster_sizes(device):
+        for rounds, slots in ((1, 2), (2, 2), (1, 3)):
+            one = RingSchedule(-(-chunks // (ctas * rounds)), ctas, rounds, slots)
+            fits = one.bytes(n, itemsize) <= device.shared_bytes and one.warps <= MAX_RING_WARPS
+            if ctas * 2 <= chunks and fits and one.threads <= ring_threads(itemsize):
+                found[one] = None
+    return list(found)
+
+
+def choose_ring_schedule(
+    rows: int, n: int, operation: str, itemsize: int, line_up: bool, device: GPU
+) -> RingSchedule | None:
+    """The schedule for rows that lie side by side; None where they are left to rows.cu. `line_up`: whether rows begin
+    where a vector does.
+
+    A chunk for each warp and the next row's on its way; the fewest CTAs of which a multiprocessor holds nearly as many
+    warps as of any, or the most where there are few rows.
+    """
+    chunks = chunks_of(n)
+    is_few = rows * chunks < 4 * device.multiprocessors
+    if (is_few and chunks < 64) or (operation in SUMS and line_up):
+        return None
+    if operation == "softmax" and itemsize == 2 and line_up and chunks <= 8:
+        return None  # it computes exponentials twice; rows.cu keeps them
+    found = [one for one in ring_schedules(n, itemsize, device) if (one.rounds, one.slots) == (1, 2)]
+    if not found:
+        return None
+    most = max(one.resident_warps(n, itemsize) for one in found)
+    alike = [one for one in found if one.resident_warps(n, itemsize) >= 0.85 * most]
+    return found[-1] if rows * alike[0].ctas < 4 * device.multiprocessors else alike[0]
+
+
+def ring_teams(rows: int, resident: int) -> int:
+    """How many teams take the rows; `resident`: how many work at a time."""
+    return min(rows, resident)
+
+
 # ------------------------------------------------------------------------------------------------------------ columns
 
 
@@ -638,6 +740,19 @@ def register_kernel(operation: str, element: str, schedule: RegisterSchedule) ->
     )
 
 
+def ring_kernel(operation: str, element: str, out_dtype: str) -> Kernel:
+    """The kernel of rows_ring.cu."""
+    return Kernel(
+        "rows_ring.cu",
+        (
+            ("OPERATION", OPERATIONS[operation]),
+            ("ELEMENT", c_type(element)),
+            ("RESULT", C_TYPE[out_dtype]),
+            ("THREADS", ring_threads(ITEMSIZE[element])),
+        ),
+    )
+
+
 def column_kernel(operation: str, element: str, accumulate: str, width: int, in_cluster: bool) -> Kernel:
     """The kernel of columns.cu; WIDTH > 1 for the gradients of weights."""
     return Kernel(
@@ -728,6 +843,8 @@ def reduction_kernels(compute_capability: int) -> Iterator[Kernel]:
                     found[short_tile_kernel(operation, element, accumulate)] = None
         for operation in OPERATIONS:
             for out_dtype in ELEMENTS:
+                if compute_capability == 90 and has_ring_kernel(operation, element, out_dtype):
+                    found[ring_kernel(operation, element, out_dtype)] = None
                 if ACCUMULATE[out_dtype] == accumulate and element in (ANY, out_dtype, *_widened_to(out_dtype)):
                     for team in (LANES, CTA, CLUSTER) if has_clusters else (LANES, CTA):
                         found[row_kernel(operation, element, out_dtype, team)] = None

@@ -109,6 +109,30 @@ __device__ __forceinline__ void store_in_cluster(unsigned shared, unsigned rank,
         : "memory");
 }
 
+// The same, counting the bytes at the barrier that lies at that address there: who waits for it finds them.
+__device__ __forceinline__ void send_in_cluster(unsigned shared, unsigned rank, unsigned value, unsigned barrier) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 there, counter;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mapa.shared::cluster.u32 counter, %3, %1;\n"
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %2, [counter];\n"
+        "}" ::"r"(shared),
+        "r"(rank), "r"(value), "r"(barrier)
+        : "memory");
+}
+__device__ __forceinline__ void send_in_cluster(unsigned shared, unsigned rank, uint2 value, unsigned barrier) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 there, counter;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mapa.shared::cluster.u32 counter, %4, %1;\n"
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [there], {%2, %3}, [counter];\n"
+        "}" ::"r"(shared),
+        "r"(rank), "r"(value.x), "r"(value.y), "r"(barrier)
+        : "memory");
+}
+
 // ----------------------------------------------------------------------------------------------------------------- TMA
 
 __device__ __forceinline__ void prefetch_descriptor(const TensorMap& map) {
@@ -137,6 +161,18 @@ __device__ __forceinline__ void load_box(unsigned shared, const TensorMap& map, 
             "l"(&map), "r"(c.x[0]), "r"(c.x[1]), "r"(c.x[2]), "r"(c.x[3]), "r"(barrier)
             : "memory");
     }
+}
+
+// Copy `bytes`, a multiple of 16 from and to such a multiple, and count them at the barrier. They will not be read again.
+__device__ __forceinline__ void copy_bulk(unsigned shared, const void* global, unsigned bytes, unsigned barrier) {
+    asm volatile(
+        "{\n"
+        ".reg .b64 policy;\n"
+        "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], policy;\n"
+        "}" ::"r"(shared),
+        "l"(global), "r"(bytes), "r"(barrier)
+        : "memory");
 }
 
 // ------------------------------------------------------------------------------------------------------------ registers

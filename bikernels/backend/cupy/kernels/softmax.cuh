@@ -177,6 +177,18 @@ struct Maximum {
     __device__ __forceinline__ A value() const { return maximum; }
 };
 
+// The minimum, of numbers only: a NaN is overlooked.
+template <class X>
+struct Minimum {
+    float minimum = -lowest<float>();
+
+    __device__ __forceinline__ void add(const uint4*, const float (&v)[8]) {
+#pragma unroll
+        for (int j = 0; j < 8; j++) minimum = fminf(minimum, v[j]);
+    }
+    __device__ __forceinline__ float value() const { return minimum; }
+};
+
 // Whether all of eight lie above maximum + NEAR; false if the maximum is a NaN. An element that is a NaN makes it one,
 // so that here it may be overlooked. `most` becomes the largest of them.
 template <class X>
@@ -215,6 +227,30 @@ struct Maximum<bfloat16, float> : PairMaximum<bfloat16> {
 template <>
 struct Maximum<float16, float> : PairMaximum<float16> {
     __device__ __forceinline__ Maximum() : PairMaximum(0xFC00FC00u) {}
+};
+
+template <class X>
+struct PairMinimum {
+    unsigned pair;
+
+    __device__ __forceinline__ PairMinimum(unsigned highest) : pair(highest) {}
+    __device__ __forceinline__ void add(const uint4* raw, const float (&)[8]) {
+        X* const x = nullptr;
+        pair = min_pair(pair, min_pair(min_pair(raw->x, raw->y, x), min_pair(raw->z, raw->w, x), x), x);
+    }
+    __device__ __forceinline__ float value() const {
+        float low, high;
+        unpair(pair, static_cast<X*>(nullptr), low, high);
+        return fminf(low, high);
+    }
+};
+template <>
+struct Minimum<bfloat16> : PairMinimum<bfloat16> {
+    __device__ __forceinline__ Minimum() : PairMinimum(0x7F807F80u) {}
+};
+template <>
+struct Minimum<float16> : PairMinimum<float16> {
+    __device__ __forceinline__ Minimum() : PairMinimum(0x7C007C00u) {}
 };
 
 template <class X>
@@ -330,3 +366,58 @@ __device__ __forceinline__ void quotients(const uint4* raw, A (&v)[8], A maximum
 #pragma unroll
     for (int j = 0; j < 8; j++) v[j] = exponential_anywhere<PRECISE>(v[j], maximum) / divisor;
 }
+
+// ---------------------------------------------------------------------------------------------------- rounded quotients
+
+#if __CUDA_ARCH__ >= 800
+// Two values, rounded once, in a word; a NaN is the canonical one.
+__device__ __forceinline__ unsigned packed_pair(float low, float high, bfloat16*) {
+    unsigned result;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+    return result;
+}
+__device__ __forceinline__ unsigned packed_pair(float low, float high, float16*) {
+    unsigned result;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+    return result;
+}
+
+__device__ __forceinline__ float power_of_two(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
+// log2(e) is the constant of exp and this.
+constexpr float LOG2E_LOW = static_cast<float>(1.4426950408889634 - EXP_FLOAT32_LOG2E);
+
+// Softmax of eight elements that are near, for a result of 16 bits: v becomes numbers that round to the same R as the
+// quotients do; false if that is not sure, and v is unchanged. exp by the hardware's power of two is within 2^-22, the
+// contract's exp within 2^-23, the reciprocal, the quotient and each product here within 2^-24: twelve times that is
+// more than all of them, and whatever lies between two numbers that round to the same rounds to it too.
+template <class R>
+__device__ __forceinline__ bool round_quotients(float (&v)[8], float maximum, float reciprocal, R* r) {
+    constexpr float SLACK = 0x1.8p-21f;
+    const float least = reciprocal * (1 - SLACK), most = reciprocal * (1 + SLACK);
+    float low[8];
+    unsigned differ = 0;
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+        float high[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float t = v[j + i] - maximum;
+            const float z = fused(t, EXP_FLOAT32_LOG2E, EXP_MAGIC);
+            const float f = fused(t, LOG2E_LOW, fused(t, EXP_FLOAT32_LOG2E, EXP_MAGIC - z));
+            const float e = __uint_as_float(__float_as_uint(power_of_two(f)) + (__float_as_uint(z) << 23));
+            low[j + i] = e * least;
+            high[i] = e * most;
+        }
+        differ |= packed_pair(low[j], low[j + 1], r) ^ packed_pair(high[0], high[1], r);
+    }
+    if (differ != 0) return false;
+#pragma unroll
+    for (int j = 0; j < 8; j++) v[j] = low[j];
+    return true;
+}
+#endif

@@ -1,0 +1,725 @@
+// Reductions of long rows whose elements lie side by side. The warps of a CTA, or of the CTAs of a cluster, take row after
+// row, and while they work on one, the next are on their way: each warp copies its own chunks of them to shared memory, to
+// the slots of a ring (sm_90 on).
+//
+// OPERATION: a struct below. ELEMENT, RESULT: dtypes of x and of the result. THREADS: of a CTA, at most.
+#include "hopper.cuh"
+#include "softmax.cuh"
+
+using A = float;
+using Elements = A[THREAD_LANES];
+constexpr int SIZE = sizeof(ELEMENT);
+constexpr bool IS_PRECISE = sizeof(RESULT) == 4;
+
+// A thread owns neighbouring lanes of the tree, as many as a vector of 16 bytes has results, in one group or in two. So
+// every load and store of a warp is of bytes that lie side by side.
+constexpr int LENGTH = 16 / sizeof(RESULT);
+constexpr int GROUPS = THREAD_LANES / LENGTH;
+constexpr int GROUP = SUM_LANES / GROUPS;
+static_assert(sizeof(RESULT) >= SIZE, "a vector of elements is 16 bytes at most");
+
+constexpr int STEPS = SUM_CHUNK / SUM_LANES;
+constexpr int SLOT = SUM_CHUNK * SIZE + 32;  // of a chunk that begins anywhere in a vector
+constexpr int VECTORS = SIZE / 2;
+
+template <int OPERAND>
+__device__ __forceinline__ long long start_of_row(const Reduction& p, long long row) {
+    return p.kept == 1 ? row * p.dims.stride[OPERAND][0] : p.row_offset<OPERAND>(row);
+}
+
+// ---------------------------------------------------------------------------------------------------------------- team
+
+// The warps that share a row. What they exchange goes to one of several areas of the shared memory of every CTA in turn,
+// each with a barrier that counts its CTA's warps and, in a cluster, bytes. A warp may share the next values before it has
+// read these, but not those after: when it shares what goes to an area again, all have read what was there.
+constexpr int AREAS = 4;
+
+struct Team {
+    int warps, ctas, rank;  // of the CTA; of the cluster; of this CTA in it
+    unsigned char* areas;
+    int area_bytes;
+    unsigned barriers;
+
+    __device__ __forceinline__ unsigned barrier(int turn) const { return barriers + turn % AREAS * 8; }
+    template <class V>
+    __device__ __forceinline__ V* area(int turn) const {
+        return reinterpret_cast<V*>(areas + turn % AREAS * area_bytes);
+    }
+
+    // Write a warp's value to `place` of exchange number `turn`.
+    template <class V>
+    __device__ __forceinline__ void share(int turn, int place, V value) const {
+        V* const to = area<V>(turn) + place;
+        if (ctas == 1) {
+            if (lane_id() == 0) *to = value;
+        } else if (lane_id() < ctas) {
+            send_in_cluster(shared_address(to), lane_id(), value, barrier(turn));
+        }
+    }
+    // Say that the warp has shared its values, of all the warps' `bytes`.
+    __device__ __forceinline__ void arrived(int turn, int bytes) const {
+        if (ctas > 1 && threadIdx.x == 0) {
+            arrive_and_expect(barrier(turn), bytes);
+        } else if (lane_id() == 0) {
+            arrive(barrier(turn));
+        }
+    }
+    // Wait until all have.
+    template <class V>
+    __device__ __forceinline__ const V* meet(int turn) const {
+        wait_barrier(barrier(turn), turn / AREAS & 1);
+        return area<V>(turn);
+    }
+};
+
+// ----------------------------------------------------------------------------------------------------------------- row
+
+// A chunk in shared memory. Positions count from a vector on, `phase` elements before the chunk's first one.
+struct Chunk {
+    unsigned char* kept;
+    int number;
+    int phase;
+    int end;  // position of the row's end
+
+    __device__ __forceinline__ bool is_last() const { return end <= SUM_CHUNK + phase; }
+
+    static __device__ __forceinline__ int position(int step, int j) {
+        return step * SUM_LANES + j / LENGTH * GROUP + lane_id() * LENGTH + j % LENGTH;
+    }
+
+    // Which of the thread's elements of a step lie in positions from `begin` to before `end`, as bits.
+    static __device__ __forceinline__ unsigned present(int step, int begin, int end) {
+        unsigned bits = 0;
+#pragma unroll
+        for (int j = 0; j < THREAD_LANES; j++) {
+            const int i = position(step, j);
+            bits |= (i >= begin && i < end) << j;
+        }
+        return bits;
+    }
+
+    // Those of step number step + i, where i is known to the compiler.
+    __device__ __forceinline__ void read(int step, int i, uint4 (&raw)[VECTORS], Elements& v) const {
+        const unsigned char* const from = kept + position(step, 0) * SIZE + i * (SUM_LANES * SIZE);
+        if constexpr (LENGTH * SIZE == 16) {
+#pragma unroll
+            for (int g = 0; g < GROUPS; g++) raw[g] = *reinterpret_cast<const uint4*>(from + g * GROUP * SIZE);
+        } else {
+            const uint2 low = *reinterpret_cast<const uint2*>(from);
+            const uint2 high = *reinterpret_cast<const uint2*>(from + GROUP * SIZE);
+            raw[0] = make_uint4(low.x, low.y, high.x, high.y);
+        }
+#pragma unroll
+        for (int k = 0; k < VECTORS; k++)
+            unpack(raw[k], static_cast<ELEMENT*>(nullptr), v + k * (THREAD_LANES / VECTORS));
+    }
+    __device__ __forceinline__ void read(int step, int i, Elements& v) const {
+        uint4 raw[VECTORS];
+        read(step, i, raw, v);
+    }
+    __device__ __forceinline__ A read_one(int position) const {
+        return widen(reinterpret_cast<const ELEMENT*>(kept)[position]);
+    }
+
+    // Keep eight values in place of as many elements of their size.
+    __device__ __forceinline__ void keep(int step, int i, const Elements& v) const {
+        unsigned char* const to = kept + position(step, 0) * SIZE + i * (SUM_LANES * SIZE);
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++) *reinterpret_cast<uint4*>(to + g * GROUP * SIZE) = as_vector(v + g * LENGTH);
+    }
+
+    // Calls work(step, i) for the steps step + i from `step` to before `end`.
+    template <int UNROLL, class Work>
+    static __device__ __forceinline__ void for_range(int step, int end, Work work) {
+#pragma unroll 1
+        for (; step + UNROLL <= end; step += UNROLL) {
+#pragma unroll
+            for (int i = 0; i < UNROLL; i++) work(step, i);
+        }
+#pragma unroll 1
+        for (; step < end; step++) work(step, 0);
+    }
+
+    // Calls on_whole(step, i) for the steps step + i before `whole`, on_edge(step) for those from there to before `steps`
+    // and for the first one if it is an edge.
+    template <int UNROLL, class Whole, class Edge>
+    __device__ __forceinline__ void for_steps(bool first_is_edge, int whole, int steps, Whole on_whole,
+                                              Edge on_edge) const {
+        int step = 0;
+#pragma unroll 1
+        while (step < steps) {
+            if (step >= whole || (step == 0 && first_is_edge)) {
+                on_edge(step);
+                step++;
+            } else {
+                for_range<UNROLL>(step, whole, on_whole);
+                step = whole;
+            }
+        }
+    }
+    // Whether the thread's element j of the first step lies before the chunk.
+    __device__ __forceinline__ bool is_before(int j) const { return lane_id() == 0 && j < phase; }
+    __device__ __forceinline__ int whole_steps() const { return min(STEPS, end / SUM_LANES); }
+    __device__ __forceinline__ int steps() const { return min(STEPS, (end + SUM_LANES - 1) / SUM_LANES); }
+
+    // The tree over a chunk. on_simple(step, i, v), on_careful(step, v) and on_edge(step, present, v) write the terms of a
+    // step to v, one(position) returns that of one element. `is_simple`: whether whole steps are not edges; `care`: which
+    // of these, as bits, need more than on_simple does. It knows nothing of elements before the chunk either.
+    template <class Simple, class Careful, class Edge, class One>
+    __device__ __forceinline__ A sum(bool is_simple, unsigned care, Simple on_simple, Careful on_careful, Edge on_edge,
+                                     One one) const {
+        return sum(is_simple, care, false, on_simple, on_simple, on_careful, on_edge, one);
+    }
+    // With on_simplest(step, i, v) in place of on_simple, `is_simplest`.
+    template <class Simplest, class Simple, class Careful, class Edge, class One>
+    __device__ __forceinline__ A sum(bool is_simple, unsigned care, bool is_simplest, Simplest on_simplest,
+                                     Simple on_simple, Careful on_careful, Edge on_edge, One one) const {
+        Elements lane = {};
+        const auto add = [&](const Elements& v) {
+#pragma unroll
+            for (int j = 0; j < THREAD_LANES; j++) lane[j] += v[j];
+        };
+        const int whole = is_simple ? whole_steps() : 0;
+        care |= phase > 0;
+        int step = 0;
+#pragma unroll 1
+        while (step < whole) {
+            const unsigned later = care >> step;
+            if (later & 1) {
+                Elements v;
+                on_careful(step, v);
+                if (step == 0) {
+#pragma unroll
+                    for (int j = 0; j < LENGTH - 1; j++) v[j] = is_before(j) ? A(0) : v[j];
+                }
+                add(v);
+                step++;
+            } else {
+                const int next = later != 0 ? min(whole, step + __ffs(later) - 1) : whole;
+                const auto run = [&](auto on_steps) {
+                    for_range<2>(step, next, [&](int step, int i) {
+                        Elements v;
+                        on_steps(step, i, v);
+                        add(v);
+                    });
+                };
+                if constexpr (is_same<Simplest, Simple>::value) {
+                    run(on_simple);
+                } else if (is_simplest) {
+                    run(on_simplest);
+                } else {
+                    run(on_simple);
+                }
+                step = next;
+            }
+        }
+#pragma unroll 1
+        for (step = whole; step < steps(); step++) {
+            Elements v;
+            on_edge(step, present(step, phase, end), v);
+            add(v);
+        }
+        if (phase > 0) {
+            // The chunk's last elements lie in the vector behind its last step. They go to the lanes that the first
+            // thread began to add up in its second step.
+            A last = 0;
+            if (lane_id() < phase && SUM_CHUNK + lane_id() < end) last = one(SUM_CHUNK + lane_id());
+#pragma unroll
+            for (int j = 0; j < LENGTH - 1; j++) {
+                const A v = __shfl_sync(~0u, last, j);
+                lane[j] += lane_id() == 0 ? v : A(0);
+            }
+        }
+        return fold(lane);
+    }
+
+  private:
+    // The neighbours' sum of the lanes of all threads, in every thread. In position 0 is lane -phase.
+    __device__ __forceinline__ A fold(Elements& lane) const {
+        switch (phase) {
+            case 0: return fold_from<0>(lane);
+            case 1: return fold_from<1>(lane);
+            case 2: return fold_from<2>(lane);
+            case 3: return fold_from<3>(lane);
+            case 4: return fold_from<4 % LENGTH>(lane);
+            case 5: return fold_from<5 % LENGTH>(lane);
+            case 6: return fold_from<6 % LENGTH>(lane);
+            default: return fold_from<7 % LENGTH>(lane);
+        }
+    }
+    template <int PHASE>
+    static __device__ __forceinline__ A fold_from(const Elements& lane) {
+        Elements own;
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++) {
+#pragma unroll
+            for (int j = 0; j < LENGTH; j++) {
+                const int from = j + PHASE;
+                if (from < LENGTH) {
+                    own[g * LENGTH + j] = lane[g * LENGTH + from];
+                } else {  // of the next thread; behind the last one is the first one's next group
+                    const A next = lane[(g + 1) % GROUPS * LENGTH + from - LENGTH];
+                    const A given = lane_id() == 0 ? next : lane[g * LENGTH + from - LENGTH];
+                    own[g * LENGTH + j] = __shfl_sync(~0u, given, lane_id() + 1);
+                }
+            }
+        }
+        A sum[GROUPS];
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++) {
+#pragma unroll
+            for (int count = LENGTH / 2; count > 0; count /= 2) {
+#pragma unroll
+                for (int j = 0; j < count; j++)
+                    own[g * LENGTH + j] = own[g * LENGTH + 2 * j] + own[g * LENGTH + 2 * j + 1];
+            }
+            sum[g] = sum_warp(own[g * LENGTH]);
+        }
+        if constexpr (GROUPS == 2) return sum[0] + sum[1];
+        return sum[0];
+    }
+};
+
+// Where a row lies, and what a warp has of it.
+struct Place {
+    long long number;
+    unsigned long long x;  // address of its first element
+    int phase;             // elements between the vector that holds it and itself
+    int turn;              // its first exchange
+    unsigned char* slot;   // of the warp, `rounds` chunks
+
+    __device__ __forceinline__ Place() {}
+    __device__ __forceinline__ Place(const Reduction& p, long long number, const void* x, int turn, unsigned char* slot)
+        : number(number),
+          x(reinterpret_cast<unsigned long long>(static_cast<const ELEMENT*>(x) + start_of_row<OF_X>(p, number))),
+          phase(static_cast<int>(this->x / SIZE % LENGTH)),
+          turn(turn),
+          slot(slot) {}
+};
+
+struct Row : Place {
+    const Reduction& p;
+    const Team& team;
+    const int rounds, chunks;
+
+    __device__ __forceinline__ Row(const Place& place, const Reduction& p, const Team& team, int rounds, int chunks)
+        : Place(place), p(p), team(team), rounds(rounds), chunks(chunks) {}
+
+    __device__ __forceinline__ int chunk(int round) const {
+        return (round * team.warps + warp_id()) * team.ctas + team.rank;
+    }
+    // Bytes by which vectors of elements, of 8 bytes, may lie behind a multiple of 16.
+    __device__ __forceinline__ unsigned skipped() const { return (x - phase * SIZE) % 16; }
+
+    // By one thread: begin to copy the warp's chunks, and the whole vectors that hold them.
+    __device__ __forceinline__ void load(unsigned barrier) const {
+        const unsigned long long begin = x - phase * SIZE - skipped();
+        const unsigned row_bytes = skipped() + (phase + static_cast<int>(p.n)) * SIZE;
+        unsigned total = 0;
+        for (int round = 0; round < rounds && chunk(round) < chunks; round++) {
+            const unsigned from = chunk(round) * (SUM_CHUNK * SIZE);
+            const unsigned chunk_bytes = SUM_CHUNK * SIZE + skipped() + phase * SIZE;
+            const unsigned bytes = (min(chunk_bytes, row_bytes - from) + 15) / 16 * 16;
+            copy_bulk(shared_address(slot) + round * SLOT, reinterpret_cast<const void*>(begin + from), bytes, barrier);
+            total += bytes;
+        }
+        arrive_and_expect(barrier, total);
+    }
+
+    // Calls work(chunk) for each of the warp's chunks.
+    template <class Work>
+    __device__ __forceinline__ void for_chunks(Work work) const {
+#pragma unroll 1
+        for (int round = 0; round < rounds && chunk(round) < chunks; round++) {
+            const int c = chunk(round);
+            work(Chunk{slot + round * SLOT + skipped(), c, phase, static_cast<int>(p.n) + phase - c * SUM_CHUNK});
+        }
+    }
+
+    template <int OPERAND>
+    __device__ __forceinline__ long long start() const {
+        return start_of_row<OPERAND>(p, number);
+    }
+    // Of the threads that have the same results, the one that writes them.
+    __device__ __forceinline__ bool is_writer() const { return threadIdx.x == 0 && team.rank == 0; }
+    __device__ __forceinline__ void write_one(void* out, A v) const {
+        if (is_writer()) store(static_cast<RESULT*>(out) + start<OF_OUT>(), v);
+    }
+
+    // Writes the row. compute(chunk, step, i, v) puts the results of a step to v, one(chunk, position) returns one.
+    template <int UNROLL, class Compute, class One>
+    __device__ __forceinline__ void write(void* out, Compute compute, One one) const {
+        RESULT* const begin = static_cast<RESULT*>(out) + start<OF_OUT>() - phase;
+        const bool is_aligned = is_vector_aligned(begin);
+        for_chunks([&](const Chunk& c) {
+            RESULT* const to = begin + c.number * SUM_CHUNK;
+            c.template for_steps<UNROLL>(
+                c.number == 0 && phase > 0, is_aligned ? c.whole_steps() : 0, c.steps(),
+                [&](int step, int i) {
+                    Elements v;
+                    compute(c, step, i, v);
+                    write_vectors(to + Chunk::position(step, 0) + i * SUM_LANES, v);
+                },
+                [&](int step) {
+                    const unsigned present = Chunk::present(step, c.number == 0 ? phase : 0, c.end);
+                    Elements v;
+                    compute(c, step, 0, v);
+#pragma unroll
+                    for (int j = 0; j < THREAD_LANES; j++)
+                        if (present >> j & 1) store(to + Chunk::position(step, j), v[j]);
+                });
+            if (c.is_last() && SUM_CHUNK + lane_id() < c.end)
+                store(to + SUM_CHUNK + lane_id(), one(c, SUM_CHUNK + lane_id()));
+        });
+    }
+
+  private:
+    static __device__ __forceinline__ void write_vectors(RESULT* to, const Elements& v) {
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++)
+            __stcs(reinterpret_cast<uint4*>(to + g * GROUP), packed(v + g * LENGTH, static_cast<RESULT*>(nullptr)));
+    }
+    // Results of arithmetic: a NaN is the canonical one already.
+    static __device__ __forceinline__ uint4 packed(const A* v, float*) { return as_vector(v); }
+    template <class R>
+    static __device__ __forceinline__ uint4 packed(const A* v, R* r) {
+        return make_uint4(packed_pair(v[0], v[1], r), packed_pair(v[2], v[3], r), packed_pair(v[4], v[5], r),
+                          packed_pair(v[6], v[7], r));
+    }
+};
+
+// The sum of the chunks' sums, `stride` values apart, in every thread.
+template <int STRIDE>
+__device__ __forceinline__ A sum_of_chunks(const A* sums, int chunks) {
+    if (chunks <= WARP) {
+        const int width = chunks > 1 ? 1 << (32 - __clz(chunks - 1)) : 1;
+        const int i = lane_id() & (width - 1);
+        A sum = i < chunks ? sums[i * STRIDE] : A(0);
+#pragma unroll 1
+        for (int mask = 1; mask < width; mask *= 2) sum += __shfl_xor_sync(~0u, sum, mask);
+        return sum;
+    }
+    Elements lane;
+#pragma unroll
+    for (int j = 0; j < THREAD_LANES; j++) {
+        const int i = lane_id() * THREAD_LANES + j;
+        lane[j] = i < chunks ? sums[i * STRIDE] : A(0);
+    }
+    return sum_warp(fold_thread_lanes(lane));
+}
+
+// ---------------------------------------------------------------------------------------------------------------- sums
+
+// An operation has three parts, so that the next row's begin can come before a row's end: what the warps exchange is then
+// on its way.
+struct Mean {
+    static constexpr bool WRITES_SLOTS = false;
+    static constexpr int EXCHANGES = 1;
+
+    __device__ __forceinline__ void begin(const Row& row) {
+        row.for_chunks([&](const Chunk& c) {
+            const auto elements = [&](int step, int i, Elements& v) { c.read(step, i, v); };
+            const auto of_edge = [&](int step, unsigned present, Elements& v) {
+                c.read(step, 0, v);
+#pragma unroll
+                for (int j = 0; j < THREAD_LANES; j++) v[j] = present >> j & 1 ? v[j] : A(0);
+            };
+            const auto one = [&](int position) { return c.read_one(position); };
+            const auto first = [&](int step, Elements& v) { c.read(step, 0, v); };
+            const A sum = c.sum(true, 0, elements, first, of_edge, one);
+            row.team.share(row.turn, c.number, __float_as_uint(sum));
+        });
+        row.team.arrived(row.turn, row.chunks * 4);
+    }
+    __device__ __forceinline__ void middle(const Row& row) {}
+    __device__ __forceinline__ void end(const Row& row, void* out) {
+        const A sum = sum_of_chunks<1>(row.team.meet<A>(row.turn), row.chunks);
+        row.write_one(out, sum / static_cast<A>(row.p.divisor));
+    }
+};
+
+// ------------------------------------------------------------------------------------------------------------- softmax
+
+enum class Form { SOFTMAX, LOG_SOFTMAX, LOGSUMEXP };
+
+template <Form FORM>
+struct SoftmaxFamily {
+    // Exponentials take the place of the elements where they are as long; else they are computed twice.
+    static constexpr bool WRITES_SLOTS = FORM == Form::SOFTMAX && SIZE == sizeof(A);
+    static constexpr int EXCHANGES = 2;
+    A maximum;
+    A least;           // of the thread's elements
+    int most_of_warp;  // as an ordered integer
+    bool are_near;
+
+    __device__ __forceinline__ void begin(const Row& row) {
+        Maximum<ELEMENT, A> most_of_vectors;
+        Minimum<ELEMENT> least_of_vectors;
+        A most = lowest<A>();
+        least = -most;
+        const auto add = [&](A x) {
+            most = larger_nan(most, x);
+            least = fminf(least, x);
+        };
+        row.for_chunks([&](const Chunk& c) {
+            c.template for_steps<4>(
+                c.number == 0 && c.phase > 0, c.whole_steps(), c.steps(),
+                [&](int step, int i) {
+                    uint4 raw[VECTORS];
+                    Elements v;
+                    c.read(step, i, raw, v);
+                    most_of_vectors.add(raw, v);
+                    least_of_vectors.add(raw, v);
+                },
+                [&](int step) {
+                    const unsigned present = Chunk::present(step, c.number == 0 ? c.phase : 0, c.end);
+                    Elements v;
+                    c.read(step, 0, v);
+#pragma unroll
+                    for (int j = 0; j < THREAD_LANES; j++)
+                        if (present >> j & 1) add(v[j]);
+                });
+            if (c.is_last() && SUM_CHUNK + lane_id() < c.end) add(c.read_one(SUM_CHUNK + lane_id()));
+        });
+        most = larger_nan(most, most_of_vectors.value());
+        least = fminf(least, least_of_vectors.value());
+        most_of_warp = __reduce_max_sync(~0u, ordered(most));
+        const Team& team = row.team;
+        team.share(row.turn, team.rank * team.warps + warp_id(), static_cast<unsigned>(most_of_warp));
+        team.arrived(row.turn, team.warps * team.ctas * 4);
+    }
+
+    __device__ __forceinline__ void middle(const Row& row) {
+        const int* const maxima = row.team.meet<int>(row.turn);
+        int most_of_row = ordered(lowest<A>());
+#pragma unroll 1
+        for (int i = lane_id(); i < row.team.warps * row.team.ctas; i += WARP) most_of_row = max(most_of_row, maxima[i]);
+        maximum = from_ordered(__reduce_max_sync(~0u, most_of_row));
+
+        const bool has_maximum = from_ordered(most_of_warp) == maximum;
+        are_near = __all_sync(~0u, least - maximum > NEAR);
+        const bool are_smaller = !IS_PRECISE || __all_sync(~0u, least >= -maximum);
+        row.for_chunks([&](const Chunk& c) {
+            unsigned count = 0, care = 0;
+            if (are_near && has_maximum) {
+                Chunk::for_range<4>(0, c.whole_steps(), [&](int step, int i) {
+                    uint4 raw[VECTORS];
+                    Elements v;
+                    c.read(step, i, raw, v);
+                    care |= __any_sync(~0u, may_have(maximum, raw, v, static_cast<ELEMENT*>(nullptr))) << (step + i);
+                });
+            }
+            const auto near = [&](auto error_of, int step, int i, Elements& t, Elements& v) {
+                c.read(step, i, v);
+#pragma unroll
+                for (int j = 0; j < THREAD_LANES; j++) {
+                    const A x = v[j];
+                    t[j] = x - maximum;
+                    v[j] = exponential_near<IS_PRECISE>(t[j], error_of(x, t[j]));
+                }
+                if constexpr (WRITES_SLOTS) c.keep(step, i, v);
+            };
+            const auto error_of_any = [&](A x, A) {
+                A error = 0;
+                if constexpr (IS_PRECISE) difference(x, maximum, error);
+                return error;
+            };
+            const auto on_steps = [&](auto error_of) {
+                return [&, error_of](int step, int i, Elements& v) {
+                    Elements t;
+                    near(error_of, step, i, t, v);
+                };
+            };
+            // Where no element is larger in magnitude than the maximum, the difference's error is that of Dekker's sum.
+            const auto error_of_smaller = [&](A x, A t) { return IS_PRECISE ? x - (t + maximum) : A(0); };
+            const A sum = c.sum(
+                are_near, care, are_smaller, on_steps(error_of_smaller), on_steps(error_of_any),
+                [&](int step, Elements& v) {
+                    Elements t;
+                    near(error_of_any, step, 0, t, v);
+#pragma unroll
+                    for (int j = 0; j < THREAD_LANES; j++) {
+                        count += t[j] == 0 && !(step == 0 && c.is_before(j));
+                        v[j] = t[j] == 0 ? A(0) : v[j];
+                    }
+                },
+                [&](int step, unsigned present, Elements& v) {
+                    uint4 raw[VECTORS];
+                    Elements all;
+                    c.read(step, 0, raw, v);
+                    if (present == 0xFF) {
+                        exponentials<IS_PRECISE, ELEMENT>(raw, v, maximum, count, all);
+                    } else {
+#pragma unroll
+                        for (int j = 0; j < THREAD_LANES; j++) {
+                            const bool is_present = present >> j & 1, is_maximum = v[j] - maximum == 0;
+                            count += is_present && is_maximum;
+                            all[j] = exponential_anywhere<IS_PRECISE>(v[j], maximum);
+                            v[j] = is_present && !is_maximum ? all[j] : A(0);
+                        }
+                    }
+                    if constexpr (WRITES_SLOTS) c.keep(step, 0, all);
+                },
+                [&](int position) {
+                    const A x = c.read_one(position);
+                    const bool is_maximum = x - maximum == 0;
+                    const A all = exponential_anywhere<IS_PRECISE>(x, maximum);
+                    if constexpr (WRITES_SLOTS) reinterpret_cast<A*>(c.kept)[position] = all;
+                    count += is_maximum;
+                    return is_maximum ? A(0) : all;
+                });
+            row.team.share(row.turn + 1, c.number, make_uint2(__float_as_uint(sum), __reduce_add_sync(~0u, count)));
+        });
+        row.team.arrived(row.turn + 1, row.chunks * 8);
+    }
+
+    __device__ __forceinline__ void end(const Row& row, void* out) {
+        const A* const pairs = row.team.meet<A>(row.turn + 1);
+        const A sum = sum_of_chunks<2>(pairs, row.chunks);
+        unsigned count = 0;
+#pragma unroll 1
+        for (int i = lane_id(); i < row.chunks; i += WARP) count += __float_as_uint(pairs[2 * i + 1]);
+        count = __reduce_add_sync(~0u, count);
+        const A normaliser = softmax_normaliser(static_cast<A>(count), sum, FORM != Form::SOFTMAX);
+
+        if constexpr (FORM == Form::LOGSUMEXP) {
+            const bool is_infinite = maximum - maximum != 0 && maximum == maximum;
+            row.write_one(out, is_infinite ? maximum : maximum + normaliser);
+        } else if constexpr (FORM == Form::LOG_SOFTMAX) {
+            const auto result = [&](A x) { return x - maximum - normaliser; };
+            row.write<4>(
+                out,
+                [&](const Chunk& c, int step, int i, Elements& v) {
+                    c.read(step, i, v);
+#pragma unroll
+                    for (int j = 0; j < THREAD_LANES; j++) v[j] = result(v[j]);
+                },
+                [&](const Chunk& c, int position) { return result(c.read_one(position)); });
+        } else {
+            const A reciprocal = 1 / normaliser;
+            const bool is_few = normaliser <= FEW, is_simple = is_few && are_near;
+            row.write<WRITES_SLOTS ? 2 : 1>(
+                out,
+                [&](const Chunk& c, int step, int i, Elements& v) {
+                    uint4 raw[VECTORS];
+                    c.read(step, i, raw, v);
+                    if constexpr (WRITES_SLOTS) {
+                        if (is_simple) {
+#pragma unroll
+                            for (int j = 0; j < THREAD_LANES; j++) v[j] = divide_near(v[j], normaliser, reciprocal);
+                        } else {
+#pragma unroll 1
+                            for (int j = 0; j < THREAD_LANES; j++) {  // a queue, so that the division's code exists once
+                                const A quotient = v[0] / normaliser;
+#pragma unroll
+                                for (int k = 0; k < THREAD_LANES - 1; k++) v[k] = v[k + 1];
+                                v[THREAD_LANES - 1] = quotient;
+                            }
+                        }
+                    } else {
+                        if constexpr (!IS_PRECISE)
+                            if (is_simple && round_quotients(v, maximum, reciprocal, static_cast<RESULT*>(nullptr)))
+                                return;
+                        quotients<IS_PRECISE, ELEMENT>(raw, v, maximum, normaliser, reciprocal, is_few);
+                    }
+                },
+                [&](const Chunk& c, int position) {
+                    const A x = c.read_one(position);
+                    return (WRITES_SLOTS ? x : exponential_anywhere<IS_PRECISE>(x, maximum)) / normaliser;
+                });
+        }
+    }
+
+  private:
+    // Numbers in the order of these integers, a NaN above all.
+    static __device__ __forceinline__ int ordered(A x) {
+        const int bits = __float_as_int(x);
+        return bits ^ (bits >> 31 & 0x7FFFFFFF);
+    }
+    static __device__ __forceinline__ A from_ordered(int x) { return __int_as_float(x ^ (x >> 31 & 0x7FFFFFFF)); }
+
+    // Whether one of eight elements may be the maximum; what lies before the row may be anything.
+    static __device__ __forceinline__ bool may_have(A maximum, const uint4*, const Elements& v, float*) {
+        A most = v[0];
+#pragma unroll
+        for (int j = 1; j < THREAD_LANES; j++) most = fmaxf(most, v[j]);
+        return most >= maximum;
+    }
+    template <class X>
+    static __device__ __forceinline__ bool may_have(A maximum, const uint4* raw, const Elements&, X* x) {
+        float low, high;
+        unpair(max_pair(max_pair(raw->x, raw->y, x), max_pair(raw->z, raw->w, x), x), x, low, high);
+        return fmaxf(low, high) >= maximum;
+    }
+};
+
+using Softmax = SoftmaxFamily<Form::SOFTMAX>;
+using LogSoftmax = SoftmaxFamily<Form::LOG_SOFTMAX>;
+using LogSumExp = SoftmaxFamily<Form::LOGSUMEXP>;
+
+// -------------------------------------------------------------------------------------------------------------- kernel
+
+// Dynamic shared memory: of every warp `slots` times `rounds` chunks; a barrier for each area of the exchange and of the
+// warps' slots; the areas. See RingSchedule in schedules.py. There are two slots at least.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    reduce_long_rows(const __grid_constant__ Reduction p, int slots, int rounds, int ctas, int area_bytes, void* out,
+                     const void* x) {
+    extern __shared__ __align__(128) unsigned char shared[];
+    launch_dependents();  // they wait for this kernel's end
+    const int warps = blockDim.x / WARP, chunks = static_cast<int>(chunks_of(p.n));
+    const int kept_bytes = rounds * SLOT;
+    unsigned char* const own = shared + warp_id() * slots * kept_bytes;
+    unsigned char* const behind = shared + warps * slots * kept_bytes;
+    const unsigned barriers = shared_address(behind);
+    const unsigned loaded = barriers + (AREAS + warp_id() * slots) * 8;
+    const Team team{warps, ctas, ctas > 1 ? static_cast<int>(cluster_rank()) : 0, behind + (AREAS + warps * slots) * 8,
+                    area_bytes, barriers};
+
+    if (threadIdx.x < AREAS) init_barrier(barriers + threadIdx.x * 8, warps);
+    if (lane_id() < slots) init_barrier(loaded + lane_id() * 8, 1);
+    fence_barrier_init();
+    if (ctas > 1) {
+        sync_cluster();
+    } else {
+        __syncthreads();
+    }
+    wait_for_predecessors();
+
+    // Row number `index` of the team's.
+    const long long teams = gridDim.x / ctas, first = blockIdx.x / ctas;
+    const auto place_of = [&](int index, int slot) {
+        return Place(p, first + index * teams, x, index * OPERATION::EXCHANGES, own + slot * kept_bytes);
+    };
+    const auto row_at = [&](const Place& place) { return Row(place, p, team, rounds, chunks); };
+    const int rows = first < p.rows ? static_cast<int>((p.rows - 1 - first) / teams) + 1 : 0;
+    if (lane_id() == 0) {
+        for (int i = 0; i < min(slots, rows); i++) row_at(place_of(i, i)).load(loaded + i * 8);
+    }
+    __syncwarp();
+
+    OPERATION operation, next;
+    Place place, next_place;
+    int slot = 0, next_slot = 0, parity = 0;
+#pragma unroll 1
+    for (int index = -1; index < rows; index++) {
+        if (index >= 0) operation.middle(row_at(place));
+        if (index + 1 < rows) {
+            next_place = place_of(index + 1, next_slot);
+            wait_barrier(loaded + next_slot * 8, parity);
+            next.begin(row_at(next_place));
+            if (++next_slot == slots) {
+                next_slot = 0;
+                parity ^= 1;
+            }
+        }
+        if (index >= 0) {
+            operation.end(row_at(place), out);
+            if constexpr (OPERATION::WRITES_SLOTS) fence_written();
+            __syncwarp();
+            if (lane_id() == 0 && index + slots < rows) row_at(place_of(index + slots, slot)).load(loaded + slot * 8);
+            if (++slot == slots) slot = 0;
+        }
+        operation = next;
+        place = next_place;
+    }
+}
