@@ -31,13 +31,13 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
         return answers[-1]
 
     monkeypatch.setattr(core, "attend", count)
-    plans.forget()  # a plan does not ask the core
     yield answers
     plans.forget()
 
 
 def check(kernels: list[bool], *operands: torch.Tensor, **options: Any) -> torch.Tensor:
     """The result without autograd, of a first call and of its plan, against the steps that autograd follows."""
+    plans.forget()
     with set_batch_invariant_mode():
         expected = F.scaled_dot_product_attention(*operands, **options)
         with torch.no_grad():
@@ -46,7 +46,7 @@ def check(kernels: list[bool], *operands: torch.Tensor, **options: Any) -> torch
                 result = F.scaled_dot_product_attention(*operands, **options)
                 assert same_bits(result, expected)
                 assert result.stride() == expected.stride()
-    calls = 1 if len({*map(id, operands)}) == 3 else 2  # a tensor in two places has no plan
+    calls = 1 if len({*map(id, operands)}) == 3 else 2  # a plan does not ask the core; a tensor in two places has none
     assert kernels[asked:] == [True] * (calls if operands[0].is_cuda else 0)
     return result
 

@@ -593,8 +593,10 @@ struct SoftmaxFamily {
                 if (differences(raw, maximum, t, error, most)) {
                     if constexpr (is_same<A, float>::value) {
 #pragma unroll
-                        for (int w = 0; w < WIDTH; w++)
-                            t[w] = divide_near(exponential_near<PRECISE>(t[w], error[w]), normaliser[w], reciprocal[w]);
+                        for (int w = 0; w < WIDTH; w++) {
+                            const A exponential = exponential_near<PRECISE>(t[w], error[w]);
+                            t[w] = divide_near(exponential, normaliser[w], reciprocal[w]);
+                        }
                     }
                 } else {
 #pragma unroll
