@@ -2,7 +2,8 @@
 
 `matmul.py` drives matrix products, with the inner loops of `fma.py` and `tensor_core.py`, and of `stream.py` for few
 rows; `softmax.py` and `sums.py` are the reductions, the latter by the formulas of `formulas.py`, on the rows of
-`rows.py` and the sums of `sum_tree.py`; `elementwise.py` applies the functions of `functions.py`.
+`rows.py` and the sums of `sum_tree.py`; `direct.py` has the same for rows that need not be moved, which is most of
+them; `elementwise.py` applies the functions of `functions.py`.
 `convert.py` reads and writes operands of every dtype; `numerics.py`, `elementary.py` and `vectors.py` have the
 operations all of them are made of; `compile.py` says how they are compiled and `threads.py` in which threads they run.
 """

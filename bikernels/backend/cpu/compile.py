@@ -88,6 +88,30 @@ def primitive(function: Callable[..., Any]) -> Any:
     return intrinsic(prefer_literal=True)(function)
 
 
+def emitted(emit: Callable[..., None], count: int, name: str) -> int:
+    """The address of a function of `count` int64, 4 or 10, that emit(builder, *values) writes in LLVM instructions.
+
+    `name` tells it from all others, in the cache too.
+    """
+
+    @primitive
+    def body(typing_context: Any, arguments: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            emit(builder, *[builder.extract_value(values[0], i) for i in range(count)])
+            return context.get_dummy_value()
+
+        return types.void(arguments), codegen
+
+    def of_four(a, b, c, d):  # type: ignore[no-untyped-def]
+        body((a, b, c, d))
+
+    def of_ten(a, b, c, d, e, f, g, h, i, j):  # type: ignore[no-untyped-def]
+        body((a, b, c, d, e, f, g, h, i, j))
+
+    functions: dict[int, Callable[..., None]] = {4: of_four, 10: of_ten}
+    return address_of(functions[count], *[types.int64] * count, name=name)
+
+
 @primitive
 def invoke(typing_context: Any, address: Any, arguments: Any) -> Any:
     """Call the function of that address with a tuple of int64 and float64 arguments."""

@@ -19,6 +19,9 @@ _DEFAULT = 0x1F80
 """MXCSR after a reset: exceptions masked, round to nearest, no flush to zero, subnormal operands kept."""
 
 
+_HAS_MXCSR = platform.machine() in ("x86_64", "AMD64")
+
+
 @primitive
 def _exchange(typing_context: Any, value: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -42,7 +45,7 @@ def _set_mxcsr(value):  # type: ignore[no-untyped-def]
 
 def in_default_environment(work: Callable[[], None]) -> None:
     """Call `work` with the default environment in this thread, and put the thread's own back."""
-    if platform.machine() not in ("x86_64", "AMD64"):
+    if not _HAS_MXCSR:
         work()
         return
     before = _set_mxcsr(_DEFAULT)

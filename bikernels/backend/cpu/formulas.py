@@ -1,7 +1,8 @@
 """What the reductions made of sums compute of each element: the terms that are added up, and the results.
 
-An element function is given an element of each operand (those that the spec does not have are anything) and the row's
-scalars, which are what the sums before it ended in. `Formula` says in which order; docs/contract.md has the formulas.
+An element function is given elements of each operand, scalars or vectors of code that is being emitted (those that the
+formula does not read are anything), and the row's scalars, which are what the sums before it ended in. `Formula` says
+in which order; docs/contract.md has the formulas.
 """
 
 from __future__ import annotations
@@ -10,14 +11,13 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from numba import types
+from llvmlite import ir
 
-from ...contract import SUM_CHUNK, SUM_LANES
-from ...specs import ReductionSpec
-from .compile import address_of, inner
-from .elementary import exp, fma, zero
-from .numerics import FLOAT, load, pointer, store
-from .sum_tree import fold_lanes
+from ...contract import ITEMSIZE
+from . import vectors
+from .compile import emitted
+from .elementary import Real, exponential, fused
+from .numerics import LLVM_TYPE, VECTOR_BYTES
 
 TOTAL, MEAN, ROOT, RECIPROCAL_ROOT = range(4)
 """What a sum ends in: itself, divided by a number, the root of that, or 1 / sqrt(that + eps)."""
@@ -34,6 +34,10 @@ class Sum(NamedTuple):
     corrected: bool = False
     """Whether the divisor is n - correction instead of n."""
 
+    def divisor(self, n: int, correction: float) -> float:
+        """What a sum over n elements is divided by."""
+        return max(0.0, n - correction) if self.corrected else float(n)
+
 
 class Formula(NamedTuple):
     """One reduction: at most two sums, and the elements of the row that is written, if one is."""
@@ -45,12 +49,10 @@ class Formula(NamedTuple):
     """The operand to which each sum's end is written, where the spec has it; "" for none."""
 
 
-def formula(spec: ReductionSpec) -> Formula:
+def formula(operation: str, has_weight: bool, has_bias: bool) -> Formula:
     """The formula of a reduction, in the form for the operands that it has."""
-    by_weight = _FORMULAS[spec.operation]
-    if isinstance(by_weight, Formula):
-        return by_weight
-    return by_weight[spec.weight is not None, spec.bias is not None]
+    by_weight = _FORMULAS[operation]
+    return by_weight if isinstance(by_weight, Formula) else by_weight[has_weight, has_bias]
 
 
 @functools.cache
@@ -60,213 +62,117 @@ def loop(element: Callable[..., Any], accumulate: str) -> int:
     It is called as loop(target, x, grad, weight, bias, mean, rstd, first, second, count); the elements lie side by side
     in each operand, in the two scalars and in target.
     """
-    name = f"{element.__name__} {accumulate}"
-    return address_of(_loop(element, accumulate), *[types.int64] * 10, name=name)
+    return emitted(_loop(element, accumulate), 10, f"{element.__name__} {accumulate}")
 
 
-def _loop(element: Callable[..., Any], accumulate: str) -> Callable[..., None]:
-    kind = FLOAT[accumulate]
+def _loop(element: Callable[..., Real], accumulate: str) -> Callable[..., None]:
+    real = LLVM_TYPE[accumulate]
+    size, vector = ITEMSIZE[accumulate], ir.VectorType(real, VECTOR_BYTES // ITEMSIZE[accumulate])
 
-    def elementwise(target, x, grad, weight, bias, mean, rstd, first, second, count):  # type: ignore[no-untyped-def]
-        result, xs, gs = pointer(target, kind), pointer(x, kind), pointer(grad, kind)
-        ws, bs, ms, rs = pointer(weight, kind), pointer(bias, kind), pointer(mean, kind), pointer(rstd, kind)
-        ss, ts = pointer(first, kind), pointer(second, kind)
-        for i in range(count):
-            result[i] = element(xs[i], gs[i], ws[i], bs[i], ms[i], rs[i], ss[i], ts[i])
+    def emit(builder: Any, target: Any, *arguments: Any) -> None:
+        *operands, count = arguments
+        whole = builder.and_(count, vectors.I64(-vector.count))
+        for start, end, kind in ((vectors.I64(0), whole, vector), (whole, count, real)):
 
-    return elementwise
+            def step(i: Any, _: list[Any], kind: ir.Type = kind) -> list[Any]:
+                offset = builder.mul(i, vectors.I64(size))
+                places = [builder.add(operand, offset) for operand in operands]
+                given = [Real(builder, vectors.load(builder, place, 0, kind)) for place in places]
+                vectors.store(builder, element(*given).value, builder.add(target, offset))
+                return []
 
+            vectors.for_range(builder, start, end, vector.count if kind is vector else 1, [], step)
 
-Dtypes = tuple[str | None, str | None, str | None, str | None]
-"""Of x, grad, weight and bias; None for those that are not read."""
-
-
-@functools.cache
-def chunk_loop(term: Callable[..., Any] | None, accumulate: str, dtypes: Dtypes) -> int:
-    """The address of a loop that sums a chunk of terms (None: of x) by the tree, of operands read where they lie.
-
-    It is called as loop(target, lanes, x, grad, weight, bias, mean, rstd, s, t, length). The elements of the first four
-    operands lie side by side, the next four are the row's own, as float64. `lanes` has room for SUM_LANES values;
-    `target` gets the sum.
-    """
-    return address_of(_chunk_loop(term or _itself, accumulate, dtypes), *[types.int64] * 6, *_OF_A_ROW, types.int64)
-
-
-@functools.cache
-def row_loop(element: Callable[..., Any], accumulate: str, dtypes: Dtypes, out: str) -> int:
-    """The address of loop(target, x, grad, weight, bias, mean, rstd, s, t, length): the results, side by side."""
-    return address_of(_row_loop(element, accumulate, dtypes, out), *[types.int64] * 5, *_OF_A_ROW, types.int64)
-
-
-_OF_A_ROW = (types.float64,) * 4
-
-
-def _loader(dtype: str | None, accumulate: str) -> Any:
-    """The function of an address and an index that reads an element; 0 of an operand that is not there."""
-    kind = FLOAT[accumulate]
-    if dtype is None:
-        return inner(lambda address, i: kind(0))
-    name = str(dtype)
-    return inner(lambda address, i: load(name, kind, address, i))
-
-
-def _chunk_loop(term: Any, accumulate: str, dtypes: Dtypes) -> Callable[..., None]:
-    kind, zero_of = FLOAT[accumulate], FLOAT[accumulate](0)
-    read_x, read_grad, read_weight, read_bias = (_loader(dtype, accumulate) for dtype in dtypes)
-
-    @inner
-    def value(i, x, grad, weight, bias, m, r, s, t):  # type: ignore[no-untyped-def]
-        return term(read_x(x, i), read_grad(grad, i), read_weight(weight, i), read_bias(bias, i), m, r, s, t)
-
-    def sum_chunk(target, lanes, x, grad, weight, bias, mean, rstd, first, second, length):  # type: ignore[no-untyped-def]
-        lane = pointer(lanes, kind)
-        m, r, s, t = kind(mean), kind(rstd), kind(first), kind(second)
-        if length == SUM_CHUNK:
-            for i in range(SUM_LANES):
-                total = zero_of
-                for k in range(SUM_CHUNK // SUM_LANES):
-                    total += value(i + k * SUM_LANES, x, grad, weight, bias, m, r, s, t)
-                lane[i] = total
-        else:
-            filled = min(length, SUM_LANES)
-            for i in range(filled):
-                lane[i] = zero_of + value(i, x, grad, weight, bias, m, r, s, t)
-            for i in range(filled, SUM_LANES):
-                lane[i] = zero_of
-            for start in range(SUM_LANES, length, SUM_LANES):
-                for i in range(min(length - start, SUM_LANES)):
-                    lane[i] += value(start + i, x, grad, weight, bias, m, r, s, t)
-        pointer(target, kind)[0] = fold_lanes(kind, lanes)
-
-    return sum_chunk
-
-
-def _row_loop(element: Any, accumulate: str, dtypes: Dtypes, out: str) -> Callable[..., None]:
-    kind, dtype = FLOAT[accumulate], str(out)
-    read_x, read_grad, read_weight, read_bias = (_loader(each, accumulate) for each in dtypes)
-
-    def write_row(target, x, grad, weight, bias, mean, rstd, first, second, length):  # type: ignore[no-untyped-def]
-        m, r, s, t = kind(mean), kind(rstd), kind(first), kind(second)
-        for i in range(length):
-            value = element(read_x(x, i), read_grad(grad, i), read_weight(weight, i), read_bias(bias, i), m, r, s, t)
-            store(dtype, target, i, value)
-
-    return write_row
+    return emit
 
 
 # ------------------------------------------------------------------------------------- element functions
 # x, grad, weight, bias, mean, rstd, and the scalars s and t.
 
 
-@inner
-def _itself(x, g, w, b, m, r, s, t):  # type: ignore[no-untyped-def]
-    return x
-
-
-@inner
-def _square(x, g, w, b, m, r, s, t):  # type: ignore[no-untyped-def]
+def _square(x: Real, g: Real, w: Real, b: Real, m: Real, r: Real, s: Real, t: Real) -> Real:
     return x * x
 
 
-@inner
-def _deviation_squared(x, g, w, b, m, r, s, t):  # type: ignore[no-untyped-def]
+def _deviation_squared(x: Real, g: Real, w: Real, b: Real, m: Real, r: Real, s: Real, t: Real) -> Real:
     y = x - s
     return y * y
 
 
-@inner
-def _rms_norm(x, g, w, b, m, r, s, t):  # type: ignore[no-untyped-def]
+def _rms_norm(x: Real, g: Real, w: Real, b: Real, m: Real, r: Real, s: Real, t: Real) -> Real:
     return x * s
 
 
-@inner
-def _rms_norm_weight(x, g, w, b, m, r, s, t):  # type: ignore[no-untyped-def]
+def _rms_norm_weight(x: Real, g: Real, w: Real, b: Real, m: Real, r: Real, s: Real, t: Real) -> Real:
     return (x * s) * w
 
 
-@inner
-def _layer_norm(x, g, w, b, m, r, s, t):  # type: ignore[no-untyped-def]
+def _layer_norm(x: Real, g: Real, w: Real, b: Real, m: Real, r: Real, s: Real, t: Real) -> Real:
     return (x - s) * t
 
 
-@inner
-def _layer_norm_weight(x, g, w, b, m, r, s, t):  # type: ignore[no-untyped-def]
+def _layer_norm_weight(x: Real, g: Real, w: Real, b: Real, m: Real, r: Real, s: Real, t: Real) -> Real:
     return ((x - s) * t) * w
 
 
-@inner
-def _layer_norm_bias(x, g, w, b, m, r, s, t):  # type: ignore[no-untyped-def]
+def _layer_norm_bias(x: Real, g: Real, w: Real, b: Real, m: Real, r: Real, s: Real, t: Real) -> Real:
     return (x - s) * t + b
 
 
-@inner
-def _layer_norm_weight_bias(x, g, w, b, m, r, s, t):  # type: ignore[no-untyped-def]
-    return fma((x - s) * t, w, b)
+def _layer_norm_weight_bias(x: Real, g: Real, w: Real, b: Real, m: Real, r: Real, s: Real, t: Real) -> Real:
+    return fused((x - s) * t, w, b)
 
 
-@inner
-def _grad(x, g, w, b, m, r, s, t):  # type: ignore[no-untyped-def]
+def _grad(x: Real, g: Real, w: Real, b: Real, m: Real, r: Real, s: Real, t: Real) -> Real:
     return g
 
 
-@inner
-def _grad_times_x(x, g, w, b, m, r, s, t):  # type: ignore[no-untyped-def]
+def _grad_times_x(x: Real, g: Real, w: Real, b: Real, m: Real, r: Real, s: Real, t: Real) -> Real:
     return g * x
 
 
-@inner
-def _softmax_backward(x, g, w, b, m, r, s, t):  # type: ignore[no-untyped-def]
+def _softmax_backward(x: Real, g: Real, w: Real, b: Real, m: Real, r: Real, s: Real, t: Real) -> Real:
     return x * (g - s)
 
 
-@inner
-def _log_softmax_backward(x, g, w, b, m, r, s, t):  # type: ignore[no-untyped-def]
-    return fma(-exp(x, zero(x)), s, g)
+def _log_softmax_backward(x: Real, g: Real, w: Real, b: Real, m: Real, r: Real, s: Real, t: Real) -> Real:
+    return fused(-exponential(x), s, g)
 
 
-@inner
-def _weighted(x, g, w, b, m, r, s, t):  # type: ignore[no-untyped-def]
+def _weighted(x: Real, g: Real, w: Real, b: Real, m: Real, r: Real, s: Real, t: Real) -> Real:
     return g * w
 
 
-@inner
-def _rms_product(x, g, w, b, m, r, s, t):  # type: ignore[no-untyped-def]
+def _rms_product(x: Real, g: Real, w: Real, b: Real, m: Real, r: Real, s: Real, t: Real) -> Real:
     return g * (x * r)
 
 
-@inner
-def _rms_product_weight(x, g, w, b, m, r, s, t):  # type: ignore[no-untyped-def]
+def _rms_product_weight(x: Real, g: Real, w: Real, b: Real, m: Real, r: Real, s: Real, t: Real) -> Real:
     return (g * w) * (x * r)
 
 
-@inner
-def _rms_backward(x, g, w, b, m, r, s, t):  # type: ignore[no-untyped-def]
-    return fma(-(x * r), s, g) * r
+def _rms_backward(x: Real, g: Real, w: Real, b: Real, m: Real, r: Real, s: Real, t: Real) -> Real:
+    return fused(-(x * r), s, g) * r
 
 
-@inner
-def _rms_backward_weight(x, g, w, b, m, r, s, t):  # type: ignore[no-untyped-def]
-    return fma(-(x * r), s, g * w) * r
+def _rms_backward_weight(x: Real, g: Real, w: Real, b: Real, m: Real, r: Real, s: Real, t: Real) -> Real:
+    return fused(-(x * r), s, g * w) * r
 
 
-@inner
-def _layer_product(x, g, w, b, m, r, s, t):  # type: ignore[no-untyped-def]
+def _layer_product(x: Real, g: Real, w: Real, b: Real, m: Real, r: Real, s: Real, t: Real) -> Real:
     return g * ((x - m) * r)
 
 
-@inner
-def _layer_product_weight(x, g, w, b, m, r, s, t):  # type: ignore[no-untyped-def]
+def _layer_product_weight(x: Real, g: Real, w: Real, b: Real, m: Real, r: Real, s: Real, t: Real) -> Real:
     return (g * w) * ((x - m) * r)
 
 
-@inner
-def _layer_backward(x, g, w, b, m, r, s, t):  # type: ignore[no-untyped-def]
-    return fma(-((x - m) * r), t, g - s) * r
+def _layer_backward(x: Real, g: Real, w: Real, b: Real, m: Real, r: Real, s: Real, t: Real) -> Real:
+    return fused(-((x - m) * r), t, g - s) * r
 
 
-@inner
-def _layer_backward_weight(x, g, w, b, m, r, s, t):  # type: ignore[no-untyped-def]
-    return fma(-((x - m) * r), t, g * w - s) * r
+def _layer_backward_weight(x: Real, g: Real, w: Real, b: Real, m: Real, r: Real, s: Real, t: Real) -> Real:
+    return fused(-((x - m) * r), t, g * w - s) * r
 
 
 # -------------------------------------------------------------------------------------------------------- the formulas

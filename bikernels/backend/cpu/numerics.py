@@ -16,7 +16,7 @@ from numba.core import cgutils
 
 from ...contract import CANONICAL_NAN, ITEMSIZE
 from .compile import inner, primitive
-from .vectors import constant
+from .vectors import constant, element_of, like
 
 # ------------------------------------------------------------------------------------------------------- the machine
 
@@ -45,15 +45,10 @@ LLVM_TYPE = {
 } | {f"{sign}int{bits}": ir.IntType(bits) for sign in ("", "u") for bits in (8, 16, 32, 64)}
 
 
-def _like(value: Any, element: ir.Type) -> ir.Type:
-    """The type with as many elements as `value` has."""
-    return ir.VectorType(element, value.type.count) if isinstance(value.type, ir.VectorType) else element
-
-
 def call_intrinsic(builder: Any, name: str, *values: Any) -> Any:
     """Call LLVM's intrinsic `name` of operands of one type, e.g. fma."""
     kind = values[0].type
-    element = kind.element if isinstance(kind, ir.VectorType) else kind
+    element = element_of(kind)
     suffix = {ir.FloatType(): "f32", ir.DoubleType(): "f64"}.get(element) or f"i{element.width}"
     if isinstance(kind, ir.VectorType):
         suffix = f"v{kind.count}{suffix}"
@@ -64,7 +59,7 @@ def call_intrinsic(builder: Any, name: str, *values: Any) -> Any:
 
 def to_accumulate(builder: Any, dtype: str, value: Any, accumulate: ir.Type) -> Any:
     """A value as it lies in memory, to float32 or float64; one rounding where it does not fit."""
-    target = _like(value, accumulate)
+    target = like(value.type, accumulate)
     if dtype in ("bfloat16", "float16"):
         value = _widen_16(builder, dtype, value)
         return value if accumulate == ir.FloatType() else builder.fpext(value, target)
@@ -82,7 +77,7 @@ def to_accumulate(builder: Any, dtype: str, value: Any, accumulate: ir.Type) -> 
 
 def _widen_16(builder: Any, dtype: str, value: Any) -> Any:
     """Bits of a bfloat16 or float16 to float32, exactly."""
-    i32, f32 = _like(value, ir.IntType(32)), _like(value, ir.FloatType())
+    i32, f32 = like(value.type, ir.IntType(32)), like(value.type, ir.FloatType())
     bits = builder.zext(value, i32)
     if dtype == "bfloat16":
         return builder.bitcast(builder.shl(bits, constant(i32, 16)), f32)
@@ -97,19 +92,23 @@ def _widen_16(builder: Any, dtype: str, value: Any) -> Any:
 
 def from_accumulate(builder: Any, dtype: str, value: Any) -> Any:
     """float32 or float64 to the bits of a dtype, rounded to nearest even; every NaN becomes the canonical one."""
-    element = value.type.element if isinstance(value.type, ir.VectorType) else value.type
-    nan = builder.fcmp_unordered("uno", value, value)
     if dtype in ("bfloat16", "float16"):
-        assert element == ir.FloatType()
-        bits = builder.bitcast(value, _like(value, ir.IntType(32)))
-        narrow = _to_bfloat16(builder, bits) if dtype == "bfloat16" else _to_float16(builder, bits)
-        result = builder.trunc(narrow, _like(value, ir.IntType(16)))
-    else:
-        target = _like(value, LLVM_TYPE[dtype])
-        if value.type != target:
-            value = builder.fpext(value, target) if dtype == "float64" else builder.fptrunc(value, target)
-        result = builder.bitcast(value, _like(value, ir.IntType(32 if dtype == "float32" else 64)))
+        return builder.trunc(in_low_bits(builder, dtype, value), like(value.type, ir.IntType(16)))
+    nan = builder.fcmp_unordered("uno", value, value)
+    target = like(value.type, LLVM_TYPE[dtype])
+    if value.type != target:
+        value = builder.fpext(value, target) if dtype == "float64" else builder.fptrunc(value, target)
+    result = builder.bitcast(value, like(value.type, ir.IntType(32 if dtype == "float32" else 64)))
     return builder.select(nan, constant(result.type, CANONICAL_NAN[dtype]), result)
+
+
+def in_low_bits(builder: Any, dtype: str, value: Any) -> Any:
+    """As `from_accumulate`, of float32 to bfloat16 or float16, in the lower halves of 32-bit integers."""
+    assert element_of(value.type) == ir.FloatType()
+    bits = builder.bitcast(value, like(value.type, ir.IntType(32)))
+    narrow = _to_bfloat16(builder, bits) if dtype == "bfloat16" else _to_float16(builder, bits)
+    nan = builder.fcmp_unordered("uno", value, value)
+    return builder.select(nan, constant(narrow.type, CANONICAL_NAN[dtype]), narrow)
 
 
 def _to_bfloat16(builder: Any, bits: Any) -> Any:
@@ -119,7 +118,7 @@ def _to_bfloat16(builder: Any, bits: Any) -> Any:
 
 
 def _to_float16(builder: Any, bits: Any) -> Any:
-    i32, f32 = bits.type, _like(bits, ir.FloatType())
+    i32, f32 = bits.type, like(bits.type, ir.FloatType())
     sign = builder.and_(builder.lshr(bits, constant(i32, 16)), constant(i32, 0x8000))
     magnitude = builder.and_(bits, constant(i32, 0x7FFFFFFF))
     odd = builder.and_(builder.lshr(magnitude, constant(i32, 13)), constant(i32, 1))

@@ -26,19 +26,13 @@ that is read is long."""
 _SHORT = SUM_LANES
 """Rows shorter than this are taken in groups."""
 
-_SHORT_SIDE_BY_SIDE = 48
-"""The same, where the elements of a row lie side by side."""
-
-_AT_A_TIME = 1 << 15
-"""Elements of the rows that a thread takes at a time, where they are read where they lie."""
-
 OUT, X, GRAD, WEIGHT, BIAS, MEAN, RSTD = range(7)
 """The operands by their places in the tables: those of `ReductionSpec`, whether there or not."""
 
 OPERANDS = ("out", "x", "grad", "weight", "bias", "mean", "rstd")
 
 _FIELDS = 6
-_ROW, _INNER, _ITEMSIZE, _READ, _ROUND, _WRITE = range(_FIELDS)
+ROW, INNER, SIZE, _READ, _ROUND, _WRITE = range(_FIELDS)
 """Of an operand: its strides, in elements, from row to row of a group and along the last dimension of a row; and
 addresses of functions, 0 for what is not done with it."""
 
@@ -73,26 +67,18 @@ class Rows(NamedTuple):
     """Of the accumulate dtype."""
 
 
-def lies_side_by_side(spec: ReductionSpec) -> bool:
-    """Whether rows are read and written where they lie: their elements are neighbours in every operand that has them,
-    and need no other rounding than that to the accumulate dtype.
-    """
-    lengths = spec.x.shape[spec.kept :]
-    if len(lengths) != 1 or lengths[0] < _SHORT_SIDE_BY_SIDE or _rounds(spec):
-        return False
-    with_elements = ["x", "grad", "weight", "bias", *(() if spec.one_for_a_row else ("out",))]
-    layouts = [layout for name in with_elements if (layout := getattr(spec, name)) is not None]
-    of_rows = [layout for layout in (spec.mean, spec.rstd) if layout is not None]
-    return all(one.strides[-1] == 1 for one in layouts) and all(one.strides[-1] == 0 for one in of_rows)
-
-
-def _rounds(spec: ReductionSpec) -> bool:
+def rounds(spec: ReductionSpec) -> bool:
     """Whether x has to be rounded to the result's dtype, which is narrower than that of the arithmetic."""
     return spec.grad is None and spec.x.dtype != spec.out.dtype and spec.out.dtype != ACCUMULATE[spec.out.dtype]
 
 
-def describe(spec: ReductionSpec) -> tuple[Rows, tuple[Table, Table]]:
-    """The rows of a reduction, and the tables to which they point."""
+def describe(spec: ReductionSpec, width: int = 0) -> tuple[Rows, tuple[Table, Table]]:
+    """The rows of a reduction, and the tables to which they point.
+
+    Args:
+        spec: the reduction.
+        width: that of the groups, which are then not moved to a workspace; 0: one that suits a workspace.
+    """
     kept, shape = spec.kept, spec.x.shape
     accumulate = ACCUMULATE[spec.out.dtype]
     layouts: list[Layout | None] = [getattr(spec, name) for name in OPERANDS]
@@ -113,8 +99,9 @@ def describe(spec: ReductionSpec) -> tuple[Rows, tuple[Table, Table]]:
     others = 1
     for length, *_ in kept_dimensions:
         others *= length
-    width, lies_across = 1, 0 < abs(rows_apart[X]) < abs(elements_apart[X])
-    if neighbours > 1 and (n < _SHORT or lies_across) and not lies_side_by_side(spec):
+    moves, lies_across = width == 0, 0 < abs(rows_apart[X]) < abs(elements_apart[X])
+    width = width or 1
+    if moves and neighbours > 1 and (n < _SHORT or lies_across):
         width = _WIDTH
         enough = threads.FEW * threads.limit()
         while lies_across and width < min(_WIDE, neighbours) and others * (neighbours // (2 * width)) >= enough:
@@ -124,9 +111,11 @@ def describe(spec: ReductionSpec) -> tuple[Rows, tuple[Table, Table]]:
         np.array(kept_dimensions + row[:-1], np.int64).reshape(-1, 1 + len(OPERANDS)),
         np.zeros((len(OPERANDS), _FIELDS), np.int64),
     )
-    rounds = _rounds(spec)
     for i, (name, layout) in enumerate(zip(OPERANDS, layouts, strict=True)):
         if layout is None:
+            continue
+        if not moves:
+            tables[1][i, :3] = rows_apart[i], elements_apart[i], ITEMSIZE[layout.dtype]
             continue
         is_read = name != "out" and not (name in ("mean", "rstd") and spec.grad is None)
         tables[1][i] = (
@@ -134,7 +123,7 @@ def describe(spec: ReductionSpec) -> tuple[Rows, tuple[Table, Table]]:
             elements_apart[i],
             ITEMSIZE[layout.dtype],
             reader(layout.dtype, accumulate) if is_read else 0,
-            rounder(spec.out.dtype) if name == "x" and rounds else 0,
+            rounder(spec.out.dtype) if name == "x" and rounds(spec) else 0,
             0 if is_read else writer(accumulate, layout.dtype),
         )
     rows = Rows(
@@ -154,11 +143,6 @@ def describe(spec: ReductionSpec) -> tuple[Rows, tuple[Table, Table]]:
     return rows, tables
 
 
-def rows_at_a_time(g: Rows) -> int:
-    """Groups that a thread takes, where taking one would cost as much as computing it."""
-    return max(1, min(_AT_A_TIME // max(g.n, 1), g.groups // (threads.FEW * threads.limit())))
-
-
 @inner
 def _field(g, operand, field):  # type: ignore[no-untyped-def]
     return pointer(g.operands, np.int64)[_FIELDS * operand + field]
@@ -171,32 +155,15 @@ def _offset(g, index, first, dimensions, operand):  # type: ignore[no-untyped-de
 
 
 @inner
-def itemsize(g, operand):  # type: ignore[no-untyped-def]
-    """Bytes of an operand's element."""
-    return _field(g, operand, _ITEMSIZE)
-
-
-@inner
-def row_start(g, operand, address, row):  # type: ignore[no-untyped-def]
-    """Where a row begins, of groups of one; 0 for an operand that is not there."""
-    return address + _group_start(g, row, operand) * _field(g, operand, _ITEMSIZE) if address != 0 else 0
-
-
-@inner
-def read_scalar(g, operand, address, row, target):  # type: ignore[no-untyped-def]
-    """A row's one element, in the accumulate dtype, to `target`."""
-    invoke(_field(g, operand, _READ), (target, 1, row_start(g, operand, address, row), 0, 0, 1, 1))
-
-
-@inner
-def _group_start(g, group, operand):  # type: ignore[no-untyped-def]
-    """Elements to the first row of a group."""
+def group_start(g, group, operand, address):  # type: ignore[no-untyped-def]
+    """Where the first row of a group begins."""
     outer, block = group // g.blocks, group % g.blocks
-    return _offset(g, outer, 0, g.kept, operand) + block * g.width * _field(g, operand, _ROW)
+    place = _offset(g, outer, 0, g.kept, operand) + block * g.width * _field(g, operand, ROW)
+    return address + place * _field(g, operand, SIZE)
 
 
 @inner
-def _group_rows(g, group):  # type: ignore[no-untyped-def]
+def group_rows(g, group):  # type: ignore[no-untyped-def]
     """Rows in a group."""
     return min(g.width, g.neighbours - group % g.blocks * g.width)
 
@@ -204,14 +171,14 @@ def _group_rows(g, group):  # type: ignore[no-untyped-def]
 @inner
 def read_stretch(g, operand, address, group, first, length, target):  # type: ignore[no-untyped-def]
     """Elements first ... first + length - 1 of the rows of a group, in the accumulate dtype, to `target`."""
-    start, columns = _group_start(g, group, operand), _group_rows(g, group)
-    row, step, itemsize = _field(g, operand, _ROW), _field(g, operand, _INNER), _field(g, operand, _ITEMSIZE)
+    start, columns = group_start(g, group, operand, address), group_rows(g, group)
+    row, step, itemsize = _field(g, operand, ROW), _field(g, operand, INNER), _field(g, operand, SIZE)
     done = 0
     while done < length:
         position = (first + done) % g.inner
         run = min(length - done, g.inner - position)
-        place = start + _offset(g, (first + done) // g.inner, g.kept, g.outer, operand) + position * step
-        source = address + place * itemsize
+        place = _offset(g, (first + done) // g.inner, g.kept, g.outer, operand) + position * step
+        source = start + place * itemsize
         invoke(
             _field(g, operand, _READ), (target + done * g.width * g.itemsize, g.width, source, step, row, run, columns)
         )
@@ -223,14 +190,14 @@ def read_stretch(g, operand, address, group, first, length, target):  # type: ig
 @inner
 def write_stretch(g, operand, address, group, first, length, source):  # type: ignore[no-untyped-def]
     """The reverse of `read_stretch`; NaNs become canonical."""
-    start, columns = _group_start(g, group, operand), _group_rows(g, group)
-    row, step, itemsize = _field(g, operand, _ROW), _field(g, operand, _INNER), _field(g, operand, _ITEMSIZE)
+    start, columns = group_start(g, group, operand, address), group_rows(g, group)
+    row, step, itemsize = _field(g, operand, ROW), _field(g, operand, INNER), _field(g, operand, SIZE)
     done = 0
     while done < length:
         position = (first + done) % g.inner
         run = min(length - done, g.inner - position)
-        place = start + _offset(g, (first + done) // g.inner, g.kept, g.outer, operand) + position * step
-        target = address + place * itemsize
+        place = _offset(g, (first + done) // g.inner, g.kept, g.outer, operand) + position * step
+        target = start + place * itemsize
         invoke(
             _field(g, operand, _WRITE), (target, step, row, source + done * g.width * g.itemsize, g.width, run, columns)
         )
@@ -240,9 +207,9 @@ def write_stretch(g, operand, address, group, first, length, source):  # type: i
 @inner
 def write_scalars(g, operand, address, group, values):  # type: ignore[no-untyped-def]
     """One element for each row of a group; NaNs become canonical."""
-    target = address + _group_start(g, group, operand) * _field(g, operand, _ITEMSIZE)
-    row = _field(g, operand, _ROW)
-    invoke(_field(g, operand, _WRITE), (target, 0, row, values, g.width, 1, _group_rows(g, group)))
+    target = group_start(g, group, operand, address)
+    row = _field(g, operand, ROW)
+    invoke(_field(g, operand, _WRITE), (target, 0, row, values, g.width, 1, group_rows(g, group)))
 
 
 @inner

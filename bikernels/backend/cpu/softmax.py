@@ -5,39 +5,32 @@ others, u = c + r and e the error of that addition. softmax is exp(t) / u, log_s
 logsumexp m + (log(u) + e / u). Where the result is as precise as the arithmetic (`precise`), exp(t) makes up for the
 rounding of t.
 
-A piece of the work is a group of rows, with all passes. Where there are too few groups to go round, each pass is
-shared out by chunks, and between the passes the chunks' maxima and sums are gathered.
+Rows that can be read where they lie are computed there (`direct.py`), the others here. A piece of the work is a group
+of rows, with all passes. Where there are too few groups to go round, each pass is shared out by chunks, and between the
+passes the chunks' maxima and sums are gathered.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
-from numba import types
 
-from ...contract import ACCUMULATE, ITEMSIZE, SUM_CHUNK, SUM_LANES
+from ...contract import ACCUMULATE, SUM_CHUNK, SUM_LANES
 from ...specs import ReductionSpec
 from .. import ReductionLaunch
-from . import threads
-from .compile import address_of, inner, invoke, kernel
-from .elementary import NEAR, exp, exp_near, log
-from .numerics import FLOAT, load, pointer, store, take
+from . import direct, threads
+from .compile import inner, kernel
+from .elementary import exp, log
+from .numerics import FLOAT, pointer, take
 from .rows import (
     OUT,
     X,
     describe,
-    lies_side_by_side,
     read_stretch,
     repeat_scalars,
-    row_start,
-    rows_at_a_time,
     write_scalars,
     write_stretch,
 )
-from .sum_tree import fold_lanes, sum_chunk, sum_tree
+from .sum_tree import sum_chunk, sum_tree
 
 _NANOSECONDS_PER_ELEMENT = 1.0
 """A rough cost, by which `threads.run` judges whether another thread pays."""
@@ -79,42 +72,6 @@ def _groups(kind, operation, precise, g, x, out, state, workspace, counter):  # 
         if operation != _LOGSUMEXP:
             for chunk in range(g.chunks):
                 _write(kind, operation, precise, g, x, out, group, chunk, state, workspace)
-
-
-@kernel
-def _rows(kind, operation, loops, step, g, x, out, itemsize, state, workspace, counter):  # type: ignore[no-untyped-def]
-    """Take `step` whole rows, which lie side by side, and read them where they lie (`_loops`)."""
-    maxima, sums, exponentials = state, state + g.chunks * g.itemsize, _chunk(g, workspace, 0)
-    counts = sums + g.chunks * g.itemsize
-    maximum_of, sum_of, write = loops
-    while True:
-        first = take(counter) * step
-        if first >= g.groups:
-            return
-        for row in range(first, min(first + step, g.groups)):
-            source = row_start(g, X, x, row)
-            invoke(maximum_of, (maxima, _lanes(g, workspace), source, g.n))
-            maximum = np.float64(pointer(maxima, kind)[0])
-            least = np.float64(pointer(_lanes(g, workspace), kind)[0])
-            for chunk in range(g.chunks):
-                place = chunk * SUM_CHUNK
-                invoke(
-                    sum_of,
-                    (
-                        sums + chunk * g.itemsize,
-                        counts + 8 * chunk,
-                        _lanes(g, workspace),
-                        exponentials + place * g.itemsize,
-                        source + place * itemsize,
-                        maximum,
-                        least,
-                        _length(g, chunk),
-                    ),
-                )
-            _finish_sum(kind, operation, g, out, row, state, workspace)
-            if operation != _LOGSUMEXP:
-                divisor = np.float64(pointer(sums, kind)[0])
-                invoke(write, (row_start(g, OUT, out, row), source, exponentials, maximum, divisor, g.n))
 
 
 @kernel
@@ -297,124 +254,11 @@ def _write(kind, operation, precise, g, x, out, group, chunk, state, workspace):
     write_stretch(g, OUT, out, group, first, length, target)
 
 
-# ------------------------------------------------------------------------------------------ rows that lie side by side
-
-_MAXIMUM_LANES = 64
-"""Of a maximum, whose order decides nothing: enough for the vectors on their way."""
-
-
-@functools.cache
-def _loops(operation: str, dtype: str, out: str) -> tuple[int, int, int]:
-    """Addresses of the loops over a row of `dtype` that becomes one of `out`.
-
-    maximum(target, lanes, x, length); the first lane gets the minimum, or anything beside a NaN
-    sum(target, count, lanes, exponentials, x, maximum, minimum, length): of a chunk; softmax keeps the exponentials
-    write(target, x, exponentials, maximum, divisor, length)
-    """
-    integer, real = types.int64, types.float64
-    accumulate = ACCUMULATE[out]
-    keeps, precise = operation == "softmax", out == accumulate
-    return (
-        address_of(_maximum_loop(dtype, accumulate), *[integer] * 4),
-        address_of(_sum_loop(dtype, accumulate, precise, keeps), *[integer] * 5, real, real, integer),
-        address_of(_write_loop(operation, dtype, accumulate, out), *[integer] * 3, real, real, integer),
-    )
-
-
-def _maximum_loop(dtype: str, accumulate: str) -> Callable[..., None]:
-    dtype, size = str(dtype), ITEMSIZE[accumulate]
-    kind: Any = FLOAT[accumulate]
-    lowest, count = kind(-np.inf), _MAXIMUM_LANES
-
-    def maximum(target, lanes, x, length):  # type: ignore[no-untyped-def]
-        most, least = pointer(lanes, kind), pointer(lanes + count * size, kind)
-        for i in range(count):
-            most[i], least[i] = lowest, -lowest
-        whole = length - length % SUM_LANES
-        for first in range(0, whole, SUM_LANES):
-            for i in range(count):
-                larger, smaller = most[i], least[i]
-                for k in range(SUM_LANES // count):
-                    value = load(dtype, kind, x, first + k * count + i)
-                    larger, smaller = _larger(larger, value), value if value < smaller else smaller
-                most[i], least[i] = larger, smaller
-        for first in range(whole, length, count):
-            for i in range(min(length - first, count)):
-                value = load(dtype, kind, x, first + i)
-                most[i], least[i] = _larger(most[i], value), value if value < least[i] else least[i]
-        half = count // 2
-        while half > 4:
-            for i in range(half):
-                most[i] = _larger(most[i], most[half + i])
-                least[i] = least[half + i] if least[half + i] < least[i] else least[i]
-            half //= 2
-        larger, smaller = most[0], least[0]
-        for i in range(1, 2 * half):
-            larger, smaller = _larger(larger, most[i]), min(smaller, least[i])
-        pointer(target, kind)[0] = larger
-        most[0] = smaller
-
-    return maximum
-
-
-def _sum_loop(dtype: str, accumulate: str, precise: bool, keeps: bool) -> Callable[..., None]:
-    dtype, zero = str(dtype), FLOAT[accumulate](0)
-    kind: Any = FLOAT[accumulate]
-    near, size, itemsize = kind(NEAR[accumulate]), ITEMSIZE[accumulate], ITEMSIZE[dtype]
-
-    @inner
-    def take(x, kept, lane, m, is_near, length):  # type: ignore[no-untyped-def]
-        equal = np.int32(0)
-        for i in range(length):
-            value = load(dtype, kind, x, i)
-            t = value - m
-            d = _error(kind, precise, value, m, t)
-            term = exp_near(t, d) if is_near else exp(t, d)
-            if keeps:
-                kept[i] = term
-            equal += np.int32(t == zero)
-            lane[i] += zero if t == zero else term
-        return equal
-
-    def sum_exponentials(target, count, lanes, exponentials, x, maximum, minimum, length):  # type: ignore[no-untyped-def]
-        lane, m, equal = pointer(lanes, kind), kind(maximum), 0
-        is_near = kind(minimum) - m > near
-        for i in range(SUM_LANES):
-            lane[i] = zero
-        for first in range(0, length, SUM_LANES):
-            number = min(length - first, SUM_LANES)
-            kept, source = pointer(exponentials + first * size, kind), x + first * itemsize
-            if is_near:
-                equal += take(source, kept, lane, m, True, number)
-            else:
-                equal += take(source, kept, lane, m, False, number)
-        pointer(count, np.int64)[0] = equal
-        pointer(target, kind)[0] = fold_lanes(kind, lanes)
-
-    return sum_exponentials
-
-
-def _write_loop(operation: str, dtype: str, accumulate: str, out: str) -> Callable[..., None]:
-    dtype, out, kind = str(dtype), str(out), FLOAT[accumulate]
-    is_logarithm = operation == "log_softmax"
-
-    def write(target, x, exponentials, maximum, divisor, length):  # type: ignore[no-untyped-def]
-        kept, m, d = pointer(exponentials, kind), kind(maximum), kind(divisor)
-        for i in range(length):
-            if is_logarithm:
-                store(out, target, i, load(dtype, kind, x, i) - m - d)
-            else:
-                store(out, target, i, kept[i] / d)
-
-    return write
-
-
-_KEPT = 1 << 18
-"""Exponentials that are kept, at most."""
-
-
 def prepare(spec: ReductionSpec) -> ReductionLaunch:
     """The launch for a softmax, log_softmax or logsumexp."""
+    launch_direct = direct.prepare(spec, None)
+    if launch_direct is not None:
+        return launch_direct
     g, tables = describe(spec)
     kind = FLOAT[ACCUMULATE[spec.out.dtype]]
     operation = OPERATIONS.index(spec.operation)
@@ -423,22 +267,6 @@ def prepare(spec: ReductionSpec) -> ReductionLaunch:
     workspace_bytes = (4 * SUM_LANES + 2 * SUM_CHUNK) * g.width * g.itemsize
     cost = g.groups * g.width * max(g.n, SUM_LANES) * _NANOSECONDS_PER_ELEMENT
     in_rows = g.chunks == 1 or g.groups >= threads.FEW * threads.limit()
-    if in_rows and lies_side_by_side(spec) and g.n <= _KEPT:
-        loops, step = _loops(spec.operation, spec.x.dtype, spec.out.dtype), rows_at_a_time(g)
-        itemsize, row_bytes = ITEMSIZE[spec.x.dtype], (4 * SUM_LANES + g.n) * g.itemsize
-
-        def launch_rows(stream: int, out: int, x: int, *_: int, keep: object = tables) -> None:
-            counters = np.zeros(1, np.int64)
-
-            def work_on_rows() -> None:
-                memory = np.empty(row_bytes + state_bytes, np.uint8)
-                workspace = memory.ctypes.data
-                state, counter = workspace + row_bytes, counters.ctypes.data
-                _rows(kind, operation, loops, step, g, x, out, itemsize, state, workspace, counter)
-
-            threads.run(work_on_rows, -(-g.groups // step), cost)
-
-        return launch_rows
 
     def launch(stream: int, out: int, x: int, *_: int, keep: object = tables) -> None:  # the kernels read the tables
         counters = np.zeros(3, np.int64)

@@ -9,12 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import types
 
 from ...contract import SUM_CHUNK, SUM_LANES
 from . import vectors
-from .compile import inner, primitive
-from .numerics import VECTOR_BYTES, pointer
+from .compile import inner
+from .numerics import pointer
 
 
 @inner
@@ -63,29 +62,31 @@ def sum_tree(kind, size, sums, length, width, lanes):  # type: ignore[no-untyped
         length = (length + SUM_CHUNK - 1) // SUM_CHUNK
 
 
-@primitive
-def fold_lanes(typing_context: Any, kind: Any, lanes: Any) -> Any:
-    """The sum of SUM_LANES lanes at this address, as neighbours, in registers."""
+def fold(builder: Any, parts: list[Any], level: int, pairs: bool = False, whole: bool = False) -> Any:
+    """Add lanes as neighbours until one vector is left; `whole`: one sum, which is its first element.
 
-    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        element, count = context.get_value_type(kind.dtype), 8 * VECTOR_BYTES // kind.dtype.bitwidth
-        vector = ir.VectorType(element, count)
+    `level` says at which distance in a vector neighbours lie, as a power of two, modulo the vector's length. Where two
+    vectors are merged, the sums of each take the places of one of every two neighbours, so that the next neighbours
+    lie at the next distance. With `pairs` the vectors come in pairs whose elements are each other's neighbours.
+    """
+    count = parts[0].type.count
+    bits = count.bit_length() - 1
 
-        def add_neighbours(a: Any, b: Any, length: int) -> Any:
-            pairs = []
-            for first in (0, 1):
-                places = ir.Constant(ir.VectorType(vectors.I32, length), list(range(first, 2 * length, 2)))
-                pairs.append(builder.shuffle_vector(a, b, places))
-            return builder.fadd(*pairs)
+    def shuffle(a: Any, b: Any, places: list[int]) -> Any:
+        return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(vectors.I32, count), places))
 
-        def fold(first: int, number: int) -> Any:  # depth first, which takes few registers
-            if number == 1:
-                return vectors.load(builder, values[1], first * VECTOR_BYTES, vector)
-            return add_neighbours(fold(first, number // 2), fold(first + number // 2, number // 2), count)
-
-        total, length = fold(0, SUM_LANES // count), count // 2
-        while length:
-            total, length = add_neighbours(total, total, length), length // 2
-        return builder.extract_element(total, ir.Constant(vectors.I32, 0))
-
-    return kind.dtype(kind, types.int64), codegen
+    if pairs:
+        parts = [builder.fadd(*parts[i : i + 2]) for i in range(0, len(parts), 2)]
+    while len(parts) > 1:
+        bit = 1 << level % bits
+        own = [place + (count if place & bit else 0) for place in range(count)]
+        other = [(place ^ bit) + (count if place & bit else 0) for place in range(count)]
+        parts = [
+            builder.fadd(shuffle(a, b, own), shuffle(a, b, other)) for a, b in zip(parts[::2], parts[1::2], strict=True)
+        ]
+        level += 1
+    (total,) = parts
+    for _ in range(bits if whole else 0):
+        total = builder.fadd(total, shuffle(total, total, [place ^ (1 << level % bits) for place in range(count)]))
+        level += 1
+    return total

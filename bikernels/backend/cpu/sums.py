@@ -3,8 +3,9 @@
 Per row at most two sums, each over terms of the elements (`formulas.py`) by the sum tree, and each ending in a scalar
 on which the terms of the next one may depend; then, of some, a row of results.
 
-A piece of the work is a group of rows, with all passes. Where there are too few groups to go round, each pass is shared
-out by chunks, and between the passes the chunks' sums are gathered.
+Rows that can be read where they lie are computed there (`direct.py`), the others here. A piece of the work is a group
+of rows, with all passes. Where there are too few groups to go round, each pass is shared out by chunks, and between the
+passes the chunks' sums are gathered.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import numpy as np
 from ...contract import ACCUMULATE, SUM_CHUNK, SUM_LANES
 from ...specs import ReductionSpec
 from .. import ReductionLaunch
-from . import threads
+from . import direct, threads
 from .compile import inner, invoke, kernel
 from .elementary import sqrt
-from .formulas import RECIPROCAL_ROOT, ROOT, TOTAL, Dtypes, Formula, chunk_loop, formula, loop, row_loop
+from .formulas import RECIPROCAL_ROOT, ROOT, TOTAL, Formula, formula, loop
 from .numerics import FLOAT, pointer, take
 from .rows import (
     BIAS,
@@ -32,13 +33,8 @@ from .rows import (
     Rows,
     X,
     describe,
-    itemsize,
-    lies_side_by_side,
-    read_scalar,
     read_stretch,
     repeat_scalars,
-    row_start,
-    rows_at_a_time,
     write_scalars,
     write_stretch,
 )
@@ -64,8 +60,6 @@ class Passes(NamedTuple):
     """Whether a row is written after the sums."""
     read_once: int
     """Operands, a bit for each, that are the same for every group and are read before the first."""
-    reads_statistics: int
-    """Whether the rows' mean and rstd are operands."""
     slots: int
     """Address of the place in the workspace of each operand's chunk, counted in chunks, int64."""
     fields: int
@@ -127,54 +121,6 @@ def _groups(kind, g, p, addresses, state, workspace, counter):  # type: ignore[n
         if p.writes:
             for chunk in range(g.chunks):
                 _write(kind, g, p, addresses, group, chunk, state, workspace)
-
-
-@kernel
-def _rows(kind, g, p, step, addresses, state, workspace, counter):  # type: ignore[no-untyped-def]
-    """Take `step` whole rows, which lie side by side (`lies_side_by_side`), and read them where they lie."""
-    of = pointer(addresses, np.int64)
-    scalars = pointer(_repeated(g, workspace, 0), kind)
-    scalars[0] = scalars[1] = kind(0)
-    while True:
-        first = take(counter) * step
-        if first >= g.groups:
-            return
-        for row in range(first, min(first + step, g.groups)):
-            x, grad = row_start(g, X, of[X], row), row_start(g, GRAD, of[GRAD], row)
-            weight, bias = row_start(g, WEIGHT, of[WEIGHT], row), row_start(g, BIAS, of[BIAS], row)
-            if p.reads_statistics:
-                if of[MEAN] != 0:
-                    read_scalar(g, MEAN, of[MEAN], row, _repeated(g, workspace, 0))
-                read_scalar(g, RSTD, of[RSTD], row, _repeated(g, workspace, 0) + g.itemsize)
-            m, r = np.float64(scalars[0]), np.float64(scalars[1])
-            s = t = np.float64(0)
-            for number in range(p.sums):
-                sums = state + _sums(g, number)
-                for chunk in range(g.chunks):
-                    place = chunk * SUM_CHUNK
-                    invoke(
-                        _field(p, number, _LOOP),
-                        (
-                            sums + chunk * g.itemsize,
-                            _lanes(g, workspace),
-                            x + place * itemsize(g, X),
-                            grad + place * itemsize(g, GRAD),
-                            weight + place * itemsize(g, WEIGHT),
-                            bias + place * itemsize(g, BIAS),
-                            m,
-                            r,
-                            s,
-                            t,
-                            _length(g, chunk),
-                        ),
-                    )
-                _finish(kind, g, p, number, addresses, row, state, workspace)
-                t = np.float64(pointer(sums, kind)[0])
-                if number == 0:
-                    s = t
-            if p.writes:
-                out = row_start(g, OUT, of[OUT], row)
-                invoke(_field(p, p.sums, _LOOP), (out, x, grad, weight, bias, m, r, s, t, g.n))
 
 
 @kernel
@@ -278,9 +224,7 @@ def _write(kind, g, p, addresses, group, chunk, state, workspace):  # type: igno
     write_stretch(g, OUT, out, group, first, _length(g, chunk), _chunk(g, workspace, 0))
 
 
-def _passes(
-    spec: ReductionSpec, g: Rows, plan: Formula, where_they_lie: bool
-) -> tuple[Passes, tuple[np.ndarray[Any, Any], ...]]:
+def _passes(spec: ReductionSpec, g: Rows, plan: Formula) -> tuple[Passes, tuple[np.ndarray[Any, Any], ...]]:
     """The passes of a reduction, and the tables to which they point."""
     accumulate = ACCUMULATE[spec.out.dtype]
     present = [
@@ -305,49 +249,36 @@ def _passes(
 
     for i, (one, scalar) in enumerate(zip(plan.sums, plan.scalars, strict=True)):
         fields[i, _READS] = reads(one.reads)
-        if where_they_lie:
-            fields[i, _LOOP] = chunk_loop(one.term, accumulate, _dtypes(spec, one.reads))
-        elif one.term is not None:
+        if one.term is not None:
             fields[i, _LOOP] = loop(one.term, accumulate)
         fields[i, _END] = one.end
-        number = max(0.0, g.n - spec.correction) if one.corrected else float(g.n)
-        fields[i, _DIVISOR] = np.float64(number).view(np.int64)
+        fields[i, _DIVISOR] = np.float64(one.divisor(g.n, spec.correction)).view(np.int64)
         fields[i, _EPS] = np.float64(spec.eps).view(np.int64)
         written = scalar != "" and getattr(spec, scalar) is not None
         fields[i, _SCALAR] = OPERANDS.index(scalar) if written else -1
     if plan.element is not None:
         fields[-1, _READS] = reads(plan.reads)
-        if where_they_lie:
-            fields[-1, _LOOP] = row_loop(plan.element, accumulate, _dtypes(spec, plan.reads), spec.out.dtype)
-        else:
-            fields[-1, _LOOP] = loop(plan.element, accumulate)
-    writes, statistics = int(plan.element is not None), int(spec.grad is not None and spec.rstd is not None)
-    passes = Passes(len(plan.sums), writes, read_once, statistics, slots.ctypes.data, fields.ctypes.data)
+        fields[-1, _LOOP] = loop(plan.element, accumulate)
+    writes = int(plan.element is not None)
+    passes = Passes(len(plan.sums), writes, read_once, slots.ctypes.data, fields.ctypes.data)
     return passes, (slots, fields)
-
-
-def _dtypes(spec: ReductionSpec, reads: tuple[str, ...]) -> Dtypes:
-    """Of the operands with elements that are read."""
-    x, grad, weight, bias = (
-        getattr(spec, name).dtype if name in reads else None for name in ("x", "grad", "weight", "bias")
-    )
-    return x, grad, weight, bias
 
 
 def prepare(spec: ReductionSpec) -> ReductionLaunch:
     """The launch for a reduction made of sums."""
+    plan = formula(spec.operation, spec.weight is not None, spec.bias is not None)
+    launch_direct = direct.prepare(spec, plan)
+    if launch_direct is not None:
+        return launch_direct
     g, tables = describe(spec)
-    plan = formula(spec)
     in_rows = g.chunks == 1 or g.groups >= threads.FEW * threads.limit()
-    where_they_lie = in_rows and lies_side_by_side(spec)
-    p, pass_tables = _passes(spec, g, plan, where_they_lie)
+    p, pass_tables = _passes(spec, g, plan)
     kind = FLOAT[ACCUMULATE[spec.out.dtype]]
     number = p.sums + p.writes
     chunks = 1 + int(pass_tables[0].max())
     state_bytes = p.sums * g.chunks * g.width * g.itemsize
     workspace_bytes = ((_SUMS + 2) * SUM_LANES + chunks * SUM_CHUNK) * g.width * g.itemsize
     cost = g.groups * g.width * max(g.n, SUM_LANES) * _NANOSECONDS_PER_PASS * number
-    step_of_rows = rows_at_a_time(g)
     places = [i for i, name in enumerate(OPERANDS) if getattr(spec, name) is not None]
 
     def launch(stream: int, *given: int, keep: object = (tables, pass_tables)) -> None:  # the kernels read the tables
@@ -356,16 +287,6 @@ def prepare(spec: ReductionSpec) -> ReductionLaunch:
             table[place] = address
         addresses = table.ctypes.data
         counter = addresses + len(OPERANDS) * table.itemsize
-
-        if where_they_lie:
-
-            def work_on_rows() -> None:
-                memory = np.empty(workspace_bytes + state_bytes, np.uint8)
-                workspace = memory.ctypes.data
-                _rows(kind, g, p, step_of_rows, addresses, workspace + workspace_bytes, workspace, counter)
-
-            threads.run(work_on_rows, -(-g.groups // step_of_rows), cost)
-            return
 
         if in_rows:
 

@@ -8,6 +8,7 @@ pool that has not begun, and any number of threads may call at once. How the pie
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import queue
@@ -137,6 +138,22 @@ def run(work: Callable[[], None], pieces: int, cost: float) -> None:
         _pool.run(functools.partial(in_default_environment, work), threads)
     else:
         in_default_environment(work)
+
+
+class _Scratch(threading.local):
+    memory = bytearray()
+    address = 0
+
+
+_scratch = _Scratch()
+
+
+def scratch(size: int) -> int:
+    """The address of so many bytes that are the calling thread's own until it asks again."""
+    if size > len(_scratch.memory):
+        _scratch.memory = bytearray(size)
+        _scratch.address = ctypes.addressof(ctypes.c_char.from_buffer(_scratch.memory))
+    return _scratch.address
 
 
 _WORTH_A_THREAD = 30_000.0

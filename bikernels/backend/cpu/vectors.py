@@ -1,4 +1,4 @@
-"""Vector instructions for the inner loops of matrix products: short helpers over LLVM's builder."""
+"""Vector instructions for inner loops: short helpers over LLVM's builder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ from llvmlite import ir
 
 I32, I64 = ir.IntType(32), ir.IntType(64)
 F32, F64 = ir.FloatType(), ir.DoubleType()
+
+
+def element_of(kind: ir.Type) -> ir.Type:
+    """The type of a vector's elements; a scalar's own."""
+    return kind.element if isinstance(kind, ir.VectorType) else kind
+
+
+def like(kind: ir.Type, element: ir.Type) -> ir.Type:
+    """A vector of `element` with as many as `kind` has; `element` itself where that is a scalar."""
+    return ir.VectorType(element, kind.count) if isinstance(kind, ir.VectorType) else element
 
 
 def constant(kind: ir.Type, number: int | float) -> ir.Constant:
@@ -76,6 +86,62 @@ def loop(builder: Any, count: Any, carried: list[Any], body: Callable[[list[Any]
     return final
 
 
+def for_range(
+    builder: Any, start: Any, end: Any, step: int, carried: list[Any], body: Callable[[Any, list[Any]], list[Any]]
+) -> list[Any]:
+    """As `loop`, for every `step`-th integer from start to end, which `body` is given before the carried values."""
+    count = builder.sdiv(builder.add(builder.sub(end, start), I64(step - 1)), I64(step))  # negative: none
+
+    def next_one(values: list[Any]) -> list[Any]:
+        index, *rest = values
+        return [builder.add(index, I64(step)), *body(index, rest)]
+
+    return loop(builder, count, [start, *carried], next_one)[1:]
+
+
+def when(builder: Any, condition: Any, values: list[Any], then: Callable[[], list[Any]]) -> list[Any]:
+    """What `then` gives if the condition holds, else `values`."""
+    return either(builder, condition, then, lambda: values)
+
+
+def either(
+    builder: Any, condition: Any, then: Callable[[], list[Any]], otherwise: Callable[[], list[Any]]
+) -> list[Any]:
+    """What `then` gives if the condition holds, else what `otherwise` does."""
+    starts = [builder.append_basic_block(name) for name in ("then", "otherwise")]
+    after = builder.append_basic_block("after")
+    builder.cbranch(condition, *starts)
+    ends, results = [], []
+    for start, emit in zip(starts, (then, otherwise), strict=True):
+        builder.position_at_end(start)
+        results.append(emit())
+        ends.append(builder.basic_block)
+        builder.branch(after)
+    builder.position_at_end(after)
+    phis = []
+    for values in zip(*results, strict=True):
+        phi = builder.phi(values[0].type)
+        for value, end in zip(values, ends, strict=True):
+            phi.add_incoming(value, end)
+        phis.append(phi)
+    return phis
+
+
+def splat(builder: Any, value: Any, count: int) -> Any:
+    """A vector with the scalar in every element."""
+    kind = ir.VectorType(value.type, count)
+    vector = builder.insert_element(ir.Constant(kind, ir.Undefined), value, I32(0))
+    return builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, count), [0] * count))
+
+
+def memory(builder: Any, size: int) -> Any:
+    """The address of so many bytes of the function's own stack, aligned to a cache line."""
+    with builder.goto_entry_block():
+        place = builder.alloca(ir.IntType(8), I32(size))
+        place.align = 64
+        return builder.ptrtoint(place, I64)
+
+
 def maximum(builder: Any, x: Any, y: Any) -> Any:
     """The larger of signed integers."""
     return builder.select(builder.icmp_signed(">", x, y), x, y)
@@ -88,7 +154,7 @@ def minimum(builder: Any, x: Any, y: Any) -> Any:
 
 def power_of_two(builder: Any, exponent: Any, kind: ir.Type) -> Any:
     """2^exponent as float32 or float64, for exponents of normal numbers (integers as wide as `kind`)."""
-    element = kind.element if isinstance(kind, ir.VectorType) else kind
+    element = element_of(kind)
     bias, shift = (127, 23) if isinstance(element, ir.FloatType) else (1023, 52)
     biased = builder.add(exponent, constant(exponent.type, bias))
     return builder.bitcast(builder.shl(biased, constant(exponent.type, shift)), kind)
