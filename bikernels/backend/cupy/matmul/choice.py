@@ -14,6 +14,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from ....contract import ARITHMETIC
 from ..launch import GPU
@@ -164,36 +165,82 @@ START_US, OVERLAP = 2.0, 0.27
 
 def predicted_us(problem: Problem, choice: Choice, gpu: GPU) -> float:
     """Microseconds of a product: the slower of a multiprocessor's work, the L2 and device memory, and a start."""
-    schedule, multiprocessors = choice.schedule, gpu.multiprocessors
-    if choice.swap:
-        problem = problem.swap()
-    m, n, k = problem.m, problem.n, problem.k
-    tiles_m, tiles_n = schedule.tiles(m, n)
-    ctas = tiles_m * tiles_n * schedule.cluster * problem.matrices
-    stages = -(-k // schedule.k)
-    groups = stages * (schedule.k // GROUP)
-    blocks = -(-schedule.m // 64)  # of 64 rows, which an instruction takes
+    return _model(problem, choice.swap, gpu).predicted_us(choice.schedule)
 
+
+@functools.lru_cache(maxsize=64)
+def _model(problem: Problem, swap: bool, gpu: GPU) -> _Model:
+    return _Model(problem.swap() if swap else problem, gpu)
+
+
+class _Model:
+    """Of one product: what all schedules have in common is computed once, since there are a hundred of them."""
+
+    def __init__(self, problem: Problem, gpu: GPU) -> None:
+        self.m, self.n, self.k, self.matrices = problem.m, problem.n, problem.k, problem.matrices
+        self.multiprocessors = gpu.multiprocessors
+        self.along_k = along_k(problem.a), along_k(problem.b)
+        self.l2_rates = tuple(L2_BYTES_PER_US[_aligned_bytes(strides)] for strides in (problem.a, problem.b))
+        self.flops_us = _flops_us(problem)
+        self.memory_us = functools.cache(functools.partial(_memory_us, problem, gpu))
+
+    def predicted_us(self, schedule: Schedule) -> float:
+        m, n, k, multiprocessors = self.m, self.n, self.k, self.multiprocessors
+        tile = _tile(schedule, *self.along_k)
+        tiles_m, tiles_n = schedule.tiles(m, n)
+        ctas = tiles_m * tiles_n * tile.cluster * self.matrices
+        stages = -(-k // schedule.k)
+        groups = stages * (schedule.k // GROUP)
+        rows_m = min(schedule.m, m) if self.along_k[0] else schedule.m
+        rows_n = min(schedule.n, n) if self.along_k[1] else schedule.n
+        lines = rows_m * tile.lines_m + rows_n * tile.lines_n
+        step = max(tile.step, lines * LINE_CYCLES) * (CLUSTER_FACTOR if tile.cluster > 1 else 1)
+        busiest, rounds = -(-ctas // multiprocessors), -(-ctas // (multiprocessors * tile.resident))
+        alone = max(groups * step + stages * STAGE_CYCLES, stages * LATENCY_CYCLES / (schedule.stages - 1))
+        cycles = max(busiest * groups * step, rounds * alone) + (busiest - 1) * tile.epilogue
+
+        of_a, of_b = self.l2_rates
+        brought = schedule.m / schedule.cluster_n / of_a + schedule.n / schedule.cluster_m / of_b
+        memory_us = self.memory_us(tile.efficiency_m, tile.efficiency_n)
+        slowest = (cycles / CYCLES_PER_US, ctas * k * 2 * brought, memory_us, self.flops_us)
+        second, first = sorted(slowest)[-2:]
+        return START_US + first + OVERLAP * second
+
+
+class _Tile(NamedTuple):
+    """What a schedule costs whatever the product."""
+
+    cluster: int
+    resident: int
+    step: float
+    """Cycles of a group of K but for the lines that it brings."""
+    lines_m: float
+    """That a group of K takes of each row."""
+    lines_n: float
+    efficiency_m: float
+    efficiency_n: float
+    epilogue: float
+    """Cycles, shared among the CTAs of a multiprocessor."""
+
+
+@functools.cache
+def _tile(schedule: Schedule, a_along_k: bool, b_along_k: bool) -> _Tile:
+    blocks = -(-schedule.m // 64)  # of 64 rows, which an instruction takes
     arithmetic = blocks * max(schedule.n / 2, STEP_CYCLES)
     read, written = blocks * (64 + schedule.n) * 32, (schedule.m + schedule.n) * 32
     shared = (read + WRITTEN_BYTE * written) / SHARED_BYTES_PER_CYCLE
-    sides = ((schedule.m, m, problem.a), (schedule.n, n, problem.b))
-    lines = sum(_lines(tile, length, along_k(strides)) for tile, length, strides in sides)
-    factor = CLUSTER_FACTOR if schedule.cluster > 1 else 1
-    step = max(arithmetic, shared, lines * LINE_CYCLES) * factor
-    busiest, rounds = -(-ctas // multiprocessors), -(-ctas // (multiprocessors * schedule.resident))
+    of_m, of_n = _line_bytes(schedule.m, a_along_k), _line_bytes(schedule.n, b_along_k)
     outputs = schedule.m * schedule.n / (128 * schedule.consumers)  # of a thread
-    epilogue = EPILOGUE_CYCLES + OUTPUT_CYCLES * outputs
-    alone = max(groups * step + stages * STAGE_CYCLES, stages * LATENCY_CYCLES / (schedule.stages - 1))
-    cycles = max(busiest * groups * step, rounds * alone) + (busiest - 1) * epilogue / schedule.resident
-
-    brought = ((schedule.m / schedule.cluster_n, problem.a), (schedule.n / schedule.cluster_m, problem.b))
-    l2_us = sum(ctas * k * 2 * lines / L2_BYTES_PER_US[_aligned_bytes(strides)] for lines, strides in brought)
-    efficiency = [LINE_EFFICIENCY[_line_bytes(tile, along_k(strides))] for tile, _, strides in sides]
-    memory_us = _memory_us(problem, gpu, *efficiency)
-    slowest = (cycles / CYCLES_PER_US, l2_us, memory_us, _flops_us(problem))
-    second, first = sorted(slowest)[-2:]
-    return START_US + first + OVERLAP * second
+    return _Tile(
+        schedule.cluster,
+        schedule.resident,
+        max(arithmetic, shared),
+        GROUP * 2 / of_m,
+        GROUP * 2 / of_n,
+        LINE_EFFICIENCY[of_m],
+        LINE_EFFICIENCY[of_n],
+        (EPILOGUE_CYCLES + OUTPUT_CYCLES * outputs) / schedule.resident,
+    )
 
 
 def _memory_us(problem: Problem, gpu: GPU, of_a: float = 1.0, of_b: float = 1.0) -> float:
@@ -215,9 +262,3 @@ def _line_bytes(tile: int, k_contiguous: bool) -> int:
 def _aligned_bytes(strides: tuple[int, int]) -> int:
     """A power of two, at most 128, of which the distance between lines is a multiple."""
     return math.gcd(2 * max(strides), 128)
-
-
-def _lines(tile: int, length: int, k_contiguous: bool) -> float:
-    """Lines that a group of K takes, of a tile or, along K, of as many rows as there are."""
-    rows = min(tile, length) if k_contiguous else tile
-    return rows * GROUP * 2 / _line_bytes(tile, k_contiguous)
