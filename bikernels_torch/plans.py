@@ -26,8 +26,10 @@ import torch
 
 from . import core
 
-LIMIT = 1024
-"""Plans of an override. At the next one it forgets them all: shapes that have come so often will come again."""
+LIMIT = 4096
+"""Plans of an override: a server has many numbers of rows, each of them with every shape of weights. At the next one it
+forgets them all: shapes that have come so often will come again.
+"""
 
 Override = Callable[..., Any]
 _Replay = Callable[[Sequence[Any]], Any]

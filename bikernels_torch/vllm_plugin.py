@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from . import core, drop_in
+from .plans import planned_operator
 
 MODULES = (
     "vllm.model_executor.determinism.batch_invariant",
@@ -111,7 +112,7 @@ def _numbers_of_rows(most: int) -> Iterator[int]:
 
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 for _key in ("CPU", "CUDA"):
-    _library.impl("linear", _linear, _key)
+    _library.impl("linear", planned_operator(_linear), _key)
 torch.library.register_fake("bikernels_vllm::linear", _linear_fake, lib=_library)
 
 

@@ -247,6 +247,17 @@ def test_no_product_is_the_first_in_a_graph(products: list[int], monkeypatch: py
             vllm_plugin._linear(torch.randn(rows, 4), other, None)
 
 
+def test_a_product_of_known_forms_has_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = torch.randn(2, 5, 4), torch.randn(3, 4), torch.randn(3)
+    linear = torch.ops.bikernels_vllm.linear.default
+    for operands in ((x, weight, None), (x[0], weight, None), (x, weight, bias)):
+        expected = linear(*operands)
+        with monkeypatch.context() as patch:
+            for name in ("matmul", "addmm"):
+                patch.delattr(vllm_plugin.core, name)
+            assert same_bits(linear(*operands), expected)
+
+
 def test_numbers_of_rows() -> None:
     """All up to 1024 that vLLM captures by default, none far from the next one, and few."""
     numbers = list(vllm_plugin._numbers_of_rows(16384))
