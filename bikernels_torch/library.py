@@ -408,15 +408,7 @@ def _attention(
     return attention.attend_few_queries(steps, query, key, value, mask, is_causal, scale, enable_gqa).contiguous()
 
 
-def _attention_fake(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> torch.Tensor:
+def _attention_fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
     return query.new_empty((*query.shape[:3], value.shape[3]))
 
 

@@ -57,15 +57,7 @@ struct Team {
     }
 
     // All threads have written what others will read.
-    __device__ __forceinline__ void meet() const {
-#if __CUDA_ARCH__ >= 900
-        if (ctas > 1) {
-            sync_cluster();
-            return;
-        }
-#endif
-        __syncthreads();
-    }
+    __device__ __forceinline__ void meet() const { sync_ctas(ctas); }
 
     template <class T>
     __device__ __forceinline__ void publish(T* place, int to, T value) const {

@@ -231,15 +231,7 @@ struct Tile {
     }
 
     // Wait for all; what they shared before can then be read.
-    __device__ __forceinline__ void meet() const {
-#if __CUDA_ARCH__ >= 900
-        if (ctas > 1) {
-            sync_cluster();
-            return;
-        }
-#endif
-        __syncthreads();
-    }
+    __device__ __forceinline__ void meet() const { sync_ctas(ctas); }
 
   private:
     __device__ __forceinline__ void place(long long item, long long& column, int& chunk, int& length) const {
@@ -451,16 +443,6 @@ struct Maxima<float16> : PairMaxima<float16> {
     __device__ __forceinline__ Maxima() : PairMaxima(0xFC00FC00u) {}
 };
 #endif
-
-__device__ __forceinline__ float smaller_nan(float a, float b) {
-#if __CUDA_ARCH__ >= 800
-    float result;
-    asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-    return result;
-#else
-    return a != a || a < b ? a : b;
-#endif
-}
 
 // t[w] = x - maximum of the thread's columns, and the errors of these differences. Returns whether all lie near enough
 // for exponential_near(); `most` becomes the largest.

@@ -84,6 +84,17 @@ __device__ __forceinline__ void sync_cluster() {
     wait_for_cluster();
 }
 
+// Wait for all threads of a cluster of so many CTAs, or of this CTA if it is alone, as it always is before sm_90.
+__device__ __forceinline__ void sync_ctas(int ctas) {
+#if __CUDA_ARCH__ >= 900
+    if (ctas > 1) {
+        sync_cluster();
+        return;
+    }
+#endif
+    __syncthreads();
+}
+
 // Write to what lies at that address of shared memory in CTA `rank` of the cluster.
 __device__ __forceinline__ void store_in_cluster(unsigned shared, unsigned rank, unsigned value) {
     asm volatile(

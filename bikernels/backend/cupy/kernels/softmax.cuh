@@ -164,6 +164,15 @@ __device__ __forceinline__ float larger_nan(float a, float b) {
 #endif
 }
 __device__ __forceinline__ double larger_nan(double a, double b) { return larger(a, b); }
+__device__ __forceinline__ float smaller_nan(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+    float result;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+    return result;
+#else
+    return a != a || a < b ? a : b;
+#endif
+}
 
 // The maximum of elements that come eight at a time; a NaN if there is one. X: as they are stored.
 template <class X, class A>
