@@ -425,7 +425,7 @@ def _plan_row_tree(plan: _Plan, rows: _Rows, operation: str) -> None:
 def _plan_column_tree(plan: _Plan, rows: _Rows, operation: str) -> None:
     """The same of columns; what is added up is that of the operation at the first level, and then sums."""
     source: int | None = None
-    while schedules.splits_columns(operation, rows.number, rows.n, rows.width, plan.gpu, source is None):
+    while schedules.splits_columns(operation, rows.number, rows.n, rows.element, rows.width, plan.gpu, source is None):
         source, rows = _plan_column_sums(plan, rows, operation, source)
         if operation not in schedules.SUMS:
             operation, rows = "sum", rows._replace(divisor=1.0)

@@ -466,11 +466,11 @@ def choose_column_schedule(columns: int, n: int, width: int, device: GPU) -> Col
     return found[-1]
 
 
-def splits_columns(operation: str, columns: int, n: int, width: int, device: GPU, first: bool) -> bool:
+def splits_columns(operation: str, columns: int, n: int, element: str, width: int, device: GPU, first: bool) -> bool:
     """Whether a sum along a strided axis is spread over CTAs, a chunk each; `first`: not yet, at the first level."""
     chunks = chunks_of(n)
     if operation in SUMS and width > 1:
-        return chunks > MAX_TILE_CHUNKS or (first and chunks > 1 and _is_faster_by_chunks(columns, n, width, device))
+        return chunks > MAX_TILE_CHUNKS or (first and chunks > 1 and _is_faster_by_chunks(columns, n, element, device))
     if chunks > MAX_COLUMN_CHUNKS:
         return True
     most = column_schedules(n, width, device)[-1]
@@ -488,11 +488,11 @@ AT_ONCE, DEPTH = 4, 6
 """Elements of a lane that are one group of copies, and groups that are on their way."""
 
 
-def _is_faster_by_chunks(columns: int, n: int, width: int, device: GPU) -> bool:
-    element = next(name for name in ELEMENTS if vector_width(name) == width)
+def _is_faster_by_chunks(columns: int, n: int, element: str, device: GPU) -> bool:
+    """Whether two kernels, the first of which has a chunk for each CTA, are estimated to be faster than one."""
     size, chunks = columns * n * ITEMSIZE[element], chunks_of(n)
     if size < MOST_BYTES:
-        return chunks > 2 * MAX_CTAS and _ceil(columns, width) * MAX_CTAS < device.multiprocessors
+        return chunks > 2 * MAX_CTAS and _ceil(columns, vector_width(element)) * MAX_CTAS < device.multiprocessors
 
     def us(length: int, times: int) -> float:
         one = choose_tile_schedule(columns, length, element, "chunks", device, times)
@@ -658,8 +658,8 @@ SINGLY, TILES, SHORT, SHORT_TILES = "SINGLY", "TILES", "SHORT", "SHORT_TILES"
 SHORT_COLUMNS = 32
 """Elements, up to which columns are a few threads' each, however many there are."""
 
-
 SHORT_TILE_OPERATIONS = SUMS | {"var", "std"}
+"""Those that short_tiles.cu has."""
 
 
 def choose_columns(operation: str, columns: int, n: int, element: str, width: int) -> str:
