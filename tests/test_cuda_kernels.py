@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import zlib
+from pathlib import Path
 
 import pytest
 
@@ -77,6 +78,17 @@ def test_spills_are_seen() -> None:
     match = compiler._FUNCTION.search(log)
     assert match is not None
     assert (match["stack"], match["stores"], match["loads"], match["registers"]) == ("48", "40", "44", "255")
+
+
+def test_a_binary_is_known_by_what_its_source_includes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {"first.cu": '#include "a.cuh"\n', "a.cuh": '#include "b.cuh"\n', "b.cuh": "int b;\n", "second.cu": ""}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(compiler, "SOURCES", tmp_path)
+    of = compiler._sources_text.__wrapped__
+    before = of("first.cu"), of("second.cu")
+    (tmp_path / "b.cuh").write_text("int c;\n")
+    assert of("first.cu") != before[0] and of("second.cu") == before[1]
 
 
 def test_constants_come_from_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:

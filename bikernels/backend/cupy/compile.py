@@ -76,10 +76,15 @@ def _program(kernel: Kernel) -> str:
 
 
 @functools.cache
-def _sources_text() -> bytes:
-    """All source files, since a binary depends on whatever its source includes."""
-    files = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cu", ".cuh"))
-    return b"".join(path.name.encode() + b"\0" + path.read_bytes() + b"\0" for path in files)
+def _sources_text(source: str) -> bytes:
+    """The source file and all that it includes, directly or not: what a binary depends on."""
+    found: dict[str, bytes] = {}
+    left = [source]
+    while left:
+        if (name := left.pop()) not in found:
+            found[name] = (SOURCES / name).read_bytes()
+            left += re.findall(r'^#include "(.+)"', found[name].decode(), re.MULTILINE)
+    return b"".join(name.encode() + b"\0" + found[name] + b"\0" for name in sorted(found))
 
 
 # ------------------------------------------------------------------------------------------------------------ compiler
@@ -148,7 +153,7 @@ def cubin(kernel: Kernel, arch: str) -> Path:
     key = hashlib.sha256()
     for part in (str(kernel), _program(kernel), repr(_options(arch)), _compiler_version()):
         key.update(part.encode() + b"\0")
-    key.update(_sources_text())
+    key.update(_sources_text(kernel.source))
     name = f"{Path(kernel.source).stem}-{arch}-{key.hexdigest()[:32]}.cubin"
     with _COMPILING:
         return stored(name, lambda: _compile(kernel, arch)[0])
