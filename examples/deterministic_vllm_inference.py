@@ -6,17 +6,20 @@ One prompt is sent many times among requests of random lengths, all of them toke
 as it is, by vLLM's batch-invariant mode, and by that mode with the kernels of bikernels behind it, which the plugin
 of this package puts there (pip install "bikernels[vllm,cuda13]"). Each has a process of its own, is compiled and uses
 CUDA graphs as vLLM does by default; prefixes are not cached, so that every copy is computed. The first pass over the
-requests is not timed; it asks for the log-probabilities of the tokens too, whose last bits show what tokens hide.
+requests is not timed: they come in bursts of 1, 2, 4 up to 128, each answered before the next, so that
+copies share batches of every size; and it asks for the log-probabilities of the tokens too, whose last bits show what
+tokens hide. In the other passes all requests come at once, once for warming up and then timed.
 
 Without --model it is a model of the Qwen3 architecture with random weights, made from the seed and saved in a
 temporary folder, so no download is needed. The exit status is 1 if one of the modes failed, or if bikernels gave more
-than one answer.
+than one answer; the audit then says which operator of the model varies with the batch in PyTorch, if one does.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -42,6 +45,7 @@ OURS = "that mode with bikernels"
 
 LONGEST_PROMPT, FEWEST_TOKENS, MOST_TOKENS = 511, 20, 199
 """Of the other requests."""
+BURSTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Request(NamedTuple):
@@ -66,6 +70,14 @@ def traffic(vocabulary: int, options: argparse.Namespace) -> list[Request]:
         requests.append(Request(prompt(length), new_tokens, False))
     numbers.shuffle(requests)
     return requests
+
+
+def bursts(requests: Sequence[Request]) -> list[Sequence[Request]]:
+    """The requests in their order, in groups of BURSTS, again and again."""
+    groups, start, sizes = [], 0, itertools.cycle(BURSTS)
+    while start < len(requests):
+        groups.append(requests[start : (start := start + next(sizes))])
+    return groups
 
 
 def save_random_model(folder: Path, options: argparse.Namespace) -> None:
@@ -133,10 +145,10 @@ def serve(options: argparse.Namespace) -> dict[str, Any]:
     seconds_to_start = time.perf_counter() - start
     vocabulary = llm.llm_engine.model_config.get_vocab_size()
     requests = traffic(vocabulary, options)
-    prompts = [{"prompt_token_ids": request.prompt} for request in requests]
 
-    def parameters(logprobs: int | None) -> list[vllm.SamplingParams]:
-        return [
+    def answer(requests: Sequence[Request], logprobs: int | None = None) -> list[Any]:
+        """Of the copies."""
+        parameters = [
             vllm.SamplingParams(
                 temperature=0.0,
                 max_tokens=request.new_tokens,
@@ -146,24 +158,25 @@ def serve(options: argparse.Namespace) -> dict[str, Any]:
             )
             for request in requests
         ]
-
-    def answer(parameters: list[vllm.SamplingParams]) -> list[Any]:
-        """Of the copies."""
+        prompts = [{"prompt_token_ids": request.prompt} for request in requests]
         outputs = llm.generate(prompts, parameters, use_tqdm=False)
         return [output.outputs[0] for output, request in zip(outputs, requests, strict=True) if request.is_copy]
 
-    first = answer(parameters(logprobs=0))  # of the chosen token alone
+    # The log-probability of the chosen token alone.
+    groups = bursts(requests)
+    first = [one for group in groups for one in answer(group, logprobs=0)]
     in_every_bit = {
         tuple((token, of_step[token].logprob) for token, of_step in zip(one.token_ids, one.logprobs, strict=True))
         for one in first
     }
-    seconds, completions, without = [], [[tuple(one.token_ids) for one in first]], parameters(logprobs=None)
-    for _ in range(options.passes):
+    seconds, completions = [], [[tuple(one.token_ids) for one in first]]
+    for _ in range(1 + options.passes):
         start = time.perf_counter()
-        answers = answer(without)
+        answers = answer(requests)
         seconds.append(time.perf_counter() - start)
         completions.append([tuple(one.token_ids) for one in answers])
         print(f"{seconds[-1]:.3f} s", flush=True)
+    seconds = seconds[1:]  # the first meets batches that were never as large
     tokens = sum(request.new_tokens for request in requests)
     return {
         "linear": llm.collective_rpc(whose_linear)[0],
@@ -190,6 +203,29 @@ def count(passes: Sequence[Sequence[tuple[int, ...]]]) -> dict[str, Any]:
         "different in all": len(in_all),
         "first token that differs": min(parts) + 1 if parts else None,
     }
+
+
+# ---- If there is more than one answer --------------------------------------------------------------------------------
+
+
+def where_bits_part(model: str, options: argparse.Namespace) -> str:
+    """What the audit says of the model in the mode of bikernels, in PyTorch: vLLM's own kernels it cannot see."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import bikernels_torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    audited = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, attn_implementation="sdpa").to(device)
+    audited.config.use_cache = False
+    generator = torch.Generator().manual_seed(options.seed)
+    tokens = torch.randint(audited.config.vocab_size, (16, options.prompt_tokens), generator=generator).to(device)
+    with torch.inference_mode(), bikernels_torch.set_batch_invariant_mode():
+        report = bikernels_torch.audit(audited, tokens, slices=(0, 7, (0, 2), (3, 11)))
+    if report.varying:
+        call = report.varying[0]
+        return f"{call.place} {call.operator}: {call.reason}"
+    return "no operator of the model in PyTorch; what is left is vLLM's: attention, its cache, what it compiles"
 
 
 # ---- The program -----------------------------------------------------------------------------------------------------
@@ -239,7 +275,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--others", type=int, default=300, help="how many other requests there are")
     parser.add_argument("--prompt-tokens", type=int, default=64, help="of the prompt")
     parser.add_argument("--new-tokens", type=int, default=100, help="that answer it")
-    parser.add_argument("--passes", type=int, default=3, help="timed ones over all requests, after one that is not")
+    parser.add_argument("--passes", type=int, default=3, help="timed ones over all requests, after two that are not")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the requests")
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES), metavar="MODE")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for a mode")
@@ -289,18 +325,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         given = list(sys.argv[1:] if arguments is None else arguments)
-        what = options.model
-        if options.model is None:
+        model = what = options.model
+        if model is None:
             what = f"Qwen3 architecture, {options.layers} layers, hidden size {options.hidden_size}, random weights"
-            (folder / "model").mkdir(exist_ok=True)
-            save_random_model(folder / "model", options)
-            given += ["--model", str(folder / "model")]
+            model = str(folder / "model")
+            Path(model).mkdir(exist_ok=True)
+            save_random_model(Path(model), options)
+            given += ["--model", model]
         print(
             f"{what}; seed {options.seed}\n{options.copies} copies of one prompt of {options.prompt_tokens} tokens "
             f"among {options.others} other requests, answered with {options.new_tokens} tokens",
             flush=True,
         )
         results = {name: run_mode(name, given, folder, options.timeout) for name in options.modes}
+        ours = results.get(OURS)
+        different = 1 if ours is None else max(ours["different in all"], ours["different in every bit"])
+        part = where_bits_part(model, options) if different > 1 else None
     for result in results.values():
         if result is not None:
             versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
@@ -311,17 +351,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json is not None:
         kept = ("copies", "others", "prompt_tokens", "new_tokens", "passes", "seed")
         settings = {
+            "bursts": BURSTS,
             "model": what,
             "python": platform.python_version(),
             **{name: getattr(options, name) for name in kept},
         }
         options.json.write_text(json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
-    ours = results.get(OURS)
-    if ours is not None:
-        different = max(ours["different in all"], ours["different in every bit"])
-        if different > 1 or not ours["linear"].startswith("bikernels_torch"):
-            print(f"\n{OURS}: {different} different completions, with products of {ours['linear']}")
-            return 1
+    if part is not None:
+        print(f"\n{OURS}: {different} different completions. The first operator that varies with the batch: {part}")
+        return 1
+    if ours is not None and not ours["linear"].startswith("bikernels_torch"):
+        print(f"\n{OURS}: its products were those of {ours['linear']}")
+        return 1
     return int(any(result is None for result in results.values()))
 
 

@@ -36,6 +36,14 @@ def test_traffic(example: Any) -> None:
     assert [request.is_copy for request in requests] != sorted((request.is_copy for request in requests), reverse=True)
 
 
+def test_bursts(example: Any) -> None:
+    """All requests in their order, alone and in company."""
+    requests = example.traffic(100, example.parse(["--copies", "300", "--others", "300"]))
+    groups = example.bursts(requests)
+    assert [request for group in groups for request in group] == requests
+    assert tuple(map(len, groups[:8])) == example.BURSTS and sum(map(len, groups)) == 600
+
+
 def test_count(example: Any) -> None:
     same = [(1, 2, 3)] * 3
     assert example.count([same, same]) == {
@@ -56,20 +64,22 @@ def stand_in(differs: str) -> Any:
     class LLM:
         def __init__(self, model: str, **settings: Any) -> None:
             assert model == "a-model" and not settings["enable_prefix_caching"] and settings["skip_tokenizer_init"]
+            self.copies = 0
             self.llm_engine = types.SimpleNamespace(model_config=types.SimpleNamespace(get_vocab_size=lambda: 50))
 
         def collective_rpc(self, method: Any) -> list[str]:
             return ["bikernels_torch.vllm_plugin"]
 
         def generate(self, prompts: Any, parameters: Any, use_tqdm: bool) -> list[Any]:
-            outputs, copies = [], 0
+            outputs = []
             for one in parameters:
                 tokens = list(range(one.max_tokens))
-                copies += one.max_tokens == 4
+                self.copies += one.max_tokens == 4
+                third = self.copies % 5 == 3 and one.max_tokens == 4
                 logprobs = [{token: types.SimpleNamespace(logprob=-1.0)} for token in tokens]
-                if copies == 3 and differs == "token":
+                if third and differs == "token":
                     tokens[2], logprobs[2] = 7, {7: logprobs[2][2]}
-                if copies == 3 and differs == "bit":
+                if third and differs == "bit":
                     logprobs[1][1].logprob = -1.0 - 2**-23
                 answer = types.SimpleNamespace(token_ids=tokens, logprobs=None if one.logprobs is None else logprobs)
                 outputs.append(types.SimpleNamespace(outputs=[answer]))
@@ -85,7 +95,7 @@ def test_serve(example: Any, monkeypatch: pytest.MonkeyPatch, differs: str, toke
     monkeypatch.setattr(example.importlib.metadata, "version", lambda name: "0.0")
     served = example.serve(example.parse(SMALL))
     json.dumps(served)
-    assert served["different in each pass"] == [tokens] * 3
+    assert served["different in each pass"] == [tokens] * 4
     assert served["different in every bit"] == bits
     assert served["first token that differs"] == (3 if tokens > 1 else None)
     assert len(served["tokens per second"]) == 2
@@ -102,7 +112,7 @@ def test_serve(example: Any, monkeypatch: pytest.MonkeyPatch, differs: str, toke
     ],
 )
 def test_status(
-    example: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: dict[str, Any] | None, status: int
+    example: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any, changes: Any, status: int
 ) -> None:
     good = {
         **example.count([[(1, 2)] * 3]),
@@ -116,9 +126,19 @@ def test_status(
     monkeypatch.setattr(example, "require_plugin", lambda: None)
     ours = None if changes is None else {**good, **changes}
     monkeypatch.setattr(example, "run_mode", lambda name, *_: ours if name == example.OURS else standard)
+    monkeypatch.setattr(example, "where_bits_part", lambda *_: "layers.0 aten.mm")
     results = tmp_path / "results.json"
     assert example.main([*SMALL, "--json", str(results)]) == status
     assert json.loads(results.read_text())["results"][example.OURS] == ours
+    assert ("layers.0 aten.mm" in capsys.readouterr().out) == any("different" in name for name in changes or {})
+
+
+def test_the_audit_is_asked(example: Any, tmp_path: Path) -> None:
+    """Of the model that vLLM was given: nothing of it varies in the mode."""
+    small = ["--layers", "1", "--hidden-size", "128", "--vocabulary", "64", "--prompt-tokens", "5"]
+    options = example.parse(small)
+    example.save_random_model(tmp_path, options)
+    assert "what is left is vLLM's" in example.where_bits_part(str(tmp_path), options)
 
 
 def test_a_mode_that_fails(example: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
