@@ -94,6 +94,20 @@ def test_a_table_holds_for_the_rows_that_fill_its_tiles_alike(tmp_path: Path, mo
         assert choice.predicted_us(problem, chosen, H100) < 0.8 * choice.predicted_us(problem, entry, H100)
 
 
+@pytest.mark.parametrize("m", [200, 280, 336, 448, 600])
+def test_tiles_that_share_weights_lie_side_by_side(m: int) -> None:
+    """A band that left out some of the activations' tiles would have them read all weights once more."""
+    problem = product(m, 24576, 4096)
+    found = {one: choice._tiles(problem, one.schedule, one.swap) for one in choice.choices(problem, OTHER)}
+    bands = {(one.swap, one.band, tiles_m) for one, (tiles_m, tiles_n) in found.items() if min(tiles_m, tiles_n) < 9}
+    assert {band for swap, band, _ in bands if swap} == {choice.BAND_OF_MANY}
+    assert all(band == tiles for swap, band, tiles in bands if not swap) and len(bands) > 2
+    measured = Choice(Schedule(128, 192, 64, 5, 2), False, False, 2)
+    there, fewer = product(512, 24576, 4096), product(336, 24576, 4096)
+    assert choice._with_band(measured, there) == measured
+    assert choice._with_band(measured, fewer) == measured._replace(band=3)
+
+
 def test_entries_of_schedules_that_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A table may be older than the schedules."""
     problem = product(16, 4096, 4096)

@@ -26,8 +26,10 @@ GROUP = ARITHMETIC["tc16f25"].group
 FEWEST_ROWS = 8
 """Of an instruction."""
 TABLES = Path(__file__).parent / "tables"
-BAND, BANDS = 4, (2, 4, 8, 16)
-"""Where nothing was measured, and what is worth a try."""
+BAND, BANDS = 4, (1, 2, 4, 8, 16)
+"""Of tiles along m: where nothing is known, and what is worth a try."""
+FEW_TILES, BAND_OF_MANY = 8, 2
+"""Tiles along a short side, which all belong to a band, and the band's of the long side if that is m."""
 TOLERANCE = 1.1
 """Of a prediction."""
 
@@ -36,8 +38,10 @@ def choose(problem: Problem, gpu: GPU) -> Choice:
     """The choice for a product on a GPU."""
     for table in (os.environ.get(ENVIRONMENT_TABLE), *tables(gpu)):
         measured = _read(table).get(key(problem))
+        if measured is not None and _suits(measured, _nearby(problem), gpu):
+            return _with_band(measured, problem)
         if measured is not None:
-            return measured if _suits(measured, _nearby(problem), gpu) else _fastest(_nearby(problem), gpu)[0]
+            break
     return _fastest(_nearby(problem), gpu)[0]
 
 
@@ -54,12 +58,27 @@ def _suits(measured: Choice, problem: Problem, gpu: GPU) -> bool:
     With 513 to 640 rows tiles fill the GPU otherwise than with the 1024 of the table. The model may be wrong about a
     schedule; it tells by how much it falls behind, between there and here.
     """
-    there = problem._replace(m=_measured_rows(problem))
+    there = _measured(problem)
 
     def behind(problem: Problem) -> float:
         return predicted_us(problem, measured, gpu) / _fastest(problem, gpu)[1]
 
     return problem.m == there.m or behind(problem) <= TOLERANCE * behind(there)
+
+
+def _with_band(measured: Choice, problem: Problem) -> Choice:
+    """The band was measured for so many tiles; of fewer it would leave some to walk all of the weights alone."""
+    tiles, there = (_tiles(other, measured.schedule, measured.swap) for other in (problem, _measured(problem)))
+    return measured if tiles == there else measured._replace(band=_band(*tiles))
+
+
+def _tiles(problem: Problem, schedule: Schedule, swap: bool) -> tuple[int, int]:
+    return schedule.tiles(*(problem.n, problem.m) if swap else (problem.m, problem.n))
+
+
+def _band(tiles_m: int, tiles_n: int) -> int:
+    """Of how many tiles along m: those that share a tile of weights lie side by side, so that it is read once."""
+    return tiles_m if tiles_m <= FEW_TILES else BAND_OF_MANY if tiles_n <= FEW_TILES else BAND
 
 
 @functools.lru_cache(maxsize=4096)
@@ -83,14 +102,14 @@ def choices(problem: Problem, gpu: GPU) -> list[Choice]:
                 continue
             rows, columns = schedule.m * schedule.cluster_m, schedule.n * schedule.cluster_n
             if rows < 2 * max(m, FEWEST_ROWS) and columns < 2 * max(n, FEWEST_ROWS):
-                found.append(Choice(schedule, swap, early, BAND))
+                found.append(Choice(schedule, swap, early, _band(*schedule.tiles(m, n))))
     return found
 
 
 def variants(problem: Problem, choice: Choice) -> list[Choice]:
     """The same schedule, early and not, over every band worth a try."""
-    tiles_m, _ = choice.schedule.tiles(*(problem.n, problem.m) if choice.swap else (problem.m, problem.n))
-    bands = sorted({min(band, tiles_m) for band in BANDS})
+    tiles_m, tiles_n = _tiles(problem, choice.schedule, choice.swap)
+    bands = sorted({min(band, tiles_m) for band in (*BANDS, _band(tiles_m, tiles_n))})
     return [choice._replace(early=early, band=band) for early in (False, True) for band in bands]
 
 
@@ -118,6 +137,10 @@ def key(problem: Problem) -> str:
 
 def _measured_rows(problem: Problem) -> int:
     return max(FEWEST_ROWS, 1 << (problem.m - 1).bit_length())
+
+
+def _measured(problem: Problem) -> Problem:
+    return problem._replace(m=_measured_rows(problem))
 
 
 @functools.cache
