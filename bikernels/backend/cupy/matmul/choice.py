@@ -28,8 +28,8 @@ FEWEST_ROWS = 8
 TABLES = Path(__file__).parent / "tables"
 BAND, BANDS = 4, (1, 2, 4, 8, 16)
 """Of tiles along m: where nothing is known, and what is worth a try."""
-FEW_TILES, BAND_OF_MANY = 8, 2
-"""Tiles along a short side, which all belong to a band, and the band's of the long side if that is m."""
+FEW_TILES = 8
+"""Tiles along a short side, which lie side by side if they share a tile of the long one."""
 TOLERANCE = 1.1
 """Of a prediction."""
 
@@ -77,8 +77,12 @@ def _tiles(problem: Problem, schedule: Schedule, swap: bool) -> tuple[int, int]:
 
 
 def _band(tiles_m: int, tiles_n: int) -> int:
-    """Of how many tiles along m: those that share a tile of weights lie side by side, so that it is read once."""
-    return tiles_m if tiles_m <= FEW_TILES else BAND_OF_MANY if tiles_n <= FEW_TILES else BAND
+    """Of how many tiles along m. Few that share a tile of the other side lie side by side, and it is read once."""
+    if tiles_n < tiles_m and tiles_n <= FEW_TILES:
+        return 1
+    if tiles_m <= FEW_TILES:
+        return tiles_m
+    return -(-tiles_m // 2) if tiles_m <= 2 * FEW_TILES else BAND
 
 
 @functools.lru_cache(maxsize=4096)
