@@ -10,7 +10,6 @@ from unittest import mock
 import numpy as np
 import pytest
 
-import bikernels
 from bikernels import reference
 from bikernels.contract import ACCUMULATE, ITEMSIZE
 from bikernels.dtypes import NUMPY_DTYPE
@@ -117,7 +116,7 @@ def forced(case: Case, operation: str, element: str, out_dtype: str, gpu: launch
     count, n = case.operands["x"].shape
     accumulate = ACCUMULATE[out_dtype]
     no_registers = {"choose_register_schedule": None}
-    elsewhere = no_registers | {"choose_ring_schedule": None}
+    elsewhere = no_registers | {"choose_ring_schedule": None, "choose_long_schedule": None}
     if case.in_columns and operation in schedules.COLUMN_OPERATIONS:
         vector = schedules.vector_width(element)
         has_choice = operation not in schedules.WEIGHT_GRADIENTS
@@ -142,6 +141,10 @@ def forced(case: Case, operation: str, element: str, out_dtype: str, gpu: launch
             # Where the layout does not allow them, another kernel is taken.
             for register_schedule in schedules.register_schedules(operation, n, element):
                 yield str(register_schedule), {"choose_register_schedule": register_schedule}
+        for long_schedule in schedules.long_schedules(operation, n, element, gpu):
+            for teams in (1, count):  # one that takes row after row, or one for each
+                patches = no_registers | {"choose_long_schedule": long_schedule, "teams": teams}
+                yield f"{long_schedule}, {teams}", patches
         for schedule in schedules.row_schedules(n, schedules.kept(operation, element, accumulate), gpu):
             yield str(schedule), elsewhere | {"choose_row_schedule": schedule, "splits_rows": False}
         if operation not in schedules.SPLIT:
@@ -153,7 +156,7 @@ def forced(case: Case, operation: str, element: str, out_dtype: str, gpu: launch
                 for teams in (1, count):  # one that takes row after row, or one for each
                     yield (
                         f"{ring_schedule}, {teams}",
-                        no_registers | {"choose_ring_schedule": ring_schedule, "ring_teams": teams},
+                        no_registers | {"choose_ring_schedule": ring_schedule, "teams": teams},
                     )
 
 
@@ -172,16 +175,22 @@ def run(backend: Any, operation: str, dtype: str, out_dtype: str) -> int:
         for name, patches in forced(case, operation, element, out_dtype, launch.gpu(index)):
             results = {key: put(np.full_like(expected, 7)) for key, expected in case.expected.items()}
             arrays = operands | results
-            spec = spec_of(operation, case.operands["x"].shape, arrays)
-            order = ("out", "x", *(side for side in reductions.SIDES if side in arrays))
-            answers = {function: _answering(value) for function, value in patches.items()}
-            with mock.patch.multiple(schedules, **answers):
-                reductions.prepare(spec, Device("cuda", index))(0, *(arrays[key].data.ptr for key in order))
+            launch_with(backend, operation, case, arrays, patches)
             for key, expected in case.expected.items():
                 message = f"{key} of {case.operands['x'].shape}, columns {case.in_columns}, {name}"
                 assert_same_bits(backend.get(results[key]), expected, message)
             ran += 1
     return ran
+
+
+def launch_with(backend: Any, operation: str, case: Case, arrays: dict[str, Any], patches: dict[str, Any]) -> None:
+    """Compute a case, of which these are the arrays, with functions of `schedules` that answer so."""
+    spec = spec_of(operation, case.operands["x"].shape, arrays)
+    order = ("out", "x", *(side for side in reductions.SIDES if side in arrays))
+    answers = {function: _answering(value) for function, value in patches.items()}
+    with mock.patch.multiple(schedules, **answers):
+        compute = reductions.prepare(spec, Device("cuda", backend.xp.cuda.runtime.getDevice()))
+    compute(0, *(arrays[key].data.ptr for key in order))
 
 
 def _answering(value: Any) -> Callable[..., Any]:
@@ -202,18 +211,33 @@ def test_rows_beside_vectors(backend: Any, operation: str, dtype: str) -> None:
     """Rows in registers whose length and distance are whole vectors, and whose addresses are not."""
     if backend.name != "cupy":
         pytest.skip("the schedules are those of the backend 'cupy'")
-    rng, is_sum = np.random.default_rng(9), operation in schedules.SUMS
+    rng, gpu = np.random.default_rng(9), launch.gpu(backend.xp.cuda.runtime.getDevice())
     for n in (2, 16, 256, 1000, 2048):
-        wide = draw(rng, (5, n + 8), dtype, "wide")
-        x, out = backend.put(wide)[:, 1 : n + 1], backend.put(np.zeros_like(wide))
-        expected = getattr(reference, operation)(np.ascontiguousarray(wide[:, 1 : n + 1]), 1)
-        results = out[:, 1] if is_sum else out[:, 1 : n + 1]
-        getattr(bikernels, operation)(x, axis=-1, out=results, backend=backend.name)
-        written = backend.get(out)
-        actual = written[:, 1] if is_sum else written[:, 1 : n + 1]
-        assert_same_bits(np.ascontiguousarray(actual), expected, f"rows of {n}")
-        assert not written[:, 0].any()
-        assert not written[:, n + 1 :].any()
+        made = case(rng, operation, draw(rng, (5, n), dtype, "wide"), dtype, False)
+        for schedule in schedules.register_schedules(operation, n, dtype):
+            compare_beside_vectors(backend, operation, made, {"choose_register_schedule": schedule}, str(schedule))
+    for long_schedule in schedules.long_schedules(operation, 8200, dtype, gpu):
+        made = case(rng, operation, draw(rng, (5, 8200), dtype, "wide"), dtype, False)
+        patches = {"choose_register_schedule": None, "choose_long_schedule": long_schedule, "teams": 2}
+        compare_beside_vectors(backend, operation, made, patches, str(long_schedule))
+
+
+def compare_beside_vectors(backend: Any, operation: str, made: Case, patches: dict[str, Any], message: str) -> None:
+    """Compute a case whose arrays begin an element behind a vector, and look at what lies beside the results."""
+    ends = {name: backend.put(np.zeros(place_of(array).shape, array.dtype)) for name, array in made.expected.items()}
+    arrays = {name: backend.put(place_of(array)) for name, array in made.operands.items()} | ends
+    arrays = {name: array[..., 1 : array.shape[-1] - 7] for name, array in arrays.items()}
+    launch_with(backend, operation, made, arrays, patches)
+    for name, expected in made.expected.items():
+        written = backend.get(ends[name])
+        assert_same_bits(np.ascontiguousarray(written[..., 1:-7]), expected, f"{name}, {message}")
+        assert not written[..., 0].any()
+        assert not written[..., -7:].any()
+
+
+def place_of(array: np.ndarray) -> np.ndarray:
+    """The array among zeros, an element of which is in front of each row and seven behind."""
+    return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(1, 7)])
 
 
 # ------------------------------------------------------------------------------------------------------- without a GPU
@@ -247,6 +271,10 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
                     lanes = held.threads if held.spread else held.lanes
                     assert lanes * held.width * held.groups * held.steps >= n
                     assert 32 % held.lanes == 0 and held.threads <= 512
+                long = schedules.choose_long_schedule(operation, rows, n, element, gpu)
+                if long is not None:
+                    assert gpu is H100 and long.bytes(ITEMSIZE[element]) <= gpu.shared_bytes and long.threads <= 640
+                    assert long.warps * long.ctas * schedules.SUM_CHUNK >= n and long.ctas <= schedules.MAX_CTAS
             is_short = 0 < n <= schedules.MAX_TILE_CHUNKS * schedules.SUM_CHUNK
             if is_short and element != schedules.ANY and operation in schedules.PASSES:
                 tiles = schedules.choose_tile_schedule(rows, n, element, operation, gpu)

@@ -17,7 +17,7 @@ from . import schedules
 from .compile import Kernel
 from .launch import ADDRESS, Argument, Launch, gpu, load, resident_ctas, shaped, workspace
 from .parameters import DTYPE_CODE, OPERANDS, REDUCTION, divisor, fill_dims
-from .schedules import ColumnSchedule, RegisterSchedule, RingSchedule, RowSchedule
+from .schedules import ColumnSchedule, LongSchedule, RegisterSchedule, RingSchedule, RowSchedule
 
 SIDES = OPERANDS[2:]
 """Operands that an operation may have beside x and out."""
@@ -96,12 +96,20 @@ class _Rows(NamedTuple):
 
     @property
     def fits_registers(self) -> bool:
-        """Whether register_rows.cu reads and writes such a layout, and whole vectors of it if addresses allow that."""
+        """Whether the kernels for rows in registers read and write such a layout, and whole vectors of it if addresses
+        allow that.
+        """
         if self.element != self.out_dtype or len(self.row) != 1 or len(self.kept) > 1:
             return False
-        arrays = [self.x, self.operands["out"]]
-        if arrays[1].row == (0,):  # a result of one element for each row
-            del arrays[1]
+        named = {name: self.operands[name] for name in ("x", "out", "grad", "weight", "bias") if name in self.operands}
+        sides = [named[name] for name in ("weight", "bias") if name in named]
+        if any(one.dtype != self.element or any(one.kept) for one in sides):
+            return False
+        if any(self.operands[name].dtype != self.accumulate for name in ("mean", "rstd") if name in self.operands):
+            return False
+        if named["out"].row == (0,):  # a result of one element for each row
+            del named["out"]
+        arrays = named.values()
         aligned = self.n < schedules.GROUP_LANES or all(
             step % schedules.GROUP_LANES == 0 for step in (self.n, *(step for one in arrays for step in one.kept))
         )
@@ -224,6 +232,8 @@ def prepare(spec: ReductionSpec, device: Device) -> ReductionLaunch:
         _plan_column_tree(plan, rows, operation)
     elif rows.in_columns and operation in schedules.COLUMN_OPERATIONS and rows.chunks <= rows.max_column_chunks:
         _plan_single(plan, _column_launch(plan, rows, operation))
+    elif (long := _choose_long(plan, rows, operation)) is not None:
+        _plan_single(plan, _long_launch(plan, rows, operation, long))
     elif (ring := _choose_ring(plan, rows, operation)) is not None:
         _plan_single(plan, _ring_launch(plan, rows, operation, ring))
     elif operation in schedules.SUMS:
@@ -247,6 +257,13 @@ def _choose_registers(plan: _Plan, rows: _Rows, operation: str) -> RegisterSched
     if operation not in schedules.REGISTER_OPERATIONS or not rows.fits_registers:
         return None
     return schedules.choose_register_schedule(operation, rows.number, rows.n, rows.element, plan.gpu)
+
+
+def _choose_long(plan: _Plan, rows: _Rows, operation: str) -> LongSchedule | None:
+    """The schedule of long_variance.cu; None if the operation or the layout has none."""
+    if not rows.fits_registers:
+        return None
+    return schedules.choose_long_schedule(operation, rows.number, rows.n, rows.element, plan.gpu)
 
 
 def _choose_rows(plan: _Plan, rows: _Rows, operation: str) -> RowSchedule | None:
@@ -275,7 +292,7 @@ def _ring_launch(plan: _Plan, rows: _Rows, operation: str, schedule: RingSchedul
     return plan.shape(
         kernel,
         "reduce_long_rows",
-        schedules.ring_teams(rows.number, resident // schedule.ctas) * schedule.ctas,
+        schedules.teams(rows.number, resident // schedule.ctas) * schedule.ctas,
         schedule.threads,
         shared_bytes,
         (rows.parameters(operation), *map(np.int32, numbers), *_addresses(rows, ())),
@@ -309,25 +326,53 @@ def _row_launch(plan: _Plan, rows: _Rows, operation: str, schedule: RowSchedule 
     )
 
 
+def _steps(rows: _Rows, *names: str) -> list[np.int64]:
+    """From a row to the next of operands that have one dimension of rows; 0 for those that are not there."""
+    kept = (rows.operands[name].kept if name in rows.operands else () for name in names)
+    return [np.int64(one[0] if one else 0) for one in kept]
+
+
 def _register_launch(plan: _Plan, rows: _Rows, operation: str, schedule: RegisterSchedule) -> Launch:
-    """A launch of register_rows.cu, given the addresses of out and x."""
-    steps = [np.int64(operand.kept[0] if operand.kept else 0) for operand in (rows.x, rows.operands["out"])]
-    divisor = np.dtype(rows.accumulate).type(rows.divisor)
+    """A launch of a kernel for rows in registers, given the addresses of out, x and its sides."""
+    number, scalar = np.int64(rows.number), np.dtype(rows.accumulate).type
+    divisor, eps, is_root = scalar(rows.divisor), scalar(rows.eps), np.int32(operation == "std")
+    shape = np.int32(rows.n), np.int32(schedule.lanes.bit_length() - 1)
+    arguments: tuple[Argument, ...]
+    if operation in schedules.REGISTER_NORMS:
+        name, sides = "normalise_rows", ("weight", "bias", "mean", "rstd")
+        arguments = (*_steps(rows, "x", "out", "mean", "rstd"), divisor, eps, *shape, is_root, *_addresses(rows, sides))
+    elif operation in schedules.REGISTER_BACKWARD:
+        name, sides = "differentiate_rows", ("grad", "weight", "mean", "rstd")
+        arguments = (*_steps(rows, "x", "out", "grad", "mean", "rstd"), divisor, *shape, *_addresses(rows, sides))
+    else:
+        name = "reduce_rows"
+        arguments = (*_steps(rows, "x", "out"), divisor, *shape, *_addresses(rows, ()))
     return plan.shape(
         schedules.register_kernel(operation, rows.element, schedule),
-        "reduce_rows",
+        name,
         -(-rows.number // schedule.rows),
         schedule.threads,
         0,
-        (
-            np.int64(rows.number),
-            *steps,
-            divisor,
-            np.int32(rows.n),
-            np.int32(schedule.lanes.bit_length() - 1),
-            ADDRESS,
-            ADDRESS,
-        ),
+        (number, *arguments),
+        overlapping=True,
+    )
+
+
+def _long_launch(plan: _Plan, rows: _Rows, operation: str, schedule: LongSchedule) -> Launch:
+    """A launch of long_variance.cu, given the addresses of out and x."""
+    kernel, name = schedules.long_kernel(operation, rows.element), "reduce_long_rows"
+    shared_bytes = schedule.bytes(ITEMSIZE[rows.element])
+    function = load(kernel, name, plan.index, shared_bytes)
+    resident = resident_ctas(function, schedule.threads, shared_bytes, schedule.ctas)
+    numbers = np.dtype(rows.accumulate).type(rows.divisor), np.int32(rows.n), np.int32(operation == "std")
+    return plan.shape(
+        kernel,
+        name,
+        schedules.teams(rows.number, resident // schedule.ctas) * schedule.ctas,
+        schedule.threads,
+        shared_bytes,
+        (np.int64(rows.number), *_steps(rows, "x", "out"), *numbers, *_addresses(rows, ())),
+        cluster=schedule.ctas,
         overlapping=True,
     )
 

@@ -61,6 +61,7 @@ COLUMN_OPERATIONS = frozenset(
 """Those that columns.cu has."""
 
 SUMS = frozenset(("sum", "mean"))
+VARIANCES = frozenset(("var", "std"))
 TERMS = {"sum": 0, "mean": 0, "rms_norm_weight_backward": 1, "layer_norm_weight_backward": 2}
 """The operations that are a sum along a column, and of what (column_chunks.cu)."""
 
@@ -233,8 +234,12 @@ def splits_rows(rows: int, n: int, device: GPU, fits: bool) -> bool:
 
 # --------------------------------------------------------------------------------------------------- rows in registers
 
-REGISTER_OPERATIONS = SUMS | {"softmax", "log_softmax"}
-"""Those that register_rows.cu has."""
+REGISTER_NORMS = VARIANCES | {"rms_norm", "layer_norm"}
+"""Those that register_norms.cu has."""
+REGISTER_BACKWARD = frozenset(("softmax_backward", "log_softmax_backward", "rms_norm_backward", "layer_norm_backward"))
+"""Those that register_backward.cu has."""
+REGISTER_OPERATIONS = SUMS | {"softmax", "log_softmax"} | REGISTER_NORMS | REGISTER_BACKWARD
+"""All of them, and those that register_rows.cu has."""
 FIRST_WITH_PAIRS = (8, 0)
 """The first compute capability that has all the instructions it uses."""
 MANY_ELEMENTS = {"bfloat16": 32, "float16": 32, "float32": 16, "float64": 16}
@@ -247,7 +252,7 @@ THREADS_OF_A_MULTIPROCESSOR = 2048
 
 
 class RegisterSchedule(NamedTuple):
-    """How threads share rows that they keep in registers (register_rows.cu)."""
+    """How threads share rows that they keep in registers (register_rows.cuh)."""
 
     width: int
     """Elements of a thread's vectors, each of another lane of the tree."""
@@ -286,12 +291,20 @@ def register_schedules(operation: str, n: int, element: str) -> list[RegisterSch
             groups = GROUP_LANES // vector
             found.append(RegisterSchedule(vector, groups, WARP_STEPS, False, 32, CTA_WARPS * 32))
     elif not is_sum:
-        for width in (4, 2):
+        for width in _spread_widths(operation, n, element):
             threads = chunks_of(n) * SUM_LANES // width
-            too_many = is_double and width == 4 and (operation == "softmax" or n <= SUM_CHUNK * 4)  # registers
-            if threads <= CTA_THREADS and not too_many:
+            if threads <= CTA_THREADS:
                 found.append(RegisterSchedule(width, 1, CTA_STEPS, True, 32, threads))
     return found
+
+
+def _spread_widths(operation: str, n: int, element: str) -> tuple[int, ...]:
+    """Elements of vectors where a row is a CTA's, as many as a thread has registers for, the most first."""
+    if element == "float64":
+        return (4, 2) if operation == "log_softmax" and n > SUM_CHUNK * 4 else (2,)
+    if operation in REGISTER_NORMS | REGISTER_BACKWARD and ITEMSIZE[element] == 2:
+        return (8, 2) if n <= SUM_CHUNK * 4 else (8,)
+    return (4, 2)
 
 
 def choose_register_schedule(operation: str, rows: int, n: int, element: str, device: GPU) -> RegisterSchedule | None:
@@ -301,6 +314,53 @@ def choose_register_schedule(operation: str, rows: int, n: int, element: str, de
     found = register_schedules(operation, n, element)
     for one in found:
         if rows * one.threads >= THREADS_OF_A_MULTIPROCESSOR * device.multiprocessors * one.rows:
+            return one
+    return found[-1] if found else None
+
+
+# ----------------------------------------------------------------------------------------------- variances of long rows
+
+LONG_WARPS = 20
+"""Of a CTA, at most: for as many there are registers."""
+LONG_ELEMENTS = ("bfloat16", "float16", "float32")
+"""Of a chunk of float64 a thread could not keep its elements."""
+
+
+class LongSchedule(NamedTuple):
+    """How CTAs share rows whose variance long_variance.cu computes."""
+
+    warps: int
+    """Of a CTA, with a chunk each."""
+    ctas: int
+    """Of a row."""
+
+    @property
+    def threads(self) -> int:
+        return self.warps * 32
+
+    def bytes(self, itemsize: int) -> int:
+        """Of shared memory: elements, and four times the sums of SUM_LANES chunks in float32."""
+        return self.warps * SUM_CHUNK * itemsize + 4 * SUM_LANES * ITEMSIZE["float32"]
+
+
+def long_schedules(operation: str, n: int, element: str, device: GPU) -> list[LongSchedule]:
+    """The schedules for rows of n elements, if there are any; the fewest CTAs first."""
+    chunks = chunks_of(n)
+    has_kernel = operation in VARIANCES and element in LONG_ELEMENTS
+    if not has_kernel or chunks < 2 or device.compute_capability < FIRST_WITH_CLUSTERS:
+        return []
+    found = (LongSchedule(_ceil(chunks, ctas), ctas) for ctas in _cluster_sizes(device) if ctas <= chunks)
+    itemsize = ITEMSIZE[element]
+    return [one for one in found if one.warps <= LONG_WARPS and one.bytes(itemsize) <= device.shared_bytes]
+
+
+def choose_long_schedule(operation: str, rows: int, n: int, element: str, device: GPU) -> LongSchedule | None:
+    """A CTA for each row, else the fewest of which a multiprocessor holds two, so that one reads while another waits;
+    the most where rows are few. None if there is no schedule.
+    """
+    found = long_schedules(operation, n, element, device)
+    for one in found:
+        if rows * one.ctas >= device.multiprocessors and (one.ctas == 1 or one.warps <= LONG_WARPS // 2):
             return one
     return found[-1] if found else None
 
@@ -402,7 +462,7 @@ def choose_ring_schedule(
     return found[-1] if rows * alike[0].ctas < 4 * device.multiprocessors else alike[0]
 
 
-def ring_teams(rows: int, resident: int) -> int:
+def teams(rows: int, resident: int) -> int:
     """How many teams take the rows; `resident`: how many work at a time."""
     return min(rows, resident)
 
@@ -658,7 +718,7 @@ SINGLY, TILES, SHORT, SHORT_TILES = "SINGLY", "TILES", "SHORT", "SHORT_TILES"
 SHORT_COLUMNS = 32
 """Elements, up to which columns are a few threads' each, however many there are."""
 
-SHORT_TILE_OPERATIONS = SUMS | {"var", "std"}
+SHORT_TILE_OPERATIONS = SUMS | VARIANCES
 """Those that short_tiles.cu has."""
 
 
@@ -724,20 +784,31 @@ def row_kernel(operation: str, element: str, out_dtype: str, team: str, keeps: b
 
 
 def register_kernel(operation: str, element: str, schedule: RegisterSchedule) -> Kernel:
-    """The kernel of register_rows.cu."""
-    return Kernel(
-        "register_rows.cu",
-        (
-            ("OPERATION", OPERATIONS[operation]),
-            ("ELEMENT", c_type(element)),
-            ("ACCUMULATE", C_TYPE[ACCUMULATE[element]]),
-            ("WIDTH", schedule.width),
-            ("GROUPS", schedule.groups),
-            ("STEPS", schedule.steps),
-            ("SPREAD", str(schedule.spread).lower()),
-            ("THREADS", CTA_THREADS if schedule.spread else CTA_WARPS * 32),
-        ),
+    """The kernel of register_norms.cu, register_backward.cu or register_rows.cu."""
+    is_backward = operation in REGISTER_BACKWARD
+    source = f"register_{'norms' if operation in REGISTER_NORMS else 'backward' if is_backward else 'rows'}.cu"
+    most = schedule._replace(threads=CTA_THREADS if schedule.spread else CTA_WARPS * 32)
+    return Kernel(source, _register_macros(operation, element, most))
+
+
+def _register_macros(operation: str, element: str, schedule: RegisterSchedule) -> tuple[tuple[str, str | int], ...]:
+    return (
+        ("OPERATION", OPERATIONS[operation]),
+        ("ELEMENT", c_type(element)),
+        ("ACCUMULATE", C_TYPE[ACCUMULATE[element]]),
+        ("WIDTH", schedule.width),
+        ("GROUPS", schedule.groups),
+        ("STEPS", schedule.steps),
+        ("SPREAD", str(schedule.spread).lower()),
+        ("THREADS", schedule.threads),
     )
+
+
+def long_kernel(operation: str, element: str) -> Kernel:
+    """The kernel of long_variance.cu."""
+    width = vector_width(element)
+    schedule = RegisterSchedule(width, GROUP_LANES // width, CTA_STEPS, False, 32, LONG_WARPS * 32)
+    return Kernel("long_variance.cu", _register_macros(operation, element, schedule))
 
 
 def ring_kernel(operation: str, element: str, out_dtype: str) -> Kernel:
@@ -833,6 +904,8 @@ def reduction_kernels(compute_capability: int) -> Iterator[Kernel]:
             for n in (1, SUM_LANES, WARP_STEPS * SUM_LANES, SUM_CHUNK, 8 * SUM_CHUNK) if element in ELEMENTS else ():
                 for schedule in register_schedules(operation, n, element):
                     found[register_kernel(operation, element, schedule)] = None
+        if has_clusters and element in LONG_ELEMENTS:
+            found[long_kernel("var", element)] = None
         if element != ANY:
             found[tile_kernel("chunks", element, accumulate)] = None
             for operation in filter((COLUMN_OPERATIONS - WEIGHT_GRADIENTS).__contains__, OPERATIONS):

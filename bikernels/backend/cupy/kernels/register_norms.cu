@@ -1,0 +1,87 @@
+// var and std, rms_norm and layer_norm of rows whose elements lie side by side, kept in registers.
+//
+// OPERATION: as below. ELEMENT, ACCUMULATE, WIDTH, GROUPS, STEPS, SPREAD: see register_rows.cuh; weight and bias have the
+// dtype of x. THREADS: of a CTA, at most.
+//
+// An absent weight counts as 1 and an absent bias as -0, with which products and sums are what they are without.
+#include "register_rows.cuh"
+
+enum Operation { Variance, RmsNorm, LayerNorm };
+
+constexpr bool IS_CENTRED = OPERATION != RmsNorm, HAS_SIDES = OPERATION != Variance, HAS_BIAS = OPERATION == LayerNorm;
+
+// -------------------------------------------------------------------------------------------------------------- kernel
+
+// `rows` rows of n elements, and as many threads as they take. Rows of x and out, and statistics, lie as far apart as the
+// steps say.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    normalise_rows(long long rows, long long x_step, long long out_step, long long mean_step, long long rstd_step,
+                   A divisor, A eps, int n, int bits, int is_root, void* out, const void* x, const void* weight,
+                   const void* bias, void* means, void* rstds) {
+    launch_dependents();  // they wait for this kernel's end
+    const Place place(bits);
+    X* const type = nullptr;
+    const bool is_present = place.row < rows;
+    const X* const from = static_cast<const X*>(x) + place.row * x_step;
+    X* const to = static_cast<X*>(out) + place.row * out_step;
+    unsigned long long addresses = address_bits(x, x_step);
+    if (HAS_SIDES) addresses |= address_bits(out, out_step) | address_bits(weight, 0) | address_bits(bias, 0);
+    const bool are_vectors = n % WIDTH == 0 && are_vectors_at(addresses);
+    const A length = static_cast<A>(n);
+    if (!is_present) n = 0;
+
+    __shared__ __align__(16) A sums[2][MOST_WARPS];
+    clear_absent_warps(sums);
+    wait_for_predecessors();
+
+    Words raw[VECTORS] = {};
+    load_row(from, place, n, are_vectors, raw);
+    Side<HAS_SIDES, false> weights(weight);
+    Side<HAS_BIAS, true> biases(bias);
+    weights.begin(place, n, are_vectors);
+    biases.begin(place, n, are_vectors);
+
+    A mean = 0;
+    if constexpr (IS_CENTRED) {
+        A lane[GROUPS][WIDTH] = {};
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++)
+#pragma unroll
+            for (int j = 0; j < WIDTH; j++) lane[i % GROUPS][j] += element(raw[i], j, type);
+        mean = row_sum(lane, place, sums[0]) / length;
+        forget_widened(raw);
+    }
+    A lane[GROUPS][WIDTH] = {};
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++) {
+#pragma unroll
+        for (int j = 0; j < WIDTH; j++) {
+            const A value = element(raw[i], j, type), y = IS_CENTRED ? value - mean : value;
+            if (!IS_CENTRED || place.has(i, j, n)) lane[i % GROUPS][j] += y * y;
+        }
+    }
+    const A square = row_sum(lane, place, sums[1]) / divisor;
+    forget_widened(raw);
+
+    if constexpr (OPERATION == Variance) {
+        if (place.first == 0 && is_present) store(to, is_root ? root(square) : square);
+    } else {
+        const A r = 1 / root(square + eps);
+        if (place.first == 0 && is_present) {
+            if (means != nullptr) store(static_cast<A*>(means) + place.row * mean_step, mean);
+            if (rstds != nullptr) store(static_cast<A*>(rstds) + place.row * rstd_step, r);
+        }
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++) {
+            const Words& w = weights.at(i, place, n, are_vectors);
+            const Words& b = biases.at(i, place, n, are_vectors);
+            A v[WIDTH];
+#pragma unroll
+            for (int j = 0; j < WIDTH; j++) {
+                const A value = element(raw[i], j, type), h = (IS_CENTRED ? value - mean : value) * r;
+                v[j] = HAS_BIAS ? fused(h, element(w, j, type), element(b, j, type)) : h * element(w, j, type);
+            }
+            store_results(to, place(i), n, are_vectors, v);
+        }
+    }
+}

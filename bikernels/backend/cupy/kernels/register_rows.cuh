@@ -1,0 +1,319 @@
+// Rows whose elements lie side by side, kept in registers: which elements a thread has, how it reads and writes them, and
+// how their sums meet.
+//
+// ELEMENT: dtype of x and of the result. ACCUMULATE: float or double. A thread has vectors of WIDTH elements, each of
+// other lanes of the tree than its neighbours', in STEPS times 256 elements GROUPS of them. SPREAD: whether a row is a
+// CTA's, of which 8 / WIDTH warps share a chunk; else 2^bits threads of a warp have a row.
+#pragma once
+#include "overlap.cuh"
+#include "softmax.cuh"
+
+using X = ELEMENT;
+using A = ACCUMULATE;
+
+constexpr int VECTORS = STEPS * GROUPS, WORDS = WIDTH * static_cast<int>(sizeof(X)) / 4;
+constexpr int MOST_WARPS = 16;
+constexpr bool IS_WARP = SPREAD || STEPS > 1;  // whether a row has all threads of its warps
+using Words = unsigned[WORDS];
+
+// A thread's place in its row.
+struct Place {
+    int lanes;  // threads of the row in a warp
+    int warp;   // of the CTA
+    long long row;
+    int first;  // position of the thread's first element
+    int group;  // from one of its vectors to the next within 256 elements
+
+    __device__ __forceinline__ Place(int bits) : lanes(1 << bits), warp(warp_id()), row(blockIdx.x), group(0) {
+        if constexpr (SPREAD) {
+            constexpr int PARTS = THREAD_LANES / WIDTH;
+            first = warp / PARTS * SUM_CHUNK + (warp % PARTS * WARP + lane_id()) * WIDTH;
+        } else {
+            row = (row * blockDim.x + threadIdx.x) >> bits;
+            first = (threadIdx.x & (lanes - 1)) * WIDTH;
+            group = lanes * WIDTH;
+        }
+    }
+
+    // Of the first element of vector i.
+    __device__ __forceinline__ int operator()(int i) const {
+        return first + i / GROUPS * SUM_LANES + i % GROUPS * group;
+    }
+
+    // Whether a row of n elements has element j of vector i: only rows of less than 8 have a part of a vector.
+    __device__ __forceinline__ bool has(int i, int j, int n) const { return (*this)(i) + (IS_WARP ? 0 : j) < n; }
+};
+
+// --------------------------------------------------------------------------------------------------- reading, writing
+
+__device__ __forceinline__ void load_words(const X* from, Words& to) {
+    if constexpr (WORDS % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < WORDS / 4; i++) {
+            const uint4 raw = reinterpret_cast<const uint4*>(from)[i];
+            to[4 * i] = raw.x;
+            to[4 * i + 1] = raw.y;
+            to[4 * i + 2] = raw.z;
+            to[4 * i + 3] = raw.w;
+        }
+    } else if constexpr (WORDS == 2) {
+        const uint2 raw = *reinterpret_cast<const uint2*>(from);
+        to[0] = raw.x;
+        to[1] = raw.y;
+    } else {
+        to[0] = *reinterpret_cast<const unsigned*>(from);
+    }
+}
+
+__device__ __forceinline__ void store_words(X* to, const Words& from) {
+    if constexpr (WORDS % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < WORDS / 4; i++)
+            reinterpret_cast<uint4*>(to)[i] =
+                make_uint4(from[4 * i], from[4 * i + 1], from[4 * i + 2], from[4 * i + 3]);
+    } else if constexpr (WORDS == 2) {
+        *reinterpret_cast<uint2*>(to) = make_uint2(from[0], from[1]);
+    } else {
+        *reinterpret_cast<unsigned*>(to) = from[0];
+    }
+}
+
+// The same an element at a time, those before `present`.
+__device__ __forceinline__ void load_singly(const X* from, int present, Words& to) {
+    if constexpr (sizeof(X) == 2) {
+        const unsigned short* const half = reinterpret_cast<const unsigned short*>(from);
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) {
+            if (2 * i < present) to[i] = (to[i] & 0xFFFF0000u) | half[2 * i];
+            if (2 * i + 1 < present) to[i] = (to[i] & 0xFFFFu) | static_cast<unsigned>(half[2 * i + 1]) << 16;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < WORDS; i++)
+            if (i * 4 < present * static_cast<int>(sizeof(X))) to[i] = reinterpret_cast<const unsigned*>(from)[i];
+    }
+}
+
+__device__ __forceinline__ void store_singly(X* to, int present, const Words& from) {
+    if constexpr (sizeof(X) == 2) {
+        unsigned short* const half = reinterpret_cast<unsigned short*>(to);
+#pragma unroll
+        for (int j = 0; j < WIDTH; j++)
+            if (j < present) half[j] = static_cast<unsigned short>(from[j / 2] >> j % 2 * 16);
+    } else {
+#pragma unroll
+        for (int i = 0; i < WORDS; i++)
+            if (i * 4 < present * static_cast<int>(sizeof(X))) reinterpret_cast<unsigned*>(to)[i] = from[i];
+    }
+}
+
+// All vectors of a thread in a row of n elements that begins at `from`; those that are not there stay as they are.
+__device__ __forceinline__ void load_row(const X* from, const Place& place, int n, bool are_vectors,
+                                         Words (&to)[VECTORS]) {
+    if (are_vectors) {
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++)
+            if (place(i) < n) load_words(from + place(i), to[i]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++) load_singly(from + place(i), n - place(i), to[i]);
+    }
+}
+
+__device__ __forceinline__ void store_vector(X* to, int position, int n, bool are_vectors, const Words& from) {
+    if (!are_vectors)
+        store_singly(to + position, n - position, from);
+    else if (position < n)
+        store_words(to + position, from);
+}
+
+// Where the rows of an array begin, `step` elements apart: the bits of several arrays, combined, tell whether vectors may.
+__device__ __forceinline__ unsigned long long address_bits(const void* data, long long step) {
+    return reinterpret_cast<unsigned long long>(data) | step * sizeof(X);
+}
+__device__ __forceinline__ bool are_vectors_at(unsigned long long addresses) {
+    constexpr unsigned long long BYTES = sizeof(Words) < 16 ? sizeof(Words) : 16;
+    return addresses % BYTES == 0;
+}
+
+// Element j of a vector, in the accumulate dtype.
+template <class T>
+__device__ __forceinline__ A element(const Words& words, int j, T* type) {
+    float low, high;
+    unpair(words[j / 2], type, low, high);
+    return j % 2 ? high : low;
+}
+__device__ __forceinline__ A element(const Words& words, int j, float*) { return __uint_as_float(words[j]); }
+__device__ __forceinline__ A element(const Words& words, int j, double*) {
+    return __hiloint2double(words[2 * j + 1], words[2 * j]);
+}
+
+// Word i of a vector of results, rounded once.
+__device__ __forceinline__ unsigned word_of(const float (&v)[WIDTH], int i, bfloat16*) {
+    unsigned word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(v[2 * i + 1]), "f"(v[2 * i]));
+    return word;
+}
+__device__ __forceinline__ unsigned word_of(const float (&v)[WIDTH], int i, float16*) {
+    unsigned word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(v[2 * i + 1]), "f"(v[2 * i]));
+    return word;
+}
+__device__ __forceinline__ unsigned word_of(const float (&v)[WIDTH], int i, float*) { return __float_as_uint(v[i]); }
+__device__ __forceinline__ unsigned word_of(const double (&v)[WIDTH], int i, double*) {
+    return i % 2 ? __double2hiint(v[i / 2]) : __double2loint(v[i / 2]);
+}
+
+// Write a vector of results, rounded once, those that the row has.
+__device__ __forceinline__ void store_results(X* to, int position, int n, bool are_vectors, A (&v)[WIDTH]) {
+    if constexpr (sizeof(X) > 2) {
+#pragma unroll
+        for (int j = 0; j < WIDTH; j++) v[j] = v[j] == v[j] ? v[j] : nan_of(A(0));
+    }
+    Words words;
+#pragma unroll
+    for (int word = 0; word < WORDS; word++) words[word] = word_of(v, word, static_cast<X*>(nullptr));
+    store_vector(to, position, n, are_vectors, words);
+}
+
+// Let the compiler widen 16-bit elements again, instead of keeping them in twice as many registers.
+__device__ __forceinline__ void forget_widened(Words (&raw)[VECTORS]) {
+    if constexpr (sizeof(X) == 2 && VECTORS * WORDS > 16) {
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++)
+#pragma unroll
+            for (int word = 0; word < WORDS; word++) asm("" : "+r"(raw[i][word]));
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------ weight and bias
+
+// The words of a vector of elements that are all 1, or all -0.
+template <class T>
+__device__ __forceinline__ constexpr unsigned word_of_ones(int word) {
+    if (is_same<T, bfloat16>::value) return 0x3F803F80u;
+    if (is_same<T, float16>::value) return 0x3C003C00u;
+    if (is_same<T, float>::value) return 0x3F800000u;
+    return word % 2 ? 0x3FF00000u : 0;
+}
+template <class T>
+__device__ __forceinline__ constexpr unsigned word_of_zeros(int word) {
+    if (sizeof(T) == 2) return 0x80008000u;
+    return sizeof(T) == 4 || word % 2 ? 0x80000000u : 0;
+}
+
+// A weight or a bias, if it EXISTS in the operation: a thread's elements of it, which are 1 or -0 if the call has none. Few
+// of them are read while x is on its way; for many there are no registers, nor is there need: while a CTA waits for
+// them, others read and write.
+template <bool EXISTS, bool IS_BIAS>
+struct Side {
+    static constexpr bool IS_EARLY = VECTORS * WORDS <= 16;
+
+    const X* const data;
+    Words held[EXISTS && IS_EARLY ? VECTORS : 1];
+
+    __device__ __forceinline__ explicit Side(const void* data) : data(static_cast<const X*>(data)) {}
+
+    __device__ __forceinline__ void begin(const Place& place, int n, bool are_vectors) {
+        if constexpr (EXISTS && IS_EARLY) {
+#pragma unroll
+            for (int i = 0; i < VECTORS; i++) read(place(i), n, are_vectors, held[i]);
+        }
+    }
+
+    // Vector i, after `begin`.
+    __device__ __forceinline__ const Words& at(int i, const Place& place, int n, bool are_vectors) {
+        if constexpr (EXISTS && !IS_EARLY) read(place(i), n, are_vectors, held[0]);
+        return held[EXISTS && IS_EARLY ? i : 0];
+    }
+
+  private:
+    __device__ __forceinline__ void read(int position, int n, bool are_vectors, Words& to) const {
+#pragma unroll
+        for (int word = 0; word < WORDS; word++) to[word] = IS_BIAS ? word_of_zeros<X>(word) : word_of_ones<X>(word);
+        if (data == nullptr) return;
+        if (!are_vectors)
+            load_singly(data + position, n - position, to);
+        else if (position < n)
+            load_words(data + position, to);
+    }
+};
+
+// -------------------------------------------------------------------------------------------------------------- folds
+
+// The fold of v as neighbours.
+template <int N, class V, class Combine>
+__device__ __forceinline__ V fold(const V (&v)[N], Combine combine) {
+    if constexpr (N == 1) {
+        return v[0];
+    } else {
+        V pairs[N / 2];
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) pairs[i] = combine(v[2 * i], v[2 * i + 1]);
+        return fold(pairs, combine);
+    }
+}
+
+// Over the warps of a row, in each thread.
+template <class V, class Combine>
+__device__ __forceinline__ V fold_warps(const V (&values)[MOST_WARPS], Combine combine) {
+    V v[MOST_WARPS];
+#pragma unroll
+    for (int i = 0; i < MOST_WARPS; i++) v[i] = values[i];
+    return fold(v, combine);
+}
+
+template <class V>
+struct Plus {
+    __device__ __forceinline__ V operator()(V a, V b) const { return a + b; }
+};
+// The sum of a row's elements in a warp and, if it COUNTS, of its threads' counts, in each thread.
+template <bool COUNTS>
+__device__ __forceinline__ A warp_sum(const A (&lane)[GROUPS][WIDTH], const Place& place, unsigned& count) {
+    A sums[GROUPS];
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++) sums[g] = fold(lane[g], Plus<A>());
+    if constexpr (COUNTS && IS_WARP) count = __reduce_add_sync(~0u, count);
+#pragma unroll
+    for (int mask = 1; mask < WARP; mask *= 2) {
+        if (IS_WARP || mask < place.lanes) {
+#pragma unroll
+            for (int g = 0; g < GROUPS; g++) sums[g] += __shfl_xor_sync(~0u, sums[g], mask);
+            if constexpr (COUNTS && !IS_WARP) count += __shfl_xor_sync(~0u, count, mask);
+        }
+    }
+    return fold(sums, Plus<A>());
+}
+__device__ __forceinline__ A warp_sum(const A (&lane)[GROUPS][WIDTH], const Place& place) {
+    unsigned none = 0;
+    return warp_sum<false>(lane, place, none);
+}
+
+// The same of a row. If it is a CTA's, warps meet at `sums` and `counts`; the places of those that are not there hold 0.
+__device__ __forceinline__ A row_sum(const A (&lane)[GROUPS][WIDTH], const Place& place, A (&sums)[MOST_WARPS],
+                                     unsigned& count, unsigned (&counts)[MOST_WARPS]) {
+    const A sum = warp_sum<true>(lane, place, count);
+    if constexpr (!SPREAD) return sum;
+    if (lane_id() == 0) {
+        sums[place.warp] = sum;
+        counts[place.warp] = count;
+    }
+    __syncthreads();
+    count = fold_warps(counts, Plus<unsigned>());
+    return fold_warps(sums, Plus<A>());
+}
+__device__ __forceinline__ A row_sum(const A (&lane)[GROUPS][WIDTH], const Place& place, A (&sums)[MOST_WARPS]) {
+    const A sum = warp_sum(lane, place);
+    if constexpr (!SPREAD) return sum;
+    if (lane_id() == 0) sums[place.warp] = sum;
+    __syncthreads();
+    return fold_warps(sums, Plus<A>());
+}
+
+// The places of warps that a CTA does not have hold 0, once its threads have met.
+__device__ __forceinline__ void clear_absent_warps(A (&sums)[2][MOST_WARPS]) {
+    if constexpr (SPREAD) {
+        if (threadIdx.x < MOST_WARPS && threadIdx.x >= blockDim.x / WARP)
+            sums[0][threadIdx.x] = sums[1][threadIdx.x] = 0;
+    }
+}
