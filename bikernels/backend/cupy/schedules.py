@@ -281,9 +281,10 @@ def register_schedules(operation: str, n: int, element: str) -> list[RegisterSch
         vectors = 1 << (-(-n // vector) - 1).bit_length()
         for elements in (MANY_ELEMENTS[element], GROUP_LANES):
             groups = elements // vector
-            if elements == GROUP_LANES or vectors >= 4 * groups:  # else neighbours would read too far apart
-                lanes = max(1, vectors // groups)
-                found.append(RegisterSchedule(vector, groups, 1, False, lanes, CTA_WARPS * 32))
+            is_many = elements > GROUP_LANES
+            if is_many and (operation in REGISTER_BACKWARD or vectors < 4 * groups):
+                continue  # a row costs too little, or neighbours would read too far apart
+            found.append(RegisterSchedule(vector, groups, 1, False, max(1, vectors // groups), CTA_WARPS * 32))
     elif n <= WARP_STEPS * SUM_LANES:
         if is_double and not is_sum:  # of which a warp could keep few rows, and computes long
             found.append(RegisterSchedule(2, 1, WARP_STEPS, True, 32, SUM_LANES // 2))
@@ -302,7 +303,9 @@ def _spread_widths(operation: str, n: int, element: str) -> tuple[int, ...]:
     """Elements of vectors where a row is a CTA's, as many as a thread has registers for, the most first."""
     if element == "float64":
         return (4, 2) if operation == "log_softmax" and n > SUM_CHUNK * 4 else (2,)
-    if operation in REGISTER_NORMS | REGISTER_BACKWARD and ITEMSIZE[element] == 2:
+    if operation in REGISTER_BACKWARD:  # which has more operands
+        return (4,) if ITEMSIZE[element] == 2 or n > SUM_CHUNK * 4 else (2,)
+    if operation in REGISTER_NORMS and ITEMSIZE[element] == 2:
         return (8, 2) if n <= SUM_CHUNK * 4 else (8,)
     return (4, 2)
 

@@ -1,9 +1,9 @@
-// var and std of rows longer than a CTA's registers, whose elements lie side by side, read once (sm_90 on). A chunk of the
-// tree is a warp's, a row is a CTA's or a cluster's, and CTAs take row after row: each thread copies its elements of the
-// next row to shared memory, from which it has taken those of this one to registers, while the warps meet.
+// var and std of rows longer than a CTA's registers, whose elements lie side by side, read once (sm_90 on). A chunk of
+// the tree is a warp's, a row is a CTA's or a cluster's, and CTAs take row after row: each thread copies its elements
+// of the next row to shared memory, from which it has taken those of this one to registers, while the warps meet.
 //
-// ELEMENT, ACCUMULATE, WIDTH, GROUPS: see register_rows.cuh, with STEPS of a chunk and without SPREAD. THREADS: of a CTA,
-// at most.
+// ELEMENT, ACCUMULATE, WIDTH, GROUPS: see register_rows.cuh, with STEPS of a chunk and without SPREAD. THREADS: of a
+// CTA, at most.
 #include "hopper.cuh"
 #include "register_rows.cuh"
 

@@ -1,8 +1,8 @@
 // The gradients with respect to x, of softmax, log_softmax, rms_norm and layer_norm, of rows whose elements lie side by
 // side, kept in registers.
 //
-// OPERATION: as below. ELEMENT, ACCUMULATE, WIDTH, GROUPS, STEPS, SPREAD: see register_rows.cuh; the gradient of the result
-// and the weight have the dtype of x, of which an absent weight is 1. THREADS: of a CTA, at most.
+// OPERATION: as below. ELEMENT, ACCUMULATE, WIDTH, GROUPS, STEPS, SPREAD: see register_rows.cuh; the gradient of the
+// result and the weight have the dtype of x, of which an absent weight is 1. THREADS: of a CTA, at most.
 #include "register_rows.cuh"
 
 enum Operation { SoftmaxBackward, LogSoftmaxBackward, RmsNormBackward, LayerNormBackward };
@@ -11,8 +11,8 @@ constexpr bool IS_CENTRED = OPERATION == LayerNormBackward, IS_NORM = OPERATION 
 
 // -------------------------------------------------------------------------------------------------------------- kernel
 
-// `rows` rows of n elements, and as many threads as they take. Rows of x (of the softmax family, of the result), out and the
-// gradient of the result, and statistics, lie as far apart as the steps say.
+// `rows` rows of n elements, and as many threads as they take. Rows of x (of the softmax family, of the result), out
+// and the gradient of the result, and statistics, lie as far apart as the steps say.
 extern "C" __global__ void __launch_bounds__(THREADS)
     differentiate_rows(long long rows, long long x_step, long long out_step, long long grad_step, long long mean_step,
                        long long rstd_step, A divisor, int n, int bits, void* out, const void* x, const void* grad,

@@ -1,7 +1,7 @@
 // var and std, rms_norm and layer_norm of rows whose elements lie side by side, kept in registers.
 //
-// OPERATION: as below. ELEMENT, ACCUMULATE, WIDTH, GROUPS, STEPS, SPREAD: see register_rows.cuh; weight and bias have the
-// dtype of x. THREADS: of a CTA, at most.
+// OPERATION: as below. ELEMENT, ACCUMULATE, WIDTH, GROUPS, STEPS, SPREAD: see register_rows.cuh; weight and bias have
+// the dtype of x. THREADS: of a CTA, at most.
 //
 // An absent weight counts as 1 and an absent bias as -0, with which products and sums are what they are without.
 #include "register_rows.cuh"
@@ -12,8 +12,8 @@ constexpr bool IS_CENTRED = OPERATION != RmsNorm, HAS_SIDES = OPERATION != Varia
 
 // -------------------------------------------------------------------------------------------------------------- kernel
 
-// `rows` rows of n elements, and as many threads as they take. Rows of x and out, and statistics, lie as far apart as the
-// steps say.
+// `rows` rows of n elements, and as many threads as they take. Rows of x and out, and statistics, lie as far apart as
+// the steps say.
 extern "C" __global__ void __launch_bounds__(THREADS)
     normalise_rows(long long rows, long long x_step, long long out_step, long long mean_step, long long rstd_step,
                    A divisor, A eps, int n, int bits, int is_root, void* out, const void* x, const void* weight,

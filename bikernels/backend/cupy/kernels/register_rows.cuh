@@ -1,5 +1,5 @@
-// Rows whose elements lie side by side, kept in registers: which elements a thread has, how it reads and writes them, and
-// how their sums meet.
+// Rows whose elements lie side by side, kept in registers: which elements a thread has, how it reads and writes them,
+// and how their sums meet.
 //
 // ELEMENT: dtype of x and of the result. ACCUMULATE: float or double. A thread has vectors of WIDTH elements, each of
 // other lanes of the tree than its neighbours', in STEPS times 256 elements GROUPS of them. SPREAD: whether a row is a
@@ -127,7 +127,7 @@ __device__ __forceinline__ void store_vector(X* to, int position, int n, bool ar
         store_words(to + position, from);
 }
 
-// Where the rows of an array begin, `step` elements apart: the bits of several arrays, combined, tell whether vectors may.
+// Where the rows of an array begin, `step` elements apart: the bits of several, combined, tell whether vectors may.
 __device__ __forceinline__ unsigned long long address_bits(const void* data, long long step) {
     return reinterpret_cast<unsigned long long>(data) | step * sizeof(X);
 }
@@ -186,7 +186,7 @@ __device__ __forceinline__ void forget_widened(Words (&raw)[VECTORS]) {
     }
 }
 
-// ------------------------------------------------------------------------------------------------------ weight and bias
+// ----------------------------------------------------------------------------------------------------- weight and bias
 
 // The words of a vector of elements that are all 1, or all -0.
 template <class T>
@@ -197,14 +197,14 @@ __device__ __forceinline__ constexpr unsigned word_of_ones(int word) {
     return word % 2 ? 0x3FF00000u : 0;
 }
 template <class T>
-__device__ __forceinline__ constexpr unsigned word_of_zeros(int word) {
+__device__ __forceinline__ constexpr unsigned word_of_minus_zeros(int word) {
     if (sizeof(T) == 2) return 0x80008000u;
     return sizeof(T) == 4 || word % 2 ? 0x80000000u : 0;
 }
 
-// A weight or a bias, if it EXISTS in the operation: a thread's elements of it, which are 1 or -0 if the call has none. Few
-// of them are read while x is on its way; for many there are no registers, nor is there need: while a CTA waits for
-// them, others read and write.
+// A weight or a bias, if it EXISTS in the operation: a thread's elements of it, which are 1 or -0 if the call has none.
+// Few are read while x is on its way; for many there are no registers, nor is there need: while a CTA waits for them,
+// others read and write.
 template <bool EXISTS, bool IS_BIAS>
 struct Side {
     static constexpr bool IS_EARLY = VECTORS * WORDS <= 16;
@@ -230,7 +230,8 @@ struct Side {
   private:
     __device__ __forceinline__ void read(int position, int n, bool are_vectors, Words& to) const {
 #pragma unroll
-        for (int word = 0; word < WORDS; word++) to[word] = IS_BIAS ? word_of_zeros<X>(word) : word_of_ones<X>(word);
+        for (int word = 0; word < WORDS; word++)
+            to[word] = IS_BIAS ? word_of_minus_zeros<X>(word) : word_of_ones<X>(word);
         if (data == nullptr) return;
         if (!are_vectors)
             load_singly(data + position, n - position, to);
@@ -267,6 +268,7 @@ template <class V>
 struct Plus {
     __device__ __forceinline__ V operator()(V a, V b) const { return a + b; }
 };
+
 // The sum of a row's elements in a warp and, if it COUNTS, of its threads' counts, in each thread.
 template <bool COUNTS>
 __device__ __forceinline__ A warp_sum(const A (&lane)[GROUPS][WIDTH], const Place& place, unsigned& count) {
@@ -289,7 +291,7 @@ __device__ __forceinline__ A warp_sum(const A (&lane)[GROUPS][WIDTH], const Plac
     return warp_sum<false>(lane, place, none);
 }
 
-// The same of a row. If it is a CTA's, warps meet at `sums` and `counts`; the places of those that are not there hold 0.
+// The same of a row. If it is a CTA's, warps meet at `sums` and `counts`; where there is no warp, 0 stands there.
 __device__ __forceinline__ A row_sum(const A (&lane)[GROUPS][WIDTH], const Place& place, A (&sums)[MOST_WARPS],
                                      unsigned& count, unsigned (&counts)[MOST_WARPS]) {
     const A sum = warp_sum<true>(lane, place, count);
