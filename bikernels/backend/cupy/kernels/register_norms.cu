@@ -12,9 +12,12 @@ constexpr bool IS_CENTRED = OPERATION != RmsNorm, HAS_SIDES = OPERATION != Varia
 
 // -------------------------------------------------------------------------------------------------------------- kernel
 
+// Left to itself the compiler takes 64 registers for float64, which are too few on sm_80.
+constexpr int LEAST_CTAS = sizeof(A) == 8 ? 1 : 0;
+
 // `rows` rows of n elements, and as many threads as they take. Rows of x and out, and statistics, lie as far apart as
 // the steps say.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, LEAST_CTAS)
     normalise_rows(long long rows, long long x_step, long long out_step, long long mean_step, long long rstd_step,
                    A divisor, A eps, int n, int bits, int is_root, void* out, const void* x, const void* weight,
                    const void* bias, void* means, void* rstds) {
