@@ -107,6 +107,7 @@ LAYOUTS: dict[str, Callable[[Draw], tuple[torch.Tensor, ...]]] = {
     "heads between": lambda draw: tuple(draw(2, n, 4, 64).transpose(1, 2) for n in (2, 300, 300)),
     "of one product": lambda draw: draw(2, 9, 3, 4, 64).transpose(1, 3).unbind(2),
     "unaligned": lambda draw: tuple(draw(2, 4, n, 67)[..., 1:-2] for n in (2, 300, 300)),
+    "begins unaligned": lambda draw: tuple(draw(2, 4, n, 72)[..., 3:67] for n in (2, 300, 300)),
     "transposed": lambda draw: tuple(draw(2, 4, 64, n).mT for n in (2, 300, 300)),
     "expanded": lambda draw: (draw(2, 4, 2, 64), *[draw(1, 1, 300, 64).expand(2, 4, 300, 64) for _ in range(2)]),
     "one tensor": lambda draw: (draw(2, 4, 9, 64),) * 3,
@@ -160,6 +161,29 @@ def test_teams(dtype: torch.dtype, kernels: list[bool], monkeypatch: pytest.Monk
             core._attention_launch.cache_clear()
             results.append(check(kernels, q, k, v, enable_gqa=True))
     assert distinct(iter(results)) == 1
+    core._attention_launch.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_short_chains(dtype: torch.dtype, kernels: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any number of queries in a CTA, or a team, computes the same bytes."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch.cuda.is_available() is False")
+    from bikernels.backend.cupy import attention
+
+    draw = drawing(dtype, "cuda")
+    for keys in (1, 128, 131, 515):
+        q, k, v = draw(2, 6, 2, 48), draw(2, 2, keys, 48), draw(2, 2, keys, 24)
+        k[0, 1, keys // 2] = float("nan")
+        v[1, 0, keys // 2] = float("inf")
+        results = []
+        for rows in (None, *attention.ROWS):
+            plan = None if rows is None else functools.partial(attention.short_plan, rows=rows)
+            monkeypatch.setattr(attention, "choose_short", lambda spec, gpu, plan=plan: plan and plan(spec))
+            core._attention_launch.cache_clear()
+            results.append(check(kernels, q, k, v, enable_gqa=True))
+        assert distinct(iter(results)) == 1
     core._attention_launch.cache_clear()
 
 

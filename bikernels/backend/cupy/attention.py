@@ -1,7 +1,8 @@
-"""Attention of few queries: chooses the team of attention.cu, and fills the kernel's parameters."""
+"""Attention of few queries: chooses attention_short.cu or a team of attention.cu, and fills the kernel's parameters."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -12,8 +13,8 @@ from ...specs import AttentionSpec
 from ...views import Device
 from .. import AttentionLaunch
 from .compile import Kernel
-from .launch import ADDRESS, GPU, MAX_GRID, gpu, load, shaped
-from .parameters import ATTENTION, C_TYPE, DTYPE_CODE, divisor
+from .launch import ADDRESS, GPU, MAX_GRID, Launch, gpu, load, shaped
+from .parameters import ATTENTION, C_TYPE, DTYPE_CODE, SHORT_ATTENTION, divisor
 from .schedules import FIRST_WITH_CLUSTERS
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -35,6 +36,15 @@ _FEWEST_KEYS, _MOST_KEYS = 16, 256
 _FEWEST_COLUMNS = 16
 """Of a CTA, which has a power of 2."""
 _PADDING = 4
+SHORT_KEYS = SUM_CHUNK
+"""Of one sum's chunk, as attention_short.cu has it; fewer if they and their values do not fit a CTA's shared memory."""
+FIRST_WITH_REDUX = (8, 0)
+
+_STEP, _ALIGNMENT = 8, 16
+_OTHER_BYTES = 1536
+"""Of shared memory that a CTA takes besides: what the kernel declares, and what the driver keeps."""
+_RESIDENT_THREADS = 512
+"""Of a multiprocessor, which has the registers for them by the kernel's launch bounds."""
 _KEYS_OF_CTA = 128
 """A CTA with fewer would save less than the team's meetings take."""
 
@@ -67,6 +77,7 @@ def kernels() -> Iterator[Kernel]:
     for dtype in DTYPES:
         for rows in ROWS:
             yield kernel(dtype, rows)
+            yield short_kernel(dtype, rows)
 
 
 def takes(spec: AttentionSpec) -> bool:
@@ -158,12 +169,8 @@ def parameters_of(spec: AttentionSpec, plan: Plan) -> Any:
     return parameters
 
 
-def prepare(spec: AttentionSpec, device: Device) -> AttentionLaunch | None:
-    """See `bikernels.backend.Backend.prepare_attention`."""
-    properties = gpu(device.index)
-    plan = choose(spec, properties) if takes(spec) else None
-    if plan is None:
-        return None
+def _general(spec: AttentionSpec, plan: Plan, device: Device) -> Launch:
+    """A launch of attention.cu, given the addresses of out, query, key, value, and the mask, if there is one."""
     addresses = (ADDRESS,) * 4
     return shaped(
         load(kernel(spec.query.dtype, plan.rows), "attention", device.index, plan.shared_bytes),
@@ -172,5 +179,116 @@ def prepare(spec: AttentionSpec, device: Device) -> AttentionLaunch | None:
         plan.shared_bytes,
         (parameters_of(spec, plan), *addresses, np.uint64(0) if spec.mask is None else ADDRESS),
         cluster=plan.ctas,
-        overlapping=properties.compute_capability >= FIRST_WITH_CLUSTERS,
+        overlapping=gpu(device.index).compute_capability >= FIRST_WITH_CLUSTERS,
     )
+
+
+# --------------------------------------------------------------------------------------------------------- short chains
+
+
+class ShortPlan(NamedTuple):
+    """How a problem is spread over CTAs of attention_short.cu."""
+
+    rows: int
+    row_teams: int
+    grid: int
+    threads: int
+    padded: int
+    shared_bytes: int
+
+
+def short_kernel(dtype: str, rows: int) -> Kernel:
+    """The kernel of attention_short.cu."""
+    return Kernel("attention_short.cu", (("ELEMENT", C_TYPE[dtype]), ("ROWS", rows)))
+
+
+def choose_short(spec: AttentionSpec, properties: GPU) -> ShortPlan | None:
+    """The CTAs, which are all there at once; None where it takes attention.cu."""
+    if not _takes_short(spec) or properties.compute_capability < FIRST_WITH_REDUX:
+        return None
+    heads, queries = spec.query.shape[1:3]
+    together = heads // spec.key.shape[1] * queries
+    plan: ShortPlan | None = None
+    for rows in reversed(ROWS):  # as few in a CTA as that allows
+        if rows >= 2 * together:
+            break
+        plan = short_plan(spec, rows)
+        if plan.grid <= properties.multiprocessors:
+            break
+    if plan is None:
+        return None
+    memory = plan.shared_bytes + _OTHER_BYTES
+    resident = min(properties.shared_bytes // memory, _RESIDENT_THREADS // plan.threads)
+    return plan if plan.grid <= properties.multiprocessors * resident else None
+
+
+def _takes_short(spec: AttentionSpec) -> bool:
+    """Whether attention_short.cu computes this, of keys and values that lie by vectors."""
+    vector = 16 // ITEMSIZE[spec.query.dtype]
+    return (
+        spec.mask is None
+        and not spec.is_causal
+        and spec.key.shape[2] <= SHORT_KEYS
+        and spec.key.strides[3] == spec.value.strides[3] == 1
+        and all(step % vector == 0 for one in (spec.key, spec.value) for step in (*one.strides[:3], one.shape[3]))
+    )
+
+
+def short_plan(spec: AttentionSpec, rows: int) -> ShortPlan:
+    """The plan with so many queries in a CTA."""
+    batch, heads, queries, width = spec.query.shape
+    (groups, keys), columns = spec.key.shape[1:3], spec.value.shape[3]
+    size = ITEMSIZE[spec.query.dtype]
+    row_teams, padded = -(-heads // groups * queries // rows), -(-keys // _STEP) * _STEP
+    of_keys, of_values = keys * (width * size + 16), (padded + _STEP) * columns * size
+    shared_bytes = of_keys + of_values + 4 * rows * (width + padded + _STEP)
+    threads = SUM_LANES // 2 if keys <= SUM_LANES // 2 else SUM_LANES
+    return ShortPlan(rows, row_teams, batch * groups * row_teams, threads, padded, shared_bytes)
+
+
+def short_parameters_of(spec: AttentionSpec, plan: ShortPlan) -> Any:
+    """The struct of attention_short.cu."""
+    heads, queries, width = spec.query.shape[1:]
+    (groups, keys), columns = spec.key.shape[1:3], spec.value.shape[3]
+    vector = 16 // ITEMSIZE[spec.query.dtype]
+    parameters = np.zeros((), SHORT_ATTENTION)
+    parameters["groups"], parameters["queries"] = divisor(groups), divisor(queries)
+    parameters["row_teams"], parameters["sharing"] = divisor(plan.row_teams), heads // groups
+    parameters["keys"], parameters["padded"] = keys, plan.padded
+    parameters["width"], parameters["columns"] = width, columns
+    parameters["key_shift"] = (width // vector - 1).bit_length()
+    parameters["value_shift"] = (columns // vector - 1).bit_length()
+    parameters["query_factor"], parameters["key_factor"] = spec.query_factor, spec.key_factor
+    for name in ("query", "key", "value", "out"):
+        parameters[f"{name}_stride"] = getattr(spec, name).strides[:3]
+    parameters["query_along"], parameters["out_along"] = spec.query.strides[3], spec.out.strides[3]
+    return parameters
+
+
+def _short(spec: AttentionSpec, plan: ShortPlan, device: Device) -> Launch:
+    """A launch of attention_short.cu, given the addresses of out, query, key and value, the latter two of vectors."""
+    return shaped(
+        load(short_kernel(spec.query.dtype, plan.rows), "attention", device.index, plan.shared_bytes),
+        plan.grid,
+        plan.threads,
+        plan.shared_bytes,
+        (short_parameters_of(spec, plan), *(ADDRESS,) * 4),
+        overlapping=gpu(device.index).compute_capability >= FIRST_WITH_CLUSTERS,
+    )
+
+
+def prepare(spec: AttentionSpec, device: Device) -> AttentionLaunch | None:
+    """See `bikernels.backend.Backend.prepare_attention`."""
+    properties = gpu(device.index)
+    plan = choose(spec, properties) if takes(spec) else None
+    if plan is None:
+        return None
+    short_plan = choose_short(spec, properties)
+    if short_plan is None:
+        return _general(spec, plan, device)
+    short, general = _short(spec, short_plan, device), functools.cache(functools.partial(_general, spec, plan, device))
+
+    def launch(stream: int, out: int, query: int, key: int, value: int, /, *_: int) -> None:
+        (general() if (key | value) % _ALIGNMENT else short)(stream, out, query, key, value)
+
+    return launch

@@ -96,6 +96,27 @@ ATTENTION = np.dtype(
     ]
 )
 
+SHORT_ATTENTION = np.dtype(
+    [
+        ("groups", DIVISOR),
+        ("queries", DIVISOR),
+        ("row_teams", DIVISOR),
+        ("sharing", "i4"),
+        ("keys", "i4"),
+        ("padded", "i4"),
+        ("width", "i4"),
+        ("columns", "i4"),
+        ("key_shift", "i4"),
+        ("value_shift", "i4"),
+        ("query_factor", "f4"),
+        ("key_factor", "f4"),
+        ("padding", "i4"),
+        ("query_along", "i8"),
+        ("out_along", "i8"),
+        *((f"{operand}_stride", "i8", (3,)) for operand in ("query", "key", "value", "out")),
+    ]
+)
+
 
 def divisor(number: int) -> tuple[int, int, int]:
     """A `Divisor` by number >= 1.
