@@ -17,6 +17,10 @@ _environment_backend = os.environ.get("BIKERNELS_BACKEND") or None
 _Entries = tuple[tuple[object, str], ...]
 _backend_entries: ContextVar[_Entries] = ContextVar("bikernels_backend", default=())
 _arithmetic_entries: ContextVar[_Entries] = ContextVar("bikernels_arithmetic", default=())
+_current: ContextVar[tuple[str | None, str | None]] = ContextVar("bikernels", default=(_environment_backend, None))
+
+current = _current.get
+"""The backend that the innermost context or the environment names, or None, and the arithmetic class likewise."""
 
 
 class _Use(contextlib.ContextDecorator):
@@ -34,11 +38,17 @@ class _Use(contextlib.ContextDecorator):
     def __enter__(self) -> None:
         mark = object()
         self._marks.append(mark)
-        self._entries.set((*self._entries.get(), (mark, self._name)))
+        self._set((*self._entries.get(), (mark, self._name)))
 
     def __exit__(self, *_: Any) -> None:
         mark = self._marks.pop()
-        self._entries.set(tuple(entry for entry in self._entries.get() if entry[0] is not mark))
+        self._set(tuple(entry for entry in self._entries.get() if entry[0] is not mark))
+
+    def _set(self, entries: _Entries) -> None:
+        self._entries.set(entries)
+        backends, arithmetics = _backend_entries.get(), _arithmetic_entries.get()
+        backend = backends[-1][1] if backends else _environment_backend
+        _current.set((backend, arithmetics[-1][1] if arithmetics else None))
 
 
 class use_backend(_Use):  # noqa: N801  (reads as a statement: with use_backend("numba"):)
@@ -82,20 +92,12 @@ def _check_arithmetic(name: str) -> None:
 
 def current_backend() -> str | None:
     """The backend that the innermost context or the environment names, or None."""
-    entries = _backend_entries.get()
-    return entries[-1][1] if entries else _environment_backend
+    return current()[0]
 
 
 def current_arithmetic() -> str | None:
     """The arithmetic class that the innermost context names, or None."""
-    entries = _arithmetic_entries.get()
-    return entries[-1][1] if entries else None
-
-
-def current() -> tuple[str | None, str | None]:
-    """`current_backend` and `current_arithmetic`."""
-    backends, arithmetics = _backend_entries.get(), _arithmetic_entries.get()
-    return backends[-1][1] if backends else _environment_backend, arithmetics[-1][1] if arithmetics else None
+    return current()[1]
 
 
 def choose_backend(name: str | None, device: Device) -> registry.Backend:
@@ -113,9 +115,9 @@ def choose_backend(name: str | None, device: Device) -> registry.Backend:
 
 
 def _default_backend(device_type: str) -> registry.Backend:
-    current = current_backend()
-    if current is not None:
-        backend = registry.get(current)
+    name = current_backend()
+    if name is not None:
+        backend = registry.get(name)
         if backend.device_type == device_type:
             return backend
     return registry.preferred(device_type)
@@ -132,10 +134,9 @@ def choose_arithmetic(name: str | None, dtype: str, backend: registry.Backend, d
                 f"use {' or '.join(map(repr, covering))}"
             )
     else:
-        current = current_arithmetic()
-        if current is None or dtype not in ARITHMETIC[current].covers:
+        name = current_arithmetic()
+        if name is None or dtype not in ARITHMETIC[name].covers:
             return backend.native_arithmetic(dtype, device)
-        name = current
     if not backend.computes(name, device):
         able = [other.name for other in ARITHMETIC.values() if dtype in other.covers]
         able = [other for other in able if backend.computes(other, device)]

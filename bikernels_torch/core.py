@@ -14,7 +14,7 @@ import bikernels
 from bikernels import Device, View
 from bikernels import backend as registry
 from bikernels.backend import AttentionLaunch
-from bikernels.settings import choose_backend, current, current_arithmetic, current_backend
+from bikernels.settings import choose_backend, current_arithmetic, current_backend
 from bikernels.specs import AttentionSpec
 from bikernels.views import CPU
 
@@ -58,11 +58,6 @@ def set_mode_settings(settings: Settings) -> None:
     """Compute with these where the calling thread's own context names none."""
     global _settings
     _settings = settings
-
-
-def settings_in_force() -> tuple[Settings, tuple[str | None, str | None]]:
-    """What decides, with the operands, about a call of the core: of the mode, and of the calling thread's contexts."""
-    return _settings, current()
 
 
 class Recorded(NamedTuple):

@@ -10,9 +10,9 @@ Adding an operator is adding a function in `operators/` and its name in that fil
 
 from __future__ import annotations
 
-import functools
 from collections import ChainMap
 from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
@@ -151,12 +151,17 @@ def is_replaced(name: str, device_type: str) -> bool:
     return name in kernels(device_type) or (PORTABLE.installed and name in PORTABLE_KERNELS)
 
 
+def _bound(override: Override, original: Callable[..., Any]) -> Callable[..., Any]:
+    """The override, given PyTorch's kernel: as a method, which is called more quickly than a `functools.partial`."""
+    return MethodType(override, original)
+
+
 def _replace(library: Any, name: str, override: Override, key: str) -> None:
     operator = f"aten::{name}"
     # Of some operators PyTorch has no kernel, e.g. mm.dtype on a CPU (it says so), or a later PyTorch has it.
     if dispatch.has_kernel(operator, key):
         original = dispatch.kernel(operator, key)
-        library.impl(name, functools.partial(override, original), key, allow_override=True)
+        library.impl(name, _bound(override, original), key, allow_override=True)
 
 
 def _replace_composite(autograd: Any, library: Any, name: str, override: Override) -> None:
@@ -164,10 +169,10 @@ def _replace_composite(autograd: Any, library: Any, name: str, override: Overrid
     if not dispatch.has_kernel(operator, "CPU"):
         return
     original = dispatch.kernel(operator, "CPU")  # computed alike under every key
-    composite = functools.partial(override, original)
+    composite = _bound(override, original)
     library.impl(name, composite, "CompositeImplicitAutograd")
     below = BELOW_AUTOGRAD.get(name)
     if below is not None:
         for key in dispatch.backend_keys():  # Autograd takes no composite by itself that has a kernel beside it
             autograd.impl(name, composite, f"Autograd{key}")
-            library.impl(name, functools.partial(below, original), key)
+            library.impl(name, _bound(below, original), key)

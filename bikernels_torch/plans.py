@@ -10,19 +10,23 @@ forms only allocate the results and launch the kernels that the core has prepare
 
 A plan holds no tensor and nothing that a call writes, so threads, streams and the capture of a CUDA graph share it.
 What a kernel needs to know of addresses, such as their alignment, its launch looks at. Only overrides are planned whose
-results are new tensors that the core writes. Every other call goes the ordinary way each time, which also raises all
-errors: one that PyTorch computes, one of a tensor that stands in two places, one of an operand that had to be copied.
+results the core writes, to new tensors or to one of the caller's. Every other call goes the ordinary way each time,
+which also raises all errors: one that PyTorch computes, one of a tensor that stands in two places, one of an operand
+that had to be copied, one whose result shares memory with an operand.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import operator
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
+
+from bikernels.settings import current
 
 from . import core
 
@@ -49,24 +53,65 @@ def planned(override: Override) -> Override:
     plans: dict[Hashable, _Replay] = {}
     _plans.append(plans)
 
-    @functools.wraps(override)
-    def call(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-        key = _key(arguments, keywords)
-        replay = plans.get(key)
-        if replay is not None:
-            return replay(arguments)
-        if key is None or not _differ(arguments):
+    def make(key: Hashable, original: Callable[..., Any], arguments: Sequence[Any], keywords: dict[str, Any]) -> Any:
+        """What a call gives for which there is no plan."""
+        given = (*arguments, *keywords.values())
+        if key is None or not _differ(given):
             return override(original, *arguments, **keywords)
         with core.recording() as calls:
             results = override(original, *arguments, **keywords)
-        replay = _plan(arguments, results, calls)
-        if replay is not None:
-            if len(plans) >= LIMIT:
-                plans.clear()
-            plans[key] = replay
+        _keep(plans, key, _plan(given, results, calls))
         return results
 
+    fixed = _with_fixed_arguments(override, plans, make)
+    if fixed is not None:
+        return fixed
+    plan_of, reader_of = plans.get, _readers.get
+
+    @functools.wraps(override)
+    def call(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        reader = None if keywords else reader_of(tuple(map(type, arguments)))
+        key = _key(arguments, keywords) if reader is None else reader(*arguments)
+        replay = plan_of(key)
+        return make(key, original, arguments, keywords) if replay is None else replay(arguments)
+
     return call
+
+
+def _with_fixed_arguments(
+    override: Override, plans: dict[Hashable, _Replay], make: Callable[..., Any]
+) -> Override | None:
+    """The planned override, where its annotations say what there is to read of each argument; else None.
+
+    Its text is put together, as that of a dataclass's methods is, since a call that asks of every argument what it is
+    takes a microsecond.
+    """
+    _, *parameters = inspect.signature(override).parameters.values()
+    names: list[str] = []
+    keywords: list[str] = []
+    header, parts = ["original"], []
+    for one in parameters:
+        if one.annotation not in _READ_AS or one.kind not in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY):
+            return None
+        if one.kind is one.KEYWORD_ONLY:
+            header += ["*"] if not keywords else []
+            keywords.append(one.name)
+        names.append(one.name)
+        header.append(one.name if one.default is one.empty else f"{one.name}={one.default!r}")
+        parts.append(_READ_AS[one.annotation].format(one.name))
+    positional = names[: len(names) - len(keywords)]
+    source = f"""
+def call({", ".join(header)}):
+    _key = core._settings, current(), {", ".join(parts)}
+    _replay = plan_of(_key)
+    if _replay is None:
+        return make(_key, original, ({", ".join(positional)},), dict({", ".join(f"{one}={one}" for one in keywords)}))
+    return _replay(({", ".join(names)},))
+"""
+    space: dict[str, Any] = {"core": core, "current": current, "plan_of": plans.get, "make": make}
+    exec(source, space)
+    call: Override = space["call"]
+    return functools.update_wrapper(call, override)
 
 
 def planned_operator(compute: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,27 +119,96 @@ def planned_operator(compute: Callable[..., Any]) -> Callable[..., Any]:
     return functools.partial(planned(lambda _, *arguments, **keywords: compute(*arguments, **keywords)), None)
 
 
+def planned_into(override: Override) -> Override:
+    """The same for an override that writes to a tensor of the caller's and returns it: `out=`, or the first argument.
+
+    The override looks whether that tensor shares memory with an operand; a plan is only followed where it does not.
+    """
+    plans: dict[Hashable, _Replay] = {}
+    _plans.append(plans)
+    plan_of, reader_of = plans.get, _readers.get
+
+    @functools.wraps(override)
+    def call(
+        original: Callable[..., Any], *arguments: Any, out: torch.Tensor | None = None, **keywords: Any
+    ) -> torch.Tensor:
+        given = arguments if out is None else (*arguments, out)
+        reader = None if keywords else reader_of(tuple(map(type, given)))
+        key = _key(given, keywords) if reader is None else reader(*given)
+        replay = plan_of(key)
+        if replay is not None:
+            result = replay(given)
+            if result is not None:
+                return result
+        if out is not None:
+            keywords["out"] = out
+        if replay is not None or key is None or not _differ(given):
+            return override(original, *arguments, **keywords)
+        with core.recording() as calls:
+            result = override(original, *arguments, **keywords)
+        _keep(plans, key, _plan_into(given, given[0] if out is None else out, calls))
+        return result
+
+    return call
+
+
+def _keep(plans: dict[Hashable, _Replay], key: Hashable, replay: _Replay | None) -> None:
+    if replay is not None:
+        if len(plans) >= LIMIT:
+            plans.clear()
+        plans[key] = replay
+
+
+# ------------------------------------------------------------------------------------------------------------- the key
+
+
 def _key(arguments: Sequence[Any], keywords: dict[str, Any]) -> Hashable:
     """All that decides what a call does but the addresses; None if it has no key."""
-    if len(arguments) == 2 and not keywords:  # most products, by a shorter way
-        a, b = arguments
-        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-            of_a = (a.dtype, a.shape, a.stride(), a.device)
-            return *core.settings_in_force(), *of_a, b.dtype, b.shape, b.stride(), b.device
-    parts: list[Any] = [*core.settings_in_force()]
-    for x in (*arguments, *itertools.chain(*keywords.items())) if keywords else arguments:
-        if type(x) in _AS_THEY_ARE:
-            parts.append(x)
-        elif isinstance(x, torch.Tensor):
-            parts += (x.dtype, x.shape, x.stride(), x.device)
-        elif isinstance(x, list):
-            parts.append(tuple(x))
-        elif isinstance(x, float):
-            parts.append(x.hex())  # equal floats may differ in the sign of zero
-        else:
-            return None  # a complex number, for one, may be equal to a real one, where PyTorch refuses one of them
-    return tuple(parts)
+    given = (*arguments, *itertools.chain(*keywords.items())) if keywords else arguments
+    types = tuple(map(type, given))
+    reader = _readers.get(types) or _readers.setdefault(types, _reader(types))
+    return reader(*given)
 
+
+def _reader(types: Sequence[type]) -> Callable[..., Hashable]:
+    """What makes keys of arguments of certain types, as one expression.
+
+    Not by types of which equal objects may differ: a complex number may be equal to a real one, where PyTorch refuses
+    one of them.
+    """
+    names, parts = [f"x{i}" for i in range(len(types))], []
+    for name, kind in zip(names, types, strict=True):
+        if issubclass(kind, torch.Tensor):
+            parts.append(_TENSOR.format(name))
+        elif kind in _AS_THEY_ARE:
+            parts.append(name)
+        elif kind in _READ_BY:
+            parts.append(_READ_BY[kind].format(name))
+        else:
+            return lambda *_: None
+    source = f"lambda {', '.join(names)}: (core._settings, current(), types, {', '.join(parts)})"
+    reader: Callable[..., Hashable] = eval(source, {"core": core, "current": current, "types": types})
+    return reader
+
+
+_readers: dict[tuple[type, ...], Callable[..., Hashable]] = {}
+"""By the types of arguments."""
+
+_TENSOR = "{0}.dtype, {0}.shape, {0}.stride(), {0}.get_device()"
+"""The device by its number, or -1 for a CPU: an override gets no others."""
+_READ_BY: dict[type, str] = {list: "tuple({0})", float: "{0}.hex()"}
+"""Equal floats may differ in the sign of zero."""
+
+_READ_AS = {
+    "torch.Tensor": _TENSOR,
+    "Sequence[int]": "tuple({0})",
+    "float": "{0}.hex()",
+    **dict.fromkeys(("int", "bool", "torch.dtype", "torch.dtype | None"), "{0}"),
+    **dict.fromkeys(("torch.Tensor | None", "Affine"), f"None if {{0}} is None else ({_TENSOR})"),
+    "Sequence[int] | None": "None if {0} is None else tuple({0})",
+    "float | None": "None if {0} is None else {0}.hex()",
+}
+"""By annotation, which says what PyTorch's schema says."""
 
 _AS_THEY_ARE = frozenset((int, bool, type(None), torch.dtype, str, tuple, torch.Size))
 """Types of arguments that are as good as equal if they are equal; of floats in a tuple there is no operator."""
@@ -121,8 +235,7 @@ def _plan(arguments: Sequence[Any], results: Any, calls: Sequence[core.Recorded]
     stream = _stream(given[0].device)
     allocate = [_allocator(one) for one in given]
     if len(calls) == 1 and isinstance(results, torch.Tensor):
-        of_all_two = len(arguments) == 2 and places[0] == [0, 1]
-        return _one_result(allocate[0], stream, calls[0].launch, _addresses(places[0]), of_all_two)
+        return _one_result(allocate[0], stream, calls[0].launch, places[0])
     steps = []
     for call, of_results, of_operands in zip(calls, written, places, strict=True):
         steps.append((call.launch, _addresses(of_results), _addresses(of_operands)))
@@ -137,24 +250,57 @@ def _plan(arguments: Sequence[Any], results: Any, calls: Sequence[core.Recorded]
 
 
 def _one_result(
-    new: Callable[[], torch.Tensor],
-    stream: Callable[[], int],
-    launch: core.Launch,
-    addresses: Callable[[Sequence[Any]], Sequence[int]],
-    of_all_two: bool,
+    new: Callable[[], torch.Tensor], stream: Callable[[], int], launch: core.Launch, places: Sequence[Any]
 ) -> _Replay:
     def replay(arguments: Sequence[Any]) -> torch.Tensor:
         result = new()
         launch(stream(), result.data_ptr(), *addresses(arguments))
         return result
 
-    def replay_of_two(arguments: Sequence[Any]) -> torch.Tensor:
-        a, b = arguments
+    def replay_of_one(arguments: Sequence[Any]) -> torch.Tensor:
         result = new()
-        launch(stream(), result.data_ptr(), a.data_ptr(), b.data_ptr())
+        launch(stream(), result.data_ptr(), arguments[first].data_ptr())
         return result
 
-    return replay_of_two if of_all_two else replay
+    def replay_of_two(arguments: Sequence[Any]) -> torch.Tensor:
+        result = new()
+        launch(stream(), result.data_ptr(), arguments[first].data_ptr(), arguments[second].data_ptr())
+        return result
+
+    addresses = _addresses(places)
+    first, second = (*places, None)[:2]
+    return replay_of_one if len(places) == 1 else replay_of_two if len(places) == 2 else replay
+
+
+def _plan_into(arguments: Sequence[Any], out: torch.Tensor, calls: Sequence[core.Recorded]) -> _Replay | None:
+    """The plan of a call that has just been made, whose result is one of its arguments; None as of the others."""
+    if len(calls) != 1 or len(calls[0].results) != 1 or _whole_place(calls[0].results[0], (out,)) is None:
+        return None
+    launch, operands = calls[0].launch, calls[0].operands
+    places = [_place(one, arguments) for one in operands]
+    if None in places:
+        return None
+    place = next(i for i, one in enumerate(arguments) if one is out)
+    low, high = core.view(out).description.extent()
+    others = [
+        (at, *core.view(one).description.extent())
+        for at, one in zip(places, operands, strict=True)
+        if at is not None and at != place
+    ]
+    stream, addresses = _stream(out.device), _addresses(places)
+
+    def replay(arguments: Sequence[Any]) -> torch.Tensor | None:
+        result = arguments[place]
+        address = result.data_ptr()
+        start, end = address + low, address + high
+        for other, below, above in others:
+            begin = arguments[other].data_ptr()
+            if start < begin + above and begin + below < end:
+                return None
+        launch(stream(), address, *addresses(arguments))
+        return result
+
+    return replay
 
 
 def _place(x: torch.Tensor, among: Sequence[Any]) -> int | None:
@@ -204,6 +350,8 @@ def _allocator(like: torch.Tensor) -> Callable[[], torch.Tensor]:
     if direct is None:
         return new
     if device.type == "cpu":
+        return functools.partial(direct, shape, strides, dtype)
+    if torch.cuda.device_count() == 1:
         return functools.partial(direct, shape, strides, dtype)
     current_device, index = torch._C._cuda_getDevice, device.index
     return lambda: direct(shape, strides, dtype) if current_device() == index else new()

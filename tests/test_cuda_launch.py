@@ -34,14 +34,14 @@ def test_arguments(before: tuple[str, ...]) -> None:
     tensor_map = bytes(range(128))
     values = (*range(1, len(before) + 1), tensor_map, 2.5, 2**40)
     first, second = blocks.new(), blocks.new()
-    struct.Struct(blocks.layout).pack_into(first.memory, blocks.WRITTEN, 2**33, *blocks.attributes, *values)
+    exec("\n".join(blocks.statements), first._asdict() | dict(zip(blocks.given, (2**33, *values), strict=True)))
 
     config = launch._Config.from_address(first.config.value or 0)
     assert (*config.grid, *config.block, config.shared_bytes) == (3, 1, 1, 64, 1, 1, 1000)
     assert (config.stream, config.number_of_attributes) == (2**33, 1)
     assert launch._Attribute.from_address(config.attributes).id == 6
     given: list[Any] = list(values)
-    addresses = struct.unpack(f"<{len(arguments)}Q", read(first.arguments.value or 0, 8 * len(arguments)))
+    addresses = struct.unpack(f"<{len(arguments)}Q", read(first.all_arguments.value or 0, 8 * len(arguments)))
     for address, argument in zip(addresses, arguments, strict=True):
         if isinstance(argument, bytes):
             assert read(address, len(argument)) == argument
@@ -84,6 +84,7 @@ def test_what_the_driver_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver()
     monkeypatch.setattr(launch.driver, "library", lambda: driver)
     monkeypatch.setattr(launch.cupy.cuda.runtime, "getDevice", lambda: 3)
+    monkeypatch.setattr(launch.cupy.cuda.runtime, "getDeviceCount", lambda: 4)
     function, stream, address = launch.Function(2**40 + 8, "kernel", 3), 2**45 + 16, 2**50 + 24
     run = launch.shaped(function, 70, 128, 0, (launch.ADDRESS, np.int32(-5), launch.TENSOR_MAP))
     tensor_map = bytes(range(128))

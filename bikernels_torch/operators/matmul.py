@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .. import core
-from ..plans import planned
+from ..plans import planned, planned_into
 
 Shape = tuple[int, ...]
 
@@ -102,12 +102,12 @@ def _forms(name: str, a_rank: int, b_rank: int, *, addend: bool = False) -> dict
     def wider_out(original: Any, *operands: Any, out: torch.Tensor, **factors: Any) -> torch.Tensor:
         return run(original, operands[:-1], factors, operands[-1], out)
 
-    forms: dict[str, Callable[..., Any]] = {name: planned(functional), f"{name}.out": with_out}
+    forms: dict[str, Callable[..., Any]] = {name: planned(functional), f"{name}.out": planned_into(with_out)}
     if addend:
-        forms[f"{name}_"] = in_place
+        forms[f"{name}_"] = planned_into(in_place)
     if a_rank == b_rank > 1:
         forms[f"{name}.dtype"] = planned(wider)
-        forms[f"{name}.dtype_out"] = wider_out
+        forms[f"{name}.dtype_out"] = planned_into(wider_out)
     return forms
 
 

@@ -69,6 +69,39 @@ def native_layer_norm(
     return results
 
 
+def layer_norm(
+    original: Any,
+    x: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: Affine = None,
+    bias: Affine = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> torch.Tensor:
+    """aten::layer_norm, which is native_layer_norm wherever somebody may look on."""
+    if dispatch.autograd_is_idle(x, weight, bias):
+        return layer_norm_without_autograd(original, x, normalized_shape, weight, bias, eps, cudnn_enable)
+    return original(x, normalized_shape, weight, bias, eps, cudnn_enable)
+
+
+@planned
+def layer_norm_without_autograd(
+    original: Any,
+    x: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: Affine = None,
+    bias: Affine = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> torch.Tensor:
+    """The same as one call of the core, without the statistics."""
+    if not fits(x, normalized_shape, weight, bias):
+        return original(x, normalized_shape, weight, bias, eps, cudnn_enable)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    core.normalise(bikernels.layer_norm, (out,), (x, weight, bias), _axes(normalized_shape), eps)
+    return out
+
+
 def native_layer_norm_out(
     original: Any,
     x: torch.Tensor,
@@ -268,6 +301,9 @@ CUDA_OVERRIDES: dict[str, Callable[..., Any]] = {
     "_fused_rms_norm": planned(fused_rms_norm),
     "_fused_rms_norm_backward": planned(fused_rms_norm_backward),
 }
-COMPOSITE_OVERRIDES: dict[str, Callable[..., Any]] = {"rms_norm": rms_norm}
-BELOW_AUTOGRAD: dict[str, Callable[..., Any]] = {"rms_norm": rms_norm_without_autograd}
+COMPOSITE_OVERRIDES: dict[str, Callable[..., Any]] = {"layer_norm": layer_norm, "rms_norm": rms_norm}
+BELOW_AUTOGRAD: dict[str, Callable[..., Any]] = {
+    "layer_norm": layer_norm_without_autograd,
+    "rms_norm": rms_norm_without_autograd,
+}
 FAKES: dict[str, Callable[..., Any]] = {"native_layer_norm": fake_native_layer_norm}

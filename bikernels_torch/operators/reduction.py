@@ -14,7 +14,7 @@ import torch
 import bikernels
 
 from .. import core
-from ..plans import planned
+from ..plans import planned, planned_into
 
 
 def normalise(x: torch.Tensor, dim: Sequence[int] | None) -> tuple[int, ...] | None:
@@ -112,7 +112,7 @@ def _with_dtype(operation: Callable[..., Any]) -> tuple[Callable[..., Any], Call
             return original(x, dim, keepdim, dtype=dtype, out=out)
         return _write(operation, out, x, axes, keepdim)
 
-    return planned(functional), with_out
+    return planned(functional), planned_into(with_out)
 
 
 # ------------------------------------------------------------------------------------------------------------ var, std
@@ -130,7 +130,7 @@ def _of_sample(operation: Callable[..., Any]) -> tuple[Callable[..., Any], Calla
         x: torch.Tensor,
         dim: Sequence[int] | None = None,
         *,
-        correction: float | None = None,
+        correction: Any = None,
         keepdim: bool = False,
     ) -> torch.Tensor:
         axes, less = prepare(x, dim, correction)
@@ -143,7 +143,7 @@ def _of_sample(operation: Callable[..., Any]) -> tuple[Callable[..., Any], Calla
         x: torch.Tensor,
         dim: Sequence[int] | None = None,
         *,
-        correction: float | None = None,
+        correction: Any = None,
         keepdim: bool = False,
         out: torch.Tensor,
     ) -> torch.Tensor:
@@ -157,7 +157,7 @@ def _of_sample(operation: Callable[..., Any]) -> tuple[Callable[..., Any], Calla
         x: torch.Tensor,
         dim: Sequence[int] | None = None,
         *,
-        correction: float | None = None,
+        correction: Any = None,
         keepdim: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         axes, less = prepare(x, dim, correction)
@@ -166,7 +166,7 @@ def _of_sample(operation: Callable[..., Any]) -> tuple[Callable[..., Any], Calla
         reduced = functools.partial(_reduced, x=x, axes=axes, keepdim=keepdim, dtype=x.dtype)
         return reduced(operation, correction=less), reduced(bikernels.mean)
 
-    return planned(functional), with_out, planned(with_mean)
+    return planned(functional), planned_into(with_out), planned(with_mean)
 
 
 # ----------------------------------------------------------------------------------------------------------- logsumexp
@@ -207,5 +207,5 @@ OVERRIDES: dict[str, Callable[..., Any]] = {
     "std.correction_out": _std_out,
     "std_mean.correction": _std_mean,
     "logsumexp": planned(logsumexp),
-    "logsumexp.out": logsumexp_out,
+    "logsumexp.out": planned_into(logsumexp_out),
 }

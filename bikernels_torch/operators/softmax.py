@@ -10,7 +10,7 @@ import torch
 import bikernels
 
 from .. import core
-from ..plans import planned
+from ..plans import planned, planned_into
 
 Operation = Callable[..., Any]
 
@@ -42,7 +42,7 @@ def _forward(operation: Operation) -> tuple[Callable[..., Any], Callable[..., An
             return original(x, dim, half_to_float, out=out)
         return core.write(out, tuple(x.shape), (x,), lambda result: fill(operation, result, (x,), dim))
 
-    return planned(functional), with_out
+    return planned(functional), planned_into(with_out)
 
 
 def _backward(operation: Operation, out_name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:

@@ -32,6 +32,8 @@ def calls(device: str, dtype: torch.dtype) -> dict[str, Callable[[], torch.Tenso
         "linear, no rows": lambda: F.linear(x[:0], w, b),
         "rms_norm": lambda: F.rms_norm(x, (16,), scale),
         "rms_norm, two dimensions": lambda: F.rms_norm(x, (3, 16), eps=1e-3),
+        "layer_norm": lambda: F.layer_norm(x, (16,), scale, scale),
+        "layer_norm, two dimensions": lambda: F.layer_norm(x, (3, 16), eps=1e-3),
         "attention": lambda: F.scaled_dot_product_attention(q, q, q),
         "attention, grouped": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
         "attention, scale": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True, scale=0.3),
@@ -104,8 +106,8 @@ class Seen(TorchDispatchMode):
 def test_who_looks_on_sees_what_they_are_made_of(device: str) -> None:
     x, w, b = draw(4, 3, 16, device=device), draw(8, 16, device=device), draw(8, device=device)
     with torch.no_grad(), Seen() as seen:
-        F.linear(x, w, b)
-    assert "aten::addmm" in seen.names
+        F.layer_norm(F.linear(x, w, b), (8,))
+    assert {"aten::addmm", "aten::native_layer_norm"} <= seen.names
     assert "aten::linear" not in seen.names
 
 
@@ -116,6 +118,7 @@ def test_errors_are_pytorch_s(device: str) -> None:
         "dtype": lambda: F.linear(x, w.double()),
         "bias": lambda: F.linear(x, w, w[0, :5]),
         "normalized_shape": lambda: F.rms_norm(x, (8,)),
+        "normalized_shape of layer_norm": lambda: F.layer_norm(x, (8,)),
         "heads": lambda: F.scaled_dot_product_attention(x[None, None], w.expand(1, 3, 8, 16), w.expand(1, 2, 8, 16)),
     }
     with torch.inference_mode():
@@ -133,7 +136,7 @@ def test_errors_are_pytorch_s(device: str) -> None:
 def test_the_operators_return(device: str) -> None:
     """Outside of the mode composites are composites again."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    names = ("aten::linear", "aten::rms_norm")
+    names = ("aten::linear", "aten::layer_norm", "aten::rms_norm")
     before = [has_kernel(name, "CPU") for name in names]
     with set_batch_invariant_mode():
         assert all(has_kernel(name, "CPU") for name in names)

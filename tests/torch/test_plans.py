@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import weakref
@@ -79,6 +80,7 @@ OPERATORS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]] 
     "var_mean": lambda x, y, w: torch.var_mean(x, 1, correction=0),
     "logsumexp": lambda x, y, w: torch.logsumexp(x, 1),
     "layer_norm": lambda x, y, w: torch.native_layer_norm(x, (7,), w, None, 1e-5),
+    "layer_norm in one call": lambda x, y, w: F.layer_norm(x, (7,), w, w + 1),
     "bikernels.mm": lambda x, y, w: torch.ops.bikernels.mm(x, y.T),
     "bikernels.rms_norm": lambda x, y, w: torch.ops.bikernels.rms_norm(x, [7], w),
 }
@@ -99,6 +101,64 @@ def test_the_second_call_only_launches(name: str, device: str, calls: Calls) -> 
         assert count == 0
         plans.forget()
         assert_same(others, call(*second))
+
+
+INTO: dict[str, tuple[Callable[..., torch.Tensor], tuple[int, ...]]] = {
+    "mm": (lambda out, x, y: torch.mm(x, y, out=out), (6, 6)),
+    "addmm": (lambda out, x, y: torch.addmm(y[0], x, y, alpha=0.5, out=out), (6, 6)),
+    "addmm_": (lambda out, x, y: out.addmm_(x, y, beta=0.25), (6, 6)),
+    "log_softmax": (lambda out, x, y: torch.log_softmax(x, -1, out=out), (6, 6)),
+    "mean": (lambda out, x, y: torch.mean(x, 1, out=out), (6,)),
+    "var": (lambda out, x, y: torch.var(x, 1, out=out), (6,)),
+}
+
+
+@pytest.mark.parametrize("name", INTO)
+@pytest.mark.usefixtures("mode")
+def test_results_in_a_tensor_of_the_caller_s(name: str, device: str, calls: Calls) -> None:
+    call, shape = INTO[name]
+    with torch.inference_mode():
+        for strided in (False, True):
+            of_five = [draw(6, 12, device=device) for _ in range(5)]
+            first, second, third, fourth, place = [one[:, ::2] if strided else one[:, :6] for one in of_five]
+            out = place if len(shape) == 2 else place[0]
+            expected, others = call(out.clone(), first.clone(), second.clone()), third.clone()
+            initial = out.clone()
+            run = functools.partial(call, out, first, second)
+            assert calls.of(run)[0] > 0
+            assert_values(out, expected)
+            out.copy_(initial)
+            count, result = calls.of(run)
+            assert count == 0
+            assert result is out
+            assert_values(out, expected)
+            out.copy_(initial)
+            call(out, third, fourth)
+            plans.forget()
+            assert_values(call(initial.clone(), others, fourth.clone()), out)
+
+
+def assert_values(one: torch.Tensor, other: torch.Tensor) -> None:
+    assert same_bits(one.contiguous(), other.contiguous())
+
+
+@pytest.mark.usefixtures("mode")
+def test_results_that_share_memory_with_an_operand(device: str, calls: Calls) -> None:
+    with torch.inference_mode():
+        memory, out = draw(3, 6, 6, device=device), draw(6, 6, device=device)
+        x, y, _ = memory
+        torch.mm(x, y, out=out)
+        assert calls.of(lambda: torch.mm(x, y, out=out))[0] == 0
+        flat = memory.view(-1)
+        for begin in (0, 1, 35, 36, 71):
+            inside = flat[begin : begin + 36].view(6, 6)
+            expected, before = torch.mm(x.clone(), y.clone()), memory.clone()
+            assert calls.of(functools.partial(torch.mm, x, y, out=inside))[0] > 0
+            assert_values(inside, expected)
+            memory.copy_(before)
+        row = draw(6, device=device).expand(6, 6)
+        with pytest.raises(RuntimeError):
+            torch.mm(x, y, out=row)
 
 
 @pytest.mark.usefixtures("mode")

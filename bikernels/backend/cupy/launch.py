@@ -165,24 +165,29 @@ _ALIGNMENT = 64
 class _Block(NamedTuple):
     """What the driver reads at one launch: the config, the arguments that the call gives, the addresses of all."""
 
-    memory: ctypes.Array[ctypes.c_char]
     config: ctypes.c_void_p
     """Addresses within the memory."""
-    arguments: ctypes.c_void_p
+    all_arguments: ctypes.c_void_p
+    words: memoryview
+    """The memory, by 8 bytes; and otherwise."""
+    octets: memoryview
+    singles: memoryview[float]
+    doubles: memoryview[float]
 
 
 class _Blocks:
     """Makes the blocks of a launch. Two calls may be on their way at once, so each takes one of its own."""
 
-    WRITTEN = _Config.stream.offset
-    """Where a call begins to write: the stream and the attributes, and behind them what `layout` says."""
-
     def __init__(self, config: _Config, attributes: list[_Attribute], arguments: Sequence[bytes | str]) -> None:
         self._attributes = (_Attribute * len(attributes))(*attributes)
-        self.attributes = (ctypes.addressof(self._attributes) if attributes else 0, len(attributes))
+        config.attributes, config.number_of_attributes = ctypes.addressof(self._attributes), len(attributes)
         self._config = config
         self._places: list[int | ctypes.Array[ctypes.c_char]] = []  # a constant, or the offset of what a call gives
-        self.layout, end = "<QQQ", ctypes.sizeof(_Config)
+        self.given: list[str] = ["stream"]
+        """Names of what a call gives."""
+        self.statements = [f"words[{_Config.stream.offset // 8}] = stream"]
+        """Python that writes them to a block, whose parts have their names."""
+        end = ctypes.sizeof(_Config)
         for argument in arguments:
             if isinstance(argument, bytes):
                 constant = driver.aligned(len(argument), _ALIGNMENT)
@@ -190,10 +195,14 @@ class _Blocks:
                 self._places.append(constant)
             else:
                 size = struct.calcsize(f"<{argument}")
-                padding = -end % min(size, _ALIGNMENT)
-                self.layout += f"{padding}x{argument}"
-                self._places.append(end + padding)
-                end += padding + size
+                place = end + -end % min(size, _ALIGNMENT)
+                end = place + size
+                name = f"x{len(self.given)}"
+                self.given.append(name)
+                view = _WRITTEN_BY.get(argument)
+                where = f"octets[{place}:{end}]" if view is None else f"{view}[{place // size}]"
+                self.statements.append(f"{where} = {name}")
+                self._places.append(place)
         self._addresses = -(-end // 8) * 8
 
     def new(self) -> _Block:
@@ -202,7 +211,12 @@ class _Blocks:
         ctypes.memmove(memory, ctypes.byref(self._config), ctypes.sizeof(self._config))
         addresses = [start + place if isinstance(place, int) else ctypes.addressof(place) for place in self._places]
         struct.pack_into(f"<{len(addresses)}Q", memory, self._addresses, *addresses)
-        return _Block(memory, driver.POINTER(start), driver.POINTER(start + self._addresses))
+        octets = memoryview(memory).cast("B")
+        views = octets.cast("Q"), octets, octets.cast("f"), octets.cast("d")
+        return _Block(driver.POINTER(start), driver.POINTER(start + self._addresses), *views)
+
+
+_WRITTEN_BY = {ADDRESS: "words", FLOAT32: "singles", FLOAT64: "doubles"}
 
 
 def shaped(
@@ -244,30 +258,51 @@ def shaped(
     ctas = min(grid, MAX_GRID // cluster * cluster)
     blocks = _Blocks(_Config((ctas, 1, 1), (block, 1, 1), shared_bytes), attributes, values)
 
-    pack_into, start, (address, count) = struct.Struct(blocks.layout).pack_into, blocks.WRITTEN, blocks.attributes
-    new_block, handle, launch_kernel = blocks.new, driver.POINTER(function.handle), driver.library().cuLaunchKernelEx
-    device, current_device = function.device, cupy.cuda.runtime.getDevice
-    free = [new_block()]
+    handle, launch_kernel = driver.POINTER(function.handle), driver.library().cuLaunchKernelEx
+    device, free = function.device, [blocks.new()]
 
-    def launch(stream: int, *given: Any) -> None:
-        if current_device() != device:
-            with cupy.cuda.Device(device):
-                launch(stream, *given)
-            return
-        try:
-            taken = free.pop()
-        except IndexError:
-            taken = new_block()
-        memory, config, all_arguments = taken
-        pack_into(memory, start, stream, address, count, *given)
-        status = launch_kernel(config, handle, all_arguments, None)
+    def launch_elsewhere(*given: Any) -> None:
+        with cupy.cuda.Device(device):
+            launch(*given)
+
+    def launch_again(status: int, config: Any, all_arguments: Any) -> None:
         if status == _INVALID_CONTEXT:  # a thread that has not used its device yet
             _bind_context()
             status = launch_kernel(config, handle, all_arguments, None)
-        free.append(taken)
         if status:
             raise driver.error(f"launching {function.name}", status)
 
+    # The text is put together, so that the function takes and writes no other number of arguments than there are, and
+    # asks for no device where there is one.
+    given, line, several = ", ".join(blocks.given), "\n    ", cupy.cuda.runtime.getDeviceCount() > 1
+    source = f"""
+def launch({given}):
+    if {several} and current_device() != device:
+        return launch_elsewhere({given})
+    try:
+        block = take()
+    except IndexError:
+        block = new_block()
+    {", ".join(_Block._fields)} = block
+    {line.join(blocks.statements)}
+    status = launch_kernel(config, handle, all_arguments, None)
+    if status:
+        launch_again(status, config, all_arguments)
+    give_back(block)
+"""
+    space: dict[str, Any] = {
+        "current_device": cupy.cuda.runtime.getDevice,
+        "device": device,
+        "launch_elsewhere": launch_elsewhere,
+        "take": free.pop,
+        "new_block": blocks.new,
+        "launch_kernel": launch_kernel,
+        "handle": handle,
+        "give_back": free.append,
+        "launch_again": launch_again,
+    }
+    exec(source, space)
+    launch: Launch = space["launch"]
     return launch
 
 
