@@ -152,7 +152,7 @@ def forced(case: Case, operation: str, element: str, out_dtype: str, gpu: launch
         elif n > schedules.SUM_CHUNK:
             yield "chunks", elsewhere | {"splits_rows": lambda rows, length, *rest: length == n}
         if not case.in_columns and schedules.has_ring_kernel(operation, element, out_dtype):
-            for ring_schedule in schedules.ring_schedules(n, ITEMSIZE[element], gpu):
+            for ring_schedule in schedules.ring_schedules(operation, n, ITEMSIZE[element], gpu):
                 for teams in (1, count):  # one that takes row after row, or one for each
                     yield (
                         f"{ring_schedule}, {teams}",
@@ -288,7 +288,8 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
             if ring is not None:
                 assert gpu is H100 and ring.bytes(n, itemsize) <= gpu.shared_bytes and ring.slots > 1
                 assert ring.warps * ring.ctas * ring.rounds * schedules.SUM_CHUNK >= n
-                assert 0 < ring.threads <= ring.resident_warps(n, itemsize) * 32 <= schedules.ring_threads(itemsize)
+                assert 0 < ring.threads <= ring.resident_warps(operation, n, itemsize) * 32
+                assert ring.resident_warps(operation, n, itemsize) * 32 <= schedules.ring_threads(operation, itemsize)
             for width in {1, schedules.vector_width(element)}:
                 one = schedules.choose_column_schedule(rows, n, width, gpu)
                 assert one.groups * 8 >= min(n, schedules.SUM_LANES)

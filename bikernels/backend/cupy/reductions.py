@@ -288,7 +288,7 @@ def _ring_launch(plan: _Plan, rows: _Rows, operation: str, schedule: RingSchedul
     shared_bytes = schedule.bytes(rows.n, ITEMSIZE[rows.element])
     function = load(kernel, "reduce_long_rows", plan.index, shared_bytes)
     resident = resident_ctas(function, schedule.threads, shared_bytes, schedule.ctas)
-    numbers = (schedule.slots, schedule.rounds, schedule.ctas, schedule.area_bytes(rows.n))
+    numbers = (schedule.slots, schedule.rounds, schedule.kept_steps, schedule.ctas, schedule.area_bytes(rows.n))
     return plan.shape(
         kernel,
         "reduce_long_rows",

@@ -394,6 +394,8 @@ class RingSchedule(NamedTuple):
     """Chunks of a warp."""
     slots: int
     """Rows that a warp keeps."""
+    kept_steps: int = 0
+    """Of a chunk of 16-bit elements, whose exponentials are kept: half of them in place of the elements."""
 
     @property
     def threads(self) -> int:
@@ -404,21 +406,24 @@ class RingSchedule(NamedTuple):
         return -(-max(8 * chunks_of(n), 4 * self.warps * self.ctas) // 16) * 16
 
     def bytes(self, n: int, itemsize: int) -> int:
-        """Of shared memory: the chunks, each in as many bytes as it needs wherever it begins in a vector, the barriers,
-        what is exchanged.
+        """Of shared memory: the chunks, each in as many bytes as it needs wherever it begins in a vector, exponentials,
+        the barriers, what is exchanged.
         """
         of_slot = self.rounds * (SUM_CHUNK * itemsize + 32) + 8
-        return self.warps * self.slots * of_slot + RING_AREAS * (8 + self.area_bytes(n))
+        of_kept = self.rounds * self.kept_steps * SUM_LANES * 2
+        return self.warps * (self.slots * of_slot + of_kept) + RING_AREAS * (8 + self.area_bytes(n))
 
-    def resident_warps(self, n: int, itemsize: int) -> int:
+    def resident_warps(self, operation: str, n: int, itemsize: int) -> int:
         """Of a multiprocessor, as many as its shared memory and its registers hold."""
         ctas = MULTIPROCESSOR_BYTES // (self.bytes(n, itemsize) + CTA_BYTES)
-        return min(ctas, ring_threads(itemsize) // self.threads) * self.warps
+        return min(ctas, ring_threads(operation, itemsize) // self.threads) * self.warps
 
 
-def ring_threads(itemsize: int) -> int:
+def ring_threads(operation: str, itemsize: int) -> int:
     """Threads of a multiprocessor for which there are registers: as many as there is shared memory for, at most."""
-    return 896 if itemsize == 2 else 512
+    if itemsize == 2:
+        return 640 if operation == "softmax" else 896
+    return 512
 
 
 def has_ring_kernel(operation: str, element: str, out_dtype: str) -> bool:
@@ -427,8 +432,10 @@ def has_ring_kernel(operation: str, element: str, out_dtype: str) -> bool:
     return operation in RING_OPERATIONS and is_single
 
 
-def ring_schedules(n: int, itemsize: int, device: GPU) -> list[RingSchedule]:
-    """The schedules of rows_ring.cu for rows of n elements, the fewest CTAs first."""
+def ring_schedules(operation: str, n: int, itemsize: int, device: GPU) -> list[RingSchedule]:
+    """The schedules of rows_ring.cu for rows of n elements, the fewest CTAs first; of those alike, first the one that
+    keeps the most exponentials and then the one that keeps the fewest.
+    """
     chunks = chunks_of(n)
     if device.compute_capability != RING_CAPABILITY or not 1 < chunks <= MAX_RING_CHUNKS:
         return []
@@ -437,8 +444,13 @@ def ring_schedules(n: int, itemsize: int, device: GPU) -> list[RingSchedule]:
         for rounds, slots in ((1, 2), (2, 2), (1, 3)):
             one = RingSchedule(-(-chunks // (ctas * rounds)), ctas, rounds, slots)
             fits = one.bytes(n, itemsize) <= device.shared_bytes and one.warps <= MAX_RING_WARPS
-            if ctas * 2 <= chunks and fits and one.threads <= ring_threads(itemsize):
-                found[one] = None
+            if ctas * 2 <= chunks and fits and one.threads <= ring_threads(operation, itemsize):
+                keeping = [one._replace(kept_steps=steps) for steps in range(SUM_CHUNK // SUM_LANES, 0, -1)]
+                keeping = [one for one in keeping if one.bytes(n, itemsize) <= device.shared_bytes]
+                if operation == "softmax" and itemsize == 2:
+                    found |= dict.fromkeys(keeping[:1] + keeping[-1:])
+                else:
+                    found[one] = None
     return list(found)
 
 
@@ -457,11 +469,11 @@ def choose_ring_schedule(
         return None
     if operation == "softmax" and itemsize == 2 and line_up and chunks <= 8:
         return None  # it computes exponentials twice; rows.cu keeps them
-    found = [one for one in ring_schedules(n, itemsize, device) if (one.rounds, one.slots) == (1, 2)]
+    found = [one for one in ring_schedules(operation, n, itemsize, device) if (one.rounds, one.slots) == (1, 2)]
     if not found:
         return None
-    most = max(one.resident_warps(n, itemsize) for one in found)
-    alike = [one for one in found if one.resident_warps(n, itemsize) >= 0.85 * most]
+    most = max(one.resident_warps(operation, n, itemsize) for one in found)
+    alike = [one for one in found if one.resident_warps(operation, n, itemsize) >= 0.85 * most]
     return found[-1] if rows * alike[0].ctas < 4 * device.multiprocessors else alike[0]
 
 
@@ -822,7 +834,7 @@ def ring_kernel(operation: str, element: str, out_dtype: str) -> Kernel:
             ("OPERATION", OPERATIONS[operation]),
             ("ELEMENT", c_type(element)),
             ("RESULT", C_TYPE[out_dtype]),
-            ("THREADS", ring_threads(ITEMSIZE[element])),
+            ("THREADS", ring_threads(operation, ITEMSIZE[element])),
         ),
     )
 

@@ -148,12 +148,18 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
             for (int j = 0; j < WIDTH; j++) v[i][j] = v[i][j] - normaliser;
     } else {
+        constexpr int AT_ONCE = sizeof(X) == 2 ? 8 : WIDTH;
         const A reciprocal = 1 / normaliser;
         if (least > near_of(A(0))) {
 #pragma unroll
-            for (int i = 0; i < VECTORS; i++)
+            for (int i = 0; i < VECTORS * WIDTH; i += AT_ONCE) {
+                A some[AT_ONCE], results[AT_ONCE];
 #pragma unroll
-                for (int j = 0; j < WIDTH; j++) v[i][j] = divide_near(v[i][j], normaliser, reciprocal);
+                for (int j = 0; j < AT_ONCE; j++) some[j] = v[(i + j) / WIDTH][(i + j) % WIDTH];
+                divide_for(some, results, normaliser, reciprocal, type);
+#pragma unroll
+                for (int j = 0; j < AT_ONCE; j++) v[(i + j) / WIDTH][(i + j) % WIDTH] = results[j];
+            }
         } else {
 #pragma unroll
             for (int i = 0; i < VECTORS; i++)

@@ -21,6 +21,7 @@ static_assert(sizeof(RESULT) >= SIZE, "a vector of elements is 16 bytes at most"
 constexpr int STEPS = SUM_CHUNK / SUM_LANES;
 constexpr int SLOT = SUM_CHUNK * SIZE + 32;  // of a chunk that begins anywhere in a vector
 constexpr int VECTORS = SIZE / 2;
+constexpr int STEP_BYTES = WARP * 16;  // of a step's vectors
 
 template <int OPERAND>
 __device__ __forceinline__ long long start_of_row(const Reduction& p, long long row) {
@@ -77,6 +78,8 @@ struct Team {
 // A chunk in shared memory. Positions count from a vector on, `phase` elements before the chunk's first one.
 struct Chunk {
     unsigned char* kept;
+    unsigned char* beside;  // where the other half of what is kept of 16-bit elements goes
+    int kept_steps;         // of which their exponentials are kept
     int number;
     int phase;
     int end;  // position of the row's end
@@ -121,11 +124,42 @@ struct Chunk {
         return widen(reinterpret_cast<const ELEMENT*>(kept)[position]);
     }
 
-    // Keep eight values in place of as many elements of their size.
+    // Keep eight values in place of as many elements, and beside them what has no room there.
     __device__ __forceinline__ void keep(int step, int i, const Elements& v) const {
         unsigned char* const to = kept + position(step, 0) * SIZE + i * (SUM_LANES * SIZE);
+        if constexpr (SIZE == sizeof(A)) {
 #pragma unroll
-        for (int g = 0; g < GROUPS; g++) *reinterpret_cast<uint4*>(to + g * GROUP * SIZE) = as_vector(v + g * LENGTH);
+            for (int g = 0; g < GROUPS; g++) *reinterpret_cast<uint4*>(to + g * GROUP * SIZE) = as_vector(v + g * LENGTH);
+        } else if (step + i < kept_steps) {
+            const uint4 first = as_vector(v);
+            if constexpr (LENGTH * SIZE == 16) {
+                *reinterpret_cast<uint4*>(to) = first;
+            } else {
+                *reinterpret_cast<uint2*>(to) = make_uint2(first.x, first.y);
+                *reinterpret_cast<uint2*>(to + GROUP * SIZE) = make_uint2(first.z, first.w);
+            }
+            *reinterpret_cast<uint4*>(beside + step * STEP_BYTES + lane_id() * 16 + i * STEP_BYTES) = as_vector(v + 4);
+        }
+    }
+    // Whether that is so of a step, and what was kept.
+    __device__ __forceinline__ bool has_kept(int step) const { return SIZE == sizeof(A) || step < kept_steps; }
+    __device__ __forceinline__ void read_kept(int step, int i, Elements& v) const {
+        if constexpr (SIZE == sizeof(A)) {
+            read(step, i, v);
+        } else {
+            const unsigned char* const from = kept + position(step, 0) * SIZE + i * (SUM_LANES * SIZE);
+            uint4 first;
+            if constexpr (LENGTH * SIZE == 16) {
+                first = *reinterpret_cast<const uint4*>(from);
+            } else {
+                const uint2 low = *reinterpret_cast<const uint2*>(from);
+                const uint2 high = *reinterpret_cast<const uint2*>(from + GROUP * SIZE);
+                first = make_uint4(low.x, low.y, high.x, high.y);
+            }
+            unpack(first, static_cast<A*>(nullptr), v);
+            const unsigned char* const other = beside + step * STEP_BYTES + lane_id() * 16 + i * STEP_BYTES;
+            unpack(*reinterpret_cast<const uint4*>(other), static_cast<A*>(nullptr), v + 4);
+        }
     }
 
     // Calls work(step, i) for the steps step + i from `step` to before `end`.
@@ -145,16 +179,31 @@ struct Chunk {
     template <int UNROLL, class Whole, class Edge>
     __device__ __forceinline__ void for_steps(bool first_is_edge, int whole, int steps, Whole on_whole,
                                               Edge on_edge) const {
+        for_steps<UNROLL, UNROLL>(first_is_edge, 0, whole, steps, Nothing{}, on_whole, on_edge);
+    }
+    // With on_simple in place of on_whole for the first `simple` steps.
+    struct Nothing {};
+    template <int UNROLL, int UNROLL_WHOLE, class Simple, class Whole, class Edge>
+    __device__ __forceinline__ void for_steps(bool first_is_edge, int simple, int whole, int steps, Simple on_simple,
+                                              Whole on_whole, Edge on_edge) const {
         int step = 0;
+        simple = min(simple, whole);
 #pragma unroll 1
         while (step < steps) {
             if (step >= whole || (step == 0 && first_is_edge)) {
                 on_edge(step);
                 step++;
-            } else {
-                for_range<UNROLL>(step, whole, on_whole);
-                step = whole;
+                continue;
             }
+            if constexpr (!is_same<Simple, Nothing>::value) {
+                if (step < simple) {
+                    for_range<UNROLL>(step, simple, on_simple);
+                    step = simple;
+                    continue;
+                }
+            }
+            for_range<UNROLL_WHOLE>(step, whole, on_whole);
+            step = whole;
         }
     }
     // Whether the thread's element j of the first step lies before the chunk.
@@ -300,10 +349,12 @@ struct Place {
 struct Row : Place {
     const Reduction& p;
     const Team& team;
-    const int rounds, chunks;
+    unsigned char* const beside;
+    const int rounds, kept_steps, chunks;
 
-    __device__ __forceinline__ Row(const Place& place, const Reduction& p, const Team& team, int rounds, int chunks)
-        : Place(place), p(p), team(team), rounds(rounds), chunks(chunks) {}
+    __device__ __forceinline__ Row(const Place& place, const Reduction& p, const Team& team, unsigned char* beside,
+                                   int rounds, int kept_steps, int chunks)
+        : Place(place), p(p), team(team), beside(beside), rounds(rounds), kept_steps(kept_steps), chunks(chunks) {}
 
     __device__ __forceinline__ int chunk(int round) const {
         return (round * team.warps + warp_id()) * team.ctas + team.rank;
@@ -332,7 +383,8 @@ struct Row : Place {
 #pragma unroll 1
         for (int round = 0; round < rounds && chunk(round) < chunks; round++) {
             const int c = chunk(round);
-            work(Chunk{slot + round * SLOT + skipped(), c, phase, static_cast<int>(p.n) + phase - c * SUM_CHUNK});
+            work(Chunk{slot + round * SLOT + skipped(), beside + round * kept_steps * STEP_BYTES, kept_steps, c, phase,
+                       static_cast<int>(p.n) + phase - c * SUM_CHUNK});
         }
     }
 
@@ -349,35 +401,52 @@ struct Row : Place {
     // Writes the row. compute(chunk, step, i, v) puts the results of a step to v, one(chunk, position) returns one.
     template <int UNROLL, class Compute, class One>
     __device__ __forceinline__ void write(void* out, Compute compute, One one) const {
+        write<UNROLL, UNROLL>(out, 0, Chunk::Nothing{}, compute, one);
+    }
+    // With simply(chunk, step, i, v) for a chunk's first `simple` steps that are whole.
+    template <int UNROLL, int UNROLL_WHOLE, class Simply, class Compute, class One>
+    __device__ __forceinline__ void write(void* out, int simple, Simply simply, Compute compute, One one) const {
         RESULT* const begin = static_cast<RESULT*>(out) + start<OF_OUT>() - phase;
         const bool is_aligned = is_vector_aligned(begin);
         for_chunks([&](const Chunk& c) {
             RESULT* const to = begin + c.number * SUM_CHUNK;
-            c.template for_steps<UNROLL>(
-                c.number == 0 && phase > 0, is_aligned ? c.whole_steps() : 0, c.steps(),
-                [&](int step, int i) {
+            const auto to_whole = [&](auto put) {
+                return [&, put](int step, int i) {
                     Elements v;
-                    compute(c, step, i, v);
-                    write_vectors(to + Chunk::position(step, 0) + i * SUM_LANES, v);
-                },
-                [&](int step) {
-                    const unsigned present = Chunk::present(step, c.number == 0 ? phase : 0, c.end);
-                    Elements v;
-                    compute(c, step, 0, v);
+                    put(c, step, i, v);
+                    write_vectors(to, step, i, v);
+                };
+            };
+            const auto on_edge = [&](int step) {
+                const unsigned present = Chunk::present(step, c.number == 0 ? phase : 0, c.end);
+                Elements v;
+                compute(c, step, 0, v);
 #pragma unroll
-                    for (int j = 0; j < THREAD_LANES; j++)
-                        if (present >> j & 1) store(to + Chunk::position(step, j), v[j]);
-                });
+                for (int j = 0; j < THREAD_LANES; j++)
+                    if (present >> j & 1) store(to + Chunk::position(step, j), v[j]);
+            };
+            const bool first_is_edge = c.number == 0 && phase > 0;
+            const int whole = is_aligned ? c.whole_steps() : 0;
+            if constexpr (is_same<Simply, Chunk::Nothing>::value) {
+                c.template for_steps<UNROLL>(first_is_edge, whole, c.steps(), to_whole(compute), on_edge);
+            } else {
+                c.template for_steps<UNROLL, UNROLL_WHOLE>(first_is_edge, simple, whole, c.steps(), to_whole(simply),
+                                                           to_whole(compute), on_edge);
+            }
             if (c.is_last() && SUM_CHUNK + lane_id() < c.end)
                 store(to + SUM_CHUNK + lane_id(), one(c, SUM_CHUNK + lane_id()));
         });
     }
 
   private:
-    static __device__ __forceinline__ void write_vectors(RESULT* to, const Elements& v) {
+    // Those of step number step + i of a chunk.
+    static __device__ __forceinline__ void write_vectors(RESULT* chunk, int step, int i, const Elements& v) {
+        const unsigned offset = Chunk::position(step, 0) * static_cast<unsigned>(sizeof(RESULT));
+        unsigned char* const to = reinterpret_cast<unsigned char*>(chunk) + offset;
 #pragma unroll
         for (int g = 0; g < GROUPS; g++)
-            __stcs(reinterpret_cast<uint4*>(to + g * GROUP), packed(v + g * LENGTH, static_cast<RESULT*>(nullptr)));
+            __stcs(reinterpret_cast<uint4*>(to + (i * SUM_LANES + g * GROUP) * sizeof(RESULT)),
+                   packed(v + g * LENGTH, static_cast<RESULT*>(nullptr)));
     }
     // Results of arithmetic: a NaN is the canonical one already.
     static __device__ __forceinline__ uint4 packed(const A* v, float*) { return as_vector(v); }
@@ -444,8 +513,9 @@ enum class Form { SOFTMAX, LOG_SOFTMAX, LOGSUMEXP };
 
 template <Form FORM>
 struct SoftmaxFamily {
-    // Exponentials take the place of the elements where they are as long; else they are computed twice.
-    static constexpr bool WRITES_SLOTS = FORM == Form::SOFTMAX && SIZE == sizeof(A);
+    // Exponentials take the place of the elements; those that are not kept are computed twice.
+    static constexpr bool WRITES_SLOTS = FORM == Form::SOFTMAX;
+    static constexpr bool KEEPS_ALL = WRITES_SLOTS && SIZE == sizeof(A);
     static constexpr int EXCHANGES = 2;
     A maximum;
     A least;           // of the thread's elements
@@ -564,7 +634,7 @@ struct SoftmaxFamily {
                     const A x = c.read_one(position);
                     const bool is_maximum = x - maximum == 0;
                     const A all = exponential_anywhere<IS_PRECISE>(x, maximum);
-                    if constexpr (WRITES_SLOTS) reinterpret_cast<A*>(c.kept)[position] = all;
+                    if constexpr (KEEPS_ALL) reinterpret_cast<A*>(c.kept)[position] = all;
                     count += is_maximum;
                     return is_maximum ? A(0) : all;
                 });
@@ -598,12 +668,16 @@ struct SoftmaxFamily {
         } else {
             const A reciprocal = 1 / normaliser;
             const bool is_few = normaliser <= FEW, is_simple = is_few && are_near;
-            row.write<WRITES_SLOTS ? 2 : 1>(
-                out,
+            row.write<2, 1>(
+                out, !is_simple ? 0 : KEEPS_ALL ? STEPS : row.kept_steps,
                 [&](const Chunk& c, int step, int i, Elements& v) {
-                    uint4 raw[VECTORS];
-                    c.read(step, i, raw, v);
-                    if constexpr (WRITES_SLOTS) {
+                    Elements kept;
+                    c.read_kept(step, i, kept);
+                    divide_for(kept, v, normaliser, reciprocal, static_cast<RESULT*>(nullptr));
+                },
+                [&](const Chunk& c, int step, int i, Elements& v) {
+                    if (c.has_kept(step + i)) {
+                        c.read_kept(step, i, v);
                         if (is_simple) {
 #pragma unroll
                             for (int j = 0; j < THREAD_LANES; j++) v[j] = divide_near(v[j], normaliser, reciprocal);
@@ -617,6 +691,8 @@ struct SoftmaxFamily {
                             }
                         }
                     } else {
+                        uint4 raw[VECTORS];
+                        c.read(step, i, raw, v);
                         if constexpr (!IS_PRECISE)
                             if (is_simple && round_quotients(v, maximum, reciprocal, static_cast<RESULT*>(nullptr)))
                                 return;
@@ -625,7 +701,7 @@ struct SoftmaxFamily {
                 },
                 [&](const Chunk& c, int position) {
                     const A x = c.read_one(position);
-                    return (WRITES_SLOTS ? x : exponential_anywhere<IS_PRECISE>(x, maximum)) / normaliser;
+                    return (KEEPS_ALL ? x : exponential_anywhere<IS_PRECISE>(x, maximum)) / normaliser;
                 });
         }
     }
@@ -659,17 +735,18 @@ using LogSumExp = SoftmaxFamily<Form::LOGSUMEXP>;
 
 // -------------------------------------------------------------------------------------------------------------- kernel
 
-// Dynamic shared memory: of every warp `slots` times `rounds` chunks; a barrier for each area of the exchange and of the
+// Dynamic shared memory: of every warp `slots` times `rounds` chunks, and what `kept_steps` of these are kept in; a barrier for each area of the exchange and of the
 // warps' slots; the areas. See RingSchedule in schedules.py. There are two slots at least.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    reduce_long_rows(const __grid_constant__ Reduction p, int slots, int rounds, int ctas, int area_bytes, void* out,
-                     const void* x) {
+    reduce_long_rows(const __grid_constant__ Reduction p, int slots, int rounds, int kept_steps, int ctas,
+                     int area_bytes, void* out, const void* x) {
     extern __shared__ __align__(128) unsigned char shared[];
     launch_dependents();  // they wait for this kernel's end
     const int warps = blockDim.x / WARP, chunks = static_cast<int>(chunks_of(p.n));
     const int kept_bytes = rounds * SLOT;
-    unsigned char* const own = shared + warp_id() * slots * kept_bytes;
-    unsigned char* const behind = shared + warps * slots * kept_bytes;
+    const int own_bytes = slots * kept_bytes + rounds * kept_steps * STEP_BYTES;
+    unsigned char* const own = shared + warp_id() * own_bytes;
+    unsigned char* const behind = shared + warps * own_bytes;
     const unsigned barriers = shared_address(behind);
     const unsigned loaded = barriers + (AREAS + warp_id() * slots) * 8;
     const Team team{warps, ctas, ctas > 1 ? static_cast<int>(cluster_rank()) : 0, behind + (AREAS + warps * slots) * 8,
@@ -690,7 +767,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const auto place_of = [&](int index, int slot) {
         return Place(p, first + index * teams, x, index * OPERATION::EXCHANGES, own + slot * kept_bytes);
     };
-    const auto row_at = [&](const Place& place) { return Row(place, p, team, rounds, chunks); };
+    const auto row_at = [&](const Place& place) { return Row(place, p, team, own + slots * kept_bytes, rounds, kept_steps, chunks); };
     const int rows = first < p.rows ? static_cast<int>((p.rows - 1 - first) / teams) + 1 : 0;
     if (lane_id() == 0) {
         for (int i = 0; i < min(slots, rows); i++) row_at(place_of(i, i)).load(loaded + i * 8);

@@ -429,4 +429,51 @@ __device__ __forceinline__ bool round_quotients(float (&v)[8], float maximum, fl
     for (int j = 0; j < 8; j++) v[j] = low[j];
     return true;
 }
+
+// v becomes numbers that round to R as the quotients of exponentials do; false if that is not sure. None of these is
+// subnormal, and the reciprocal of the divisor is correctly rounded, so that a product with it is within three units in
+// the last place of the quotient. Whatever lies between two numbers that round to the same rounds to it too.
+template <int COUNT, class R>
+__device__ __forceinline__ bool round_as_quotients(const float (&e)[COUNT], float (&v)[COUNT], float reciprocal, R* r) {
+    constexpr float SLACK = 0x1.8p-22f;
+    const float least = reciprocal * (1 - SLACK), most = reciprocal * (1 + SLACK);
+    unsigned differ = 0;
+#pragma unroll
+    for (int j = 0; j < COUNT; j += 2) {
+        v[j] = e[j] * least;
+        v[j + 1] = e[j + 1] * least;
+        differ |= packed_pair(v[j], v[j + 1], r) ^ packed_pair(e[j] * most, e[j + 1] * most, r);
+    }
+    return differ == 0;
+}
+#if __CUDA_ARCH__ >= 900
+// A bfloat16 is the upper half of a float32: the lower half tells how far a number is from the middle between two.
+template <int COUNT>
+__device__ __forceinline__ bool round_as_quotients(const float (&e)[COUNT], float (&v)[COUNT], float reciprocal,
+                                                   bfloat16*) {
+    constexpr unsigned REACH = 3, MIDDLE = 0x8000;
+    unsigned least = ~0u;  // of the lower halves, counted from MIDDLE - REACH on
+#pragma unroll
+    for (int j = 0; j < COUNT; j += 2) {
+        v[j] = e[j] * reciprocal;
+        v[j + 1] = e[j + 1] * reciprocal;
+        const unsigned halves = __byte_perm(__float_as_uint(v[j]), __float_as_uint(v[j + 1]), 0x5410);
+        least = __viaddmin_u16x2(halves, (MIDDLE + REACH) * 0x10001u, least);
+    }
+    return min(least & 0xFFFF, least >> 16) > 2 * REACH;
+}
 #endif
+
+#endif
+
+// v becomes numbers that round to R as the quotients of exponentials do, none of which is subnormal.
+template <int COUNT, class A, class R>
+__device__ __forceinline__ void divide_for(const A (&e)[COUNT], A (&v)[COUNT], A divisor, A reciprocal,
+                                           R* r) {
+#if __CUDA_ARCH__ >= 800
+    if constexpr (sizeof(R) == 2)
+        if (round_as_quotients(e, v, reciprocal, r)) return;
+#endif
+#pragma unroll
+    for (int j = 0; j < COUNT; j++) v[j] = divide_near(e[j], divisor, reciprocal);
+}
