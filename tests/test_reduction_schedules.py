@@ -153,7 +153,7 @@ def forced(case: Case, operation: str, element: str, out_dtype: str, gpu: launch
             yield "chunks", elsewhere | {"splits_rows": lambda rows, length, *rest: length == n}
         if not case.in_columns and schedules.has_ring_kernel(operation, element, out_dtype):
             for ring_schedule in schedules.ring_schedules(operation, n, ITEMSIZE[element], gpu):
-                for teams in (1, count):  # one that takes row after row, or one for each
+                for teams in (1, count)[ring_schedule.slots == 1 :]:  # one that takes row after row, or one for each
                     yield (
                         f"{ring_schedule}, {teams}",
                         no_registers | {"choose_ring_schedule": ring_schedule, "teams": teams},
@@ -286,10 +286,11 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
             itemsize = ITEMSIZE.get(element, 8)
             ring = schedules.choose_ring_schedule(rows, n, operation, itemsize, False, gpu) if itemsize <= 4 else None
             if ring is not None:
-                assert gpu is H100 and ring.bytes(n, itemsize) <= gpu.shared_bytes and ring.slots > 1
+                assert gpu is H100 and ring.bytes(n, itemsize) <= gpu.shared_bytes
                 assert ring.warps * ring.ctas * ring.rounds * schedules.SUM_CHUNK >= n
-                assert 0 < ring.threads <= ring.resident_warps(operation, n, itemsize) * 32
-                assert ring.resident_warps(operation, n, itemsize) * 32 <= schedules.ring_threads(operation, itemsize)
+                resident = ring.resident_ctas(operation, n, itemsize)
+                assert 0 < ring.threads <= resident * ring.threads <= schedules.ring_threads(operation, itemsize)
+                assert ring.slots > 1 or rows * ring.ctas <= gpu.multiprocessors * resident
             for width in {1, schedules.vector_width(element)}:
                 one = schedules.choose_column_schedule(rows, n, width, gpu)
                 assert one.groups * 8 >= min(n, schedules.SUM_LANES)
@@ -302,6 +303,10 @@ def test_long_rows_go_to_the_ring() -> None:
     chosen = schedules.choose_ring_schedule(8192, 32000, "log_softmax", 2, True, H100)
     assert chosen is not None and chosen.slots > 1
     assert schedules.choose_ring_schedule(8192, 32000, "log_softmax", 2, True, A100) is None
+    kept = schedules.choose_ring_schedule(8192, 32000, "softmax", 2, True, H100)
+    assert kept is not None and kept.kept_steps * schedules.SUM_LANES == schedules.SUM_CHUNK
+    pair = schedules.choose_ring_schedule(64, 151936, "softmax", 2, True, H100)
+    assert pair is not None and (pair.ctas, pair.slots) == (2, 1)
     assert schedules.choose_ring_schedule(8192, 2048, "log_softmax", 2, True, H100) is None
     assert schedules.choose_ring_schedule(4096, 50257, "mean", 2, False, H100) is not None
     assert schedules.choose_ring_schedule(4096, 50264, "mean", 2, True, H100) is None

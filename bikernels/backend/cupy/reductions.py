@@ -288,11 +288,12 @@ def _ring_launch(plan: _Plan, rows: _Rows, operation: str, schedule: RingSchedul
     shared_bytes = schedule.bytes(rows.n, ITEMSIZE[rows.element])
     function = load(kernel, "reduce_long_rows", plan.index, shared_bytes)
     resident = resident_ctas(function, schedule.threads, shared_bytes, schedule.ctas)
+    teams = schedules.teams(rows.number, resident // schedule.ctas) if schedule.slots > 1 else rows.number
     numbers = (schedule.slots, schedule.rounds, schedule.kept_steps, schedule.ctas, schedule.area_bytes(rows.n))
     return plan.shape(
         kernel,
         "reduce_long_rows",
-        schedules.teams(rows.number, resident // schedule.ctas) * schedule.ctas,
+        teams * schedule.ctas,
         schedule.threads,
         shared_bytes,
         (rows.parameters(operation), *map(np.int32, numbers), *_addresses(rows, ())),

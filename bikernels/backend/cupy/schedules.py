@@ -393,7 +393,7 @@ class RingSchedule(NamedTuple):
     rounds: int
     """Chunks of a warp."""
     slots: int
-    """Rows that a warp keeps."""
+    """Rows that a warp keeps; with one, a team has one row."""
     kept_steps: int = 0
     """Of a chunk of 16-bit elements, whose exponentials are kept: half of them in place of the elements."""
 
@@ -402,8 +402,12 @@ class RingSchedule(NamedTuple):
         return self.warps * 32
 
     def area_bytes(self, n: int) -> int:
-        """What the warps exchange at a time: 8 bytes for each chunk or 4 for each warp."""
-        return -(-max(8 * chunks_of(n), 4 * self.warps * self.ctas) // 16) * 16
+        """What the warps exchange at a time: 8 bytes for each chunk or 4 for each warp. Of more chunks than a warp has
+        threads, each thread reads 4 or 8.
+        """
+        chunks = chunks_of(n)
+        places = chunks if chunks <= 32 else 128 if chunks <= 128 else 256
+        return -(-max(8 * places, 4 * self.warps * self.ctas) // 16) * 16
 
     def bytes(self, n: int, itemsize: int) -> int:
         """Of shared memory: the chunks, each in as many bytes as it needs wherever it begins in a vector, exponentials,
@@ -413,10 +417,10 @@ class RingSchedule(NamedTuple):
         of_kept = self.rounds * self.kept_steps * SUM_LANES * 2
         return self.warps * (self.slots * of_slot + of_kept) + RING_AREAS * (8 + self.area_bytes(n))
 
-    def resident_warps(self, operation: str, n: int, itemsize: int) -> int:
+    def resident_ctas(self, operation: str, n: int, itemsize: int) -> int:
         """Of a multiprocessor, as many as its shared memory and its registers hold."""
         ctas = MULTIPROCESSOR_BYTES // (self.bytes(n, itemsize) + CTA_BYTES)
-        return min(ctas, ring_threads(operation, itemsize) // self.threads) * self.warps
+        return min(ctas, ring_threads(operation, itemsize) // self.threads)
 
 
 def ring_threads(operation: str, itemsize: int) -> int:
@@ -441,16 +445,15 @@ def ring_schedules(operation: str, n: int, itemsize: int, device: GPU) -> list[R
         return []
     found: dict[RingSchedule, None] = {}
     for ctas in _cluster_sizes(device):
-        for rounds, slots in ((1, 2), (2, 2), (1, 3)):
+        for rounds, slots in ((1, 2), (2, 2), (1, 3), (2, 1)):
             one = RingSchedule(-(-chunks // (ctas * rounds)), ctas, rounds, slots)
-            fits = one.bytes(n, itemsize) <= device.shared_bytes and one.warps <= MAX_RING_WARPS
-            if ctas * 2 <= chunks and fits and one.threads <= ring_threads(operation, itemsize):
-                keeping = [one._replace(kept_steps=steps) for steps in range(SUM_CHUNK // SUM_LANES, 0, -1)]
-                keeping = [one for one in keeping if one.bytes(n, itemsize) <= device.shared_bytes]
-                if operation == "softmax" and itemsize == 2:
-                    found |= dict.fromkeys(keeping[:1] + keeping[-1:])
-                else:
-                    found[one] = None
+            alike = [one]
+            if operation == "softmax" and itemsize == 2:
+                alike = [one._replace(kept_steps=steps) for steps in range(SUM_CHUNK // SUM_LANES, 0, -1)]
+            alike = [one for one in alike if one.bytes(n, itemsize) <= device.shared_bytes]
+            fits = one.warps <= MAX_RING_WARPS and one.threads <= ring_threads(operation, itemsize)
+            if ctas * 2 <= chunks and fits and (slots > 1 or ctas == 2):  # pairs leave no multiprocessor idle
+                found |= dict.fromkeys(alike[:1] + alike[-1:])
     return list(found)
 
 
@@ -461,20 +464,37 @@ def choose_ring_schedule(
     where a vector does.
 
     A chunk for each warp and the next row's on its way; the fewest CTAs of which a multiprocessor holds nearly as many
-    warps as of any, or the most where there are few rows.
+    warps with a chunk as of any. Of few rows, the most CTAs of which the GPU holds those of all rows at a time. If that
+    is none, and pairs of multiprocessors are not many more than rows: such a pair for each row, without a next one.
     """
     chunks = chunks_of(n)
     is_few = rows * chunks < 4 * device.multiprocessors
     if (is_few and chunks < 64) or (operation in SUMS and line_up):
         return None
     if operation == "softmax" and itemsize == 2 and line_up and chunks <= 8:
-        return None  # it computes exponentials twice; rows.cu keeps them
-    found = [one for one in ring_schedules(operation, n, itemsize, device) if (one.rounds, one.slots) == (1, 2)]
-    if not found:
+        return None  # of shorter rows, other kernels have more on their way
+    found: dict[tuple[int, int], RingSchedule] = {}  # by CTAs and slots
+    for one in ring_schedules(operation, n, itemsize, device):
+        if (one.rounds, one.slots) in ((1, 2), (2, 1)):
+            found.setdefault((one.ctas, one.slots), one)
+
+    def working(one: RingSchedule) -> float:
+        return one.resident_ctas(operation, n, itemsize) * chunks / one.ctas
+
+    def hold_all(one: RingSchedule) -> bool:
+        return rows * one.ctas <= device.multiprocessors * one.resident_ctas(operation, n, itemsize)
+
+    double = [one for one in found.values() if one.slots == 2]
+    if not double:
         return None
-    most = max(one.resident_warps(operation, n, itemsize) for one in found)
-    alike = [one for one in found if one.resident_warps(operation, n, itemsize) >= 0.85 * most]
-    return found[-1] if rows * alike[0].ctas < 4 * device.multiprocessors else alike[0]
+    most = max(map(working, double))
+    first = next(one for one in double if working(one) >= 0.85 * most)
+    if rows * first.ctas >= 2 * device.multiprocessors * first.resident_ctas(operation, n, itemsize):
+        return first
+    if (holding := next(filter(hold_all, reversed(double)), None)) is not None:
+        return holding
+    single = found.get((2, 1))
+    return single if single and device.multiprocessors < 4 * rows <= 2 * device.multiprocessors else double[-1]
 
 
 def teams(rows: int, resident: int) -> int:

@@ -21,7 +21,8 @@ static_assert(sizeof(RESULT) >= SIZE, "a vector of elements is 16 bytes at most"
 constexpr int STEPS = SUM_CHUNK / SUM_LANES;
 constexpr int SLOT = SUM_CHUNK * SIZE + 32;  // of a chunk that begins anywhere in a vector
 constexpr int VECTORS = SIZE / 2;
-constexpr int STEP_BYTES = WARP * 16;  // of a step's vectors
+constexpr int MOST_WARPS = 160;        // of a team
+constexpr int STEP_BYTES = WARP * 16;  // of what a warp keeps of a step beside its elements
 
 template <int OPERAND>
 __device__ __forceinline__ long long start_of_row(const Reduction& p, long long row) {
@@ -78,8 +79,8 @@ struct Team {
 // A chunk in shared memory. Positions count from a vector on, `phase` elements before the chunk's first one.
 struct Chunk {
     unsigned char* kept;
-    unsigned char* beside;  // where the other half of what is kept of 16-bit elements goes
-    int kept_steps;         // of which their exponentials are kept
+    unsigned char* beside;  // of 16-bit elements, where half of the exponentials are kept
+    int kept_steps;         // of which they are
     int number;
     int phase;
     int end;  // position of the row's end
@@ -129,7 +130,8 @@ struct Chunk {
         unsigned char* const to = kept + position(step, 0) * SIZE + i * (SUM_LANES * SIZE);
         if constexpr (SIZE == sizeof(A)) {
 #pragma unroll
-            for (int g = 0; g < GROUPS; g++) *reinterpret_cast<uint4*>(to + g * GROUP * SIZE) = as_vector(v + g * LENGTH);
+            for (int g = 0; g < GROUPS; g++)
+                *reinterpret_cast<uint4*>(to + g * GROUP * SIZE) = as_vector(v + g * LENGTH);
         } else if (step + i < kept_steps) {
             const uint4 first = as_vector(v);
             if constexpr (LENGTH * SIZE == 16) {
@@ -457,24 +459,47 @@ struct Row : Place {
     }
 };
 
-// The sum of the chunks' sums, `stride` values apart, in every thread.
-template <int STRIDE>
-__device__ __forceinline__ A sum_of_chunks(const A* sums, int chunks) {
-    if (chunks <= WARP) {
-        const int width = chunks > 1 ? 1 << (32 - __clz(chunks - 1)) : 1;
-        const int i = lane_id() & (width - 1);
-        A sum = i < chunks ? sums[i * STRIDE] : A(0);
-#pragma unroll 1
-        for (int mask = 1; mask < width; mask *= 2) sum += __shfl_xor_sync(~0u, sum, mask);
-        return sum;
-    }
-    Elements lane;
+// What the warps share of each chunk lies where the threads that add neighbours read side by side: a thread has `share`
+// neighbouring chunks, and its next one lies behind those of all threads.
+__device__ __forceinline__ int bits_of_share(int chunks) { return chunks <= WARP ? 0 : chunks <= 4 * WARP ? 2 : 3; }
+__device__ __forceinline__ int place_of_chunk(int chunk, int chunks) {
+    const int bits = bits_of_share(chunks);
+    return (chunk & ((1 << bits) - 1)) * WARP + (chunk >> bits);
+}
+
+// Of a row or a part of it, in every thread.
+struct Total {
+    A sum;
+    unsigned count;
+};
+__device__ __forceinline__ Total total_in(float sum) { return {sum, 0}; }
+__device__ __forceinline__ Total total_in(uint2 pair) { return {__uint_as_float(pair.x), pair.y}; }
+
+template <int SHARE, class V>
+__device__ __forceinline__ Total total_of_shares(const V* values, int chunks) {
+    A lane[SHARE];
+    unsigned count = 0;
 #pragma unroll
-    for (int j = 0; j < THREAD_LANES; j++) {
-        const int i = lane_id() * THREAD_LANES + j;
-        lane[j] = i < chunks ? sums[i * STRIDE] : A(0);
+    for (int j = 0; j < SHARE; j++) {
+        const bool is_chunk = lane_id() * SHARE + j < chunks;
+        const Total one = total_in(is_chunk ? values[j * WARP + lane_id()] : V{});
+        lane[j] = one.sum;
+        count += one.count;
     }
-    return sum_warp(fold_thread_lanes(lane));
+#pragma unroll
+    for (int width = SHARE / 2; width > 0; width /= 2) {
+#pragma unroll
+        for (int j = 0; j < width; j++) lane[j] = lane[2 * j] + lane[2 * j + 1];
+    }
+    return {sum_warp(lane[0]), __reduce_add_sync(~0u, count)};
+}
+template <class V>
+__device__ __forceinline__ Total total_of_chunks(const V* values, int chunks) {
+    switch (bits_of_share(chunks)) {
+        case 0: return total_of_shares<1>(values, chunks);
+        case 2: return total_of_shares<4>(values, chunks);
+        default: return total_of_shares<8>(values, chunks);
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------- sums
@@ -496,13 +521,13 @@ struct Mean {
             const auto one = [&](int position) { return c.read_one(position); };
             const auto first = [&](int step, Elements& v) { c.read(step, 0, v); };
             const A sum = c.sum(true, 0, elements, first, of_edge, one);
-            row.team.share(row.turn, c.number, __float_as_uint(sum));
+            row.team.share(row.turn, place_of_chunk(c.number, row.chunks), __float_as_uint(sum));
         });
         row.team.arrived(row.turn, row.chunks * 4);
     }
     __device__ __forceinline__ void middle(const Row& row) {}
     __device__ __forceinline__ void end(const Row& row, void* out) {
-        const A sum = sum_of_chunks<1>(row.team.meet<A>(row.turn), row.chunks);
+        const A sum = total_of_chunks(row.team.meet<A>(row.turn), row.chunks).sum;
         row.write_one(out, sum / static_cast<A>(row.p.divisor));
     }
 };
@@ -562,8 +587,9 @@ struct SoftmaxFamily {
     __device__ __forceinline__ void middle(const Row& row) {
         const int* const maxima = row.team.meet<int>(row.turn);
         int most_of_row = ordered(lowest<A>());
-#pragma unroll 1
-        for (int i = lane_id(); i < row.team.warps * row.team.ctas; i += WARP) most_of_row = max(most_of_row, maxima[i]);
+#pragma unroll
+        for (int i = lane_id(); i < MOST_WARPS; i += WARP)
+            if (i < row.team.warps * row.team.ctas) most_of_row = max(most_of_row, maxima[i]);
         maximum = from_ordered(__reduce_max_sync(~0u, most_of_row));
 
         const bool has_maximum = from_ordered(most_of_warp) == maximum;
@@ -638,19 +664,15 @@ struct SoftmaxFamily {
                     count += is_maximum;
                     return is_maximum ? A(0) : all;
                 });
-            row.team.share(row.turn + 1, c.number, make_uint2(__float_as_uint(sum), __reduce_add_sync(~0u, count)));
+            const uint2 pair = make_uint2(__float_as_uint(sum), __reduce_add_sync(~0u, count));
+            row.team.share(row.turn + 1, place_of_chunk(c.number, row.chunks), pair);
         });
         row.team.arrived(row.turn + 1, row.chunks * 8);
     }
 
     __device__ __forceinline__ void end(const Row& row, void* out) {
-        const A* const pairs = row.team.meet<A>(row.turn + 1);
-        const A sum = sum_of_chunks<2>(pairs, row.chunks);
-        unsigned count = 0;
-#pragma unroll 1
-        for (int i = lane_id(); i < row.chunks; i += WARP) count += __float_as_uint(pairs[2 * i + 1]);
-        count = __reduce_add_sync(~0u, count);
-        const A normaliser = softmax_normaliser(static_cast<A>(count), sum, FORM != Form::SOFTMAX);
+        const Total total = total_of_chunks(row.team.meet<uint2>(row.turn + 1), row.chunks);
+        const A normaliser = softmax_normaliser(static_cast<A>(total.count), total.sum, FORM != Form::SOFTMAX);
 
         if constexpr (FORM == Form::LOGSUMEXP) {
             const bool is_infinite = maximum - maximum != 0 && maximum == maximum;
@@ -735,8 +757,9 @@ using LogSumExp = SoftmaxFamily<Form::LOGSUMEXP>;
 
 // -------------------------------------------------------------------------------------------------------------- kernel
 
-// Dynamic shared memory: of every warp `slots` times `rounds` chunks, and what `kept_steps` of these are kept in; a barrier for each area of the exchange and of the
-// warps' slots; the areas. See RingSchedule in schedules.py. There are two slots at least.
+// Dynamic shared memory: of every warp `slots` times `rounds` chunks, and beside them what it keeps of `kept_steps`
+// steps of each chunk; a barrier for each area of the exchange and of the warps' slots; the areas. See RingSchedule in
+// schedules.py. There are two slots at least, or teams have one row.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     reduce_long_rows(const __grid_constant__ Reduction p, int slots, int rounds, int kept_steps, int ctas,
                      int area_bytes, void* out, const void* x) {
@@ -767,7 +790,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const auto place_of = [&](int index, int slot) {
         return Place(p, first + index * teams, x, index * OPERATION::EXCHANGES, own + slot * kept_bytes);
     };
-    const auto row_at = [&](const Place& place) { return Row(place, p, team, own + slots * kept_bytes, rounds, kept_steps, chunks); };
+    const auto row_at = [&](const Place& place) {
+        return Row(place, p, team, own + slots * kept_bytes, rounds, kept_steps, chunks);
+    };
     const int rows = first < p.rows ? static_cast<int>((p.rows - 1 - first) / teams) + 1 : 0;
     if (lane_id() == 0) {
         for (int i = 0; i < min(slots, rows); i++) row_at(place_of(i, i)).load(loaded + i * 8);

@@ -463,13 +463,11 @@ __device__ __forceinline__ bool round_as_quotients(const float (&e)[COUNT], floa
     return min(least & 0xFFFF, least >> 16) > 2 * REACH;
 }
 #endif
-
 #endif
 
 // v becomes numbers that round to R as the quotients of exponentials do, none of which is subnormal.
 template <int COUNT, class A, class R>
-__device__ __forceinline__ void divide_for(const A (&e)[COUNT], A (&v)[COUNT], A divisor, A reciprocal,
-                                           R* r) {
+__device__ __forceinline__ void divide_for(const A (&e)[COUNT], A (&v)[COUNT], A divisor, A reciprocal, R* r) {
 #if __CUDA_ARCH__ >= 800
     if constexpr (sizeof(R) == 2)
         if (round_as_quotients(e, v, reciprocal, r)) return;
