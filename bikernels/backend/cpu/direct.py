@@ -23,7 +23,7 @@ from ...contract import ACCUMULATE, ITEMSIZE, SUM_CHUNK, SUM_LANES
 from ...specs import ReductionSpec
 from .. import ReductionLaunch
 from . import threads, vectors
-from .compile import address_of, emitted, invoke, kernel
+from .compile import address_of, emitted, invoke
 from .elementary import NEAR, Real, emit_exp, emit_exp_near, emit_log, root
 from .formulas import RECIPROCAL_ROOT, ROOT, TOTAL, Formula, Sum, formula
 from .numerics import (
@@ -767,19 +767,29 @@ def _upper(accumulate: str) -> int:
     return address_of(upper, *[types.int64] * 3, name=f"upper {accumulate}")
 
 
-@kernel
-def _drive(rows, addresses, counter, function, static, scratch):  # type: ignore[no-untyped-def]
-    """Take groups of rows; `scratch` is this thread's own."""
-    t, of = pointer(rows, np.int64), pointer(addresses, np.int64)
+def _drive(call):  # type: ignore[no-untyped-def]
+    """Take groups of rows, by the numbers of a call; as many threads do that as there is scratch memory for."""
+    c = pointer(call, np.int64)
+    t = pointer(c[_ROWS], np.int64)
     g = Rows(t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], t[10], t[11])
+    thread = take(call + 8 * _THREADS)
+    if thread >= c[_MOST_THREADS]:
+        return
+    scratch = c[_SCRATCH] + thread * c[_SCRATCH_BYTES]
     starts = pointer(scratch, np.int64)
     while True:
-        group = take(counter)
+        group = take(call + 8 * _GROUPS)
         if group >= g.groups:
             return
         for operand in range(len(OPERANDS)):
-            starts[operand] = group_start(g, group, operand, of[operand])
-        invoke(function, (static, scratch, scratch + 64, group_rows(g, group)))
+            starts[operand] = group_start(g, group, operand, c[_ADDRESSES + operand])
+        invoke(c[_FUNCTION], (c[_NUMBERS_OF], scratch, scratch + 64, group_rows(g, group)))
+
+
+@functools.cache
+def _driver() -> int:
+    """The address of `_drive`."""
+    return address_of(_drive, types.int64)
 
 
 def prepare(spec: ReductionSpec, plan: Formula | None) -> ReductionLaunch | None:
@@ -841,37 +851,33 @@ def prepare(spec: ReductionSpec, plan: Formula | None) -> ReductionLaunch | None
     static[_UPPER] = _upper(accumulate) if g.chunks > 1 and not across else 0
     passes = _SOFTMAX_PASSES if plan is None else len(plan.sums) + (plan.element is not None)
     cost = g.groups * g.width * max(g.n, 1) * _NANOSECONDS_PER_PASS * passes
-    cost = cost if cost > _ALONE else 0.0
     room = 0 if across else 8 * g.chunks + (g.n * ITEMSIZE[accumulate] if kind.keeps else 0)
     numbers_of_rows = np.array(g, np.int64)
-    function, groups = _function(kind), g.groups
-    indices = [1 + OPERANDS.index(name) for name in present]
+    driver, function, groups = _driver(), _function(kind), g.groups
+    indices = [_ADDRESSES + OPERANDS.index(name) for name in present]
     tables = (dimensions, places, static, numbers_of_rows)
-    fixed = (numbers_of_rows.ctypes.data, static.ctypes.data)
+    rows, numbers = numbers_of_rows.ctypes.data, static.ctypes.data
+    room = -(-(_SPARE + room) // _LINE) * _LINE
 
     def launch(stream: int, *given: int, keep: object = tables) -> None:  # the kernel reads the tables
-        table = _Table()
+        most = threads.threads_for(groups, cost)
+        call = _Call(0, 0, most, function, numbers, rows, threads.scratch(most * room), room)
         for index, address in zip(indices, given, strict=True):
-            table[index] = address
-        counter = ctypes.addressof(table)
-        rows, numbers = fixed
-
-        def work() -> None:
-            _drive(rows, counter + 8, counter, function, numbers, threads.scratch(_SPARE + room))
-
-        threads.run(work, groups, cost)
+            call[index] = address
+        threads.run_compiled(driver, ctypes.addressof(call), most, cost)
 
     return launch
 
 
-_Table = ctypes.c_int64 * (1 + len(OPERANDS))
-"""Of a call: the counter of the groups that are taken, and the operands' addresses."""
+_GROUPS, _THREADS, _MOST_THREADS, _FUNCTION, _NUMBERS_OF, _ROWS, _SCRATCH, _SCRATCH_BYTES, _ADDRESSES = range(9)
+"""The numbers of a call: counters of groups that are taken and of threads that have come; how many threads may; the
+addresses of the function, of the static numbers and of the rows'; of scratch memory, and the bytes for each thread; and
+those of the operands."""
+
+_Call = ctypes.c_int64 * (_ADDRESSES + len(OPERANDS))
 
 _SPARE = 256
 """Bytes of a thread's memory for addresses, and between what lies there."""
 
 _NANOSECONDS_PER_PASS, _SOFTMAX_PASSES = 0.1, 8
 """A rough cost of an element, by which `threads.run` judges whether another thread pays."""
-
-_ALONE = 250_000.0
-"""Nanoseconds below which one thread is done before a second one, asleep and in want of the GIL, has helped."""

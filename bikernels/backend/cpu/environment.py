@@ -12,10 +12,11 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 
 from .compile import kernel, primitive
 
-_DEFAULT = 0x1F80
+DEFAULT = 0x1F80
 """MXCSR after a reset: exceptions masked, round to nearest, no flush to zero, subnormal operands kept."""
 
 
@@ -23,10 +24,14 @@ _HAS_MXCSR = platform.machine() in ("x86_64", "AMD64")
 
 
 @primitive
-def _exchange(typing_context: Any, value: Any) -> Any:
+def exchange(typing_context: Any, value: Any) -> Any:
+    """Set the register (a default of 0 where there is none); what it was before."""
+
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        if not _HAS_MXCSR:
+            return values[0]
         word = ir.IntType(32)
-        place = builder.alloca(word)
+        place = cgutils.alloca_once(builder, word)
         address = builder.bitcast(place, ir.IntType(8).as_pointer())
         access = ir.FunctionType(ir.VoidType(), [address.type])
         builder.call(builder.module.declare_intrinsic("llvm.x86.sse.stmxcsr", fnty=access), [address])
@@ -40,7 +45,7 @@ def _exchange(typing_context: Any, value: Any) -> Any:
 
 @kernel
 def _set_mxcsr(value):  # type: ignore[no-untyped-def]
-    return _exchange(value)
+    return exchange(value)
 
 
 def in_default_environment(work: Callable[[], None]) -> None:
@@ -48,7 +53,7 @@ def in_default_environment(work: Callable[[], None]) -> None:
     if not _HAS_MXCSR:
         work()
         return
-    before = _set_mxcsr(_DEFAULT)
+    before = _set_mxcsr(DEFAULT)
     try:
         work()
     finally:

@@ -1,4 +1,7 @@
-"""A pool of Python threads for kernels that run without the GIL.
+"""In which threads kernels run: `run` takes a function of Python, `run_compiled` a compiled one.
+
+The former has a pool of Python threads, the latter one of native threads (`pool.py`), which wake up in a fraction of
+the time; where there are none, or another call has them, it makes do with the former's.
 
 Numba's own threading layers are not used: OpenMP does not survive a fork, workqueue aborts when two threads call it,
 TBB is not everywhere. Here every thread that works on a call runs the same function, which takes pieces of the work
@@ -8,6 +11,7 @@ pool that has not begun, and any number of threads may call at once. How the pie
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import os
@@ -18,6 +22,7 @@ from collections.abc import Callable
 import numba
 from numba.np.ufunc import parallel
 
+from . import pool
 from .environment import in_default_environment
 
 
@@ -111,12 +116,15 @@ class _Pool:
             del job  # holds the caller's arrays
 
 
-_pool = _Pool()
+_pool, _native_pool = _Pool(), pool.Pool()
 
 
 def _reset() -> None:
-    global _pool
-    _pool = _Pool()
+    global _pool, _native_pool
+    _pool, _native_pool = _Pool(), pool.Pool()
+
+
+atexit.register(lambda: _native_pool.stop())  # that of the day
 
 
 if hasattr(os, "register_at_fork"):
@@ -140,6 +148,31 @@ def run(work: Callable[[], None], pieces: int, cost: float) -> None:
         in_default_environment(work)
 
 
+def threads_for(pieces: int, cost: float) -> int:
+    """The most threads in which `run_compiled` runs a job."""
+    threads = min(pieces, int(cost // _WORTH_A_NATIVE_THREAD) + 1)
+    return min(threads, limit()) if threads > 1 else threads
+
+
+def run_compiled(work: int, argument: int, threads: int, cost: float) -> None:
+    """As `run`: work(argument) is called, given the address of a compiled function of an int64, in up to so many threads.
+
+    Args:
+        work: called in each thread, and perhaps once more in one of them, when nothing is left to take.
+        argument: an address, most likely.
+        threads: what `threads_for` has said.
+        cost: what it was told.
+    """
+    if threads > 1:
+        helpers = _native_pool.start(threads - 1)
+        if helpers and _native_pool.run(helpers, work, argument):
+            return
+        if cost >= _WORTH_PYTHON_THREADS:
+            _pool.run(functools.partial(pool.alone, work, argument), threads)
+            return
+    pool.alone(work, argument)
+
+
 class _Scratch(threading.local):
     memory = bytearray()
     address = 0
@@ -156,8 +189,11 @@ def scratch(size: int) -> int:
     return _scratch.address
 
 
-_WORTH_A_THREAD = 30_000.0
+_WORTH_A_THREAD, _WORTH_A_NATIVE_THREAD = 30_000.0, 15_000.0
 """Nanoseconds of work below which waking another thread costs more than it saves."""
+
+_WORTH_PYTHON_THREADS = 250_000.0
+"""Nanoseconds of work on rows in place that one thread does before a second one, of Python, has helped."""
 
 FEW = 4
 """Pieces per thread below which a job is better cut into smaller ones."""
