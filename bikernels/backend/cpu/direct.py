@@ -285,7 +285,53 @@ class _AlongRows(_Code):
                 self.sums(bases, self.plan)
             return [b.add(start, step) for start, step in zip(starts, steps, strict=True)]
 
-        vectors.for_range(b, I64(0), self.rows, 1, [self.start(name) for name in names], row)
+        starts, first = [self.start(name) for name in names], I64(0)
+        if self.plan is not None and self.plan.element is None and len(self.plan.sums) == 1:
+            (one,) = self.plan.sums
+            if one.term is None:
+                first, starts = self.short_rows(one, names, starts, steps)
+        vectors.for_range(b, first, self.rows, 1, starts, row)
+
+    def short_rows(self, one: Sum, names: list[str], starts: list[Any], steps: list[Any]) -> tuple[Any, list[Any]]:
+        """Sum rows of one chunk and whole rounds, as many at a time as a vector has elements; where to go on.
+
+        The last folds and what the sum ends in are then the same instructions for all of them.
+        """
+        b, pairs = self.builder, self.in_pairs(*one.reads)
+        reads, level = names.index("x"), 0
+        is_short = b.icmp_signed("==", b.and_(self.n, I64(SUM_LANES - 1)), I64(0))
+        is_short = b.and_(is_short, b.icmp_unsigned("<=", b.sub(self.n, I64(1)), I64(SUM_CHUNK - 1)))
+        done = b.select(is_short, b.and_(self.rows, I64(-self.count)), I64(0))
+
+        def row(i: Any, carried: list[Any]) -> list[Any]:
+            nonlocal level
+            (x,) = carried
+
+            def terms(i: Any, number: int, pairs: bool, carried: list[Any]) -> list[Any]:
+                return self.read("x", self.at({"x": x}, i)["x"], number, pairs)
+
+            def fetch(i: Any) -> None:
+                self.prefetch(("x",), self.at({"x": x}, i), _VECTORS)
+
+            part, level = self._whole_lanes(terms, pairs, _VECTORS, fetch, I64(0), self.n)
+            vectors.store(b, part, b.add(self.folded, b.mul(i, I64(VECTOR_BYTES))))
+            return [b.add(x, steps[reads])]
+
+        def block(_: Any, starts: list[Any]) -> list[Any]:
+            vectors.for_range(b, I64(0), I64(self.count), 1, [starts[reads]], row)
+            parts = [vectors.load(b, self.folded, i * VECTOR_BYTES, self.vector) for i in range(self.count)]
+            total = b.fadd(fold(b, parts, level), vectors.constant(self.vector, 0.0))
+            bits = from_accumulate(b, str(self.dtype("out")), self.end(one, 0, total))
+            out, step = starts[names.index("out")], steps[names.index("out")]
+            places = range(self.count.bit_length() - 1)
+            for i in range(self.count):  # the bits of a row's number say where each merge has put it
+                place = sum((i >> bit & 1) << (level + bit) % len(places) for bit in places)
+                element = b.extract_element(bits, I32(place))
+                b.store(element, vectors.place(b, out, 0, element.type), align=self.itemsize("out"))
+                out = b.add(out, step)
+            return [b.add(start, b.mul(step, I64(self.count))) for start, step in zip(starts, steps, strict=True)]
+
+        return done, vectors.for_range(b, I64(0), done, self.count, starts, block)
 
     def sums(self, bases: dict[str, Any], plan: Formula) -> None:
         scalars: list[Any] = []
@@ -293,11 +339,12 @@ class _AlongRows(_Code):
             pairs = self.in_pairs(*one.reads)
 
             def terms(i: Any, number: int, pairs: bool, carried: list[Any], one: Sum = one) -> list[Any]:
-                if number > 1:
-                    self.prefetch(one.reads, self.at(bases, i), number)
                 return self.evaluate(one.term, one.reads, self.at(bases, i), number, pairs, scalars)
 
-            total, _ = self.sum(terms, pairs, [], _VECTORS)
+            def fetch(i: Any, one: Sum = one) -> None:
+                self.prefetch(one.reads, self.at(bases, i), _VECTORS)
+
+            total, _ = self.sum(terms, pairs, [], _VECTORS, fetch, one.term is None)
             scalars.append(self.end(one, place, total))
             if name and self.dtype(name):
                 self.write(name, bases[name], [scalars[-1]], False)
@@ -309,7 +356,7 @@ class _AlongRows(_Code):
             self.write_row(bases["out"], results, self.in_pairs("out", *plan.reads))
 
     def prefetch(self, reads: tuple[str, ...], where: dict[str, Any], number: int) -> None:
-        """Fetch what will be read soon: a group of lanes jumps from line to line, which the processor foresees late."""
+        """Fetch what will be read soon."""
         b = self.builder
         for name in reads:
             if not self.spread(name):
@@ -337,14 +384,39 @@ class _AlongRows(_Code):
         vectors.for_range(b, whole, self.n, 1, [], writer(0, False))
 
     def sum(
-        self, terms: Callable[..., list[Any]], pairs: bool, carried: list[Any], group: int
+        self,
+        terms: Callable[..., list[Any]],
+        pairs: bool,
+        carried: list[Any],
+        group: int,
+        fetch: Callable[[Any], None] | None = None,
+        short: bool = False,
     ) -> tuple[Any, list[Any]]:
-        """The tree's sum of terms(i, number, pairs, carried), which may change the carried values in their list."""
+        """The tree's sum of terms(i, number, pairs, carried), which may change the carried values in their list.
+
+        A group of lanes jumps from line to line, which the processor foresees late: before each jump, `fetch` is given
+        a place in the row that runs from one end to the other. `short` terms, which carry nothing, are worth a second
+        loop for chunks of whole rounds.
+        """
         b = self.builder
 
         def chunk(first: Any, carried: list[Any]) -> list[Any]:
             length = vectors.minimum(b, b.sub(self.n, first), I64(SUM_CHUNK))
-            total, carried = self._chunk(terms, pairs, carried, group, first, length)
+
+            def any_chunk() -> list[Any]:
+                total, values = self._chunk(terms, pairs, carried, group, fetch, first, length)
+                return [total, *values]
+
+            if short:
+                is_whole = b.icmp_signed("==", b.and_(length, I64(SUM_LANES - 1)), I64(0))
+                is_whole = b.and_(is_whole, b.icmp_signed(">", length, I64(0)))
+
+                def whole_chunk() -> list[Any]:
+                    return [self._whole_chunk(terms, pairs, group, fetch, first, length)]
+
+                (total,) = vectors.either(b, is_whole, whole_chunk, any_chunk)
+            else:
+                total, *carried = any_chunk()
             b.store(total, vectors.place(b, self._sums(first), 0, self.real))
             return carried
 
@@ -364,7 +436,14 @@ class _AlongRows(_Code):
         return b.add(self.scratch, b.mul(b.sdiv(first, I64(SUM_CHUNK)), I64(self.size)))
 
     def _chunk(
-        self, terms: Callable[..., list[Any]], pairs: bool, carried: list[Any], group: int, first: Any, length: Any
+        self,
+        terms: Callable[..., list[Any]],
+        pairs: bool,
+        carried: list[Any],
+        group: int,
+        fetch: Callable[[Any], None] | None,
+        first: Any,
+        length: Any,
     ) -> tuple[Any, list[Any]]:
         b, lanes = self.builder, group * self.count
         groups = SUM_LANES // lanes
@@ -397,8 +476,12 @@ class _AlongRows(_Code):
             is_whole = b.icmp_signed("<=", b.add(lane, I64(lanes)), over)
             start = b.add(first, lane)
 
+            in_order = b.add(first, b.mul(lane, rounds))
+
             def add(i: Any, values: list[Any]) -> list[Any]:
                 sums, carried = values[:group], values[group:]
+                if fetch is not None:
+                    fetch(b.add(in_order, b.sdiv(b.sub(i, start), I64(groups))))
                 new = terms(i, group, pairs, carried)
                 return [b.fadd(old, term) for old, term in zip(sums, new, strict=True)] + carried
 
@@ -430,6 +513,37 @@ class _AlongRows(_Code):
                 parts.append(total)
         levels = (group // 2 if pairs else group).bit_length() - 1
         return b.extract_element(fold(b, parts, levels, whole=True), I32(0)), carried
+
+    def _whole_chunk(
+        self, terms: Callable[..., list[Any]], pairs: bool, group: int, fetch: Any, first: Any, length: Any
+    ) -> Any:
+        """`_chunk` of whole rounds. Lanes start at their first term; a sum of zeros is made +0 at the end instead."""
+        part, level = self._whole_lanes(terms, pairs, group, fetch, first, length)
+        total = self.builder.extract_element(fold(self.builder, [part], level, whole=True), I32(0))
+        return self.builder.fadd(total, ir.Constant(self.real, 0.0))
+
+    def _whole_lanes(
+        self, terms: Callable[..., list[Any]], pairs: bool, group: int, fetch: Any, first: Any, length: Any
+    ) -> tuple[Any, int]:
+        """The lanes folded into one vector, and the level of its next fold."""
+        b, lanes = self.builder, group * self.count
+        rounds, end, parts = b.sdiv(length, I64(SUM_LANES)), b.add(first, length), []
+        for lane in range(0, SUM_LANES, lanes):
+            start = b.add(first, I64(lane))
+            in_order = b.add(first, b.mul(rounds, I64(lane)))
+
+            def add(i: Any, sums: list[Any], start: Any = start, in_order: Any = in_order) -> list[Any]:
+                fetch(b.add(in_order, b.sdiv(b.sub(i, start), I64(SUM_LANES // lanes))))
+                new = terms(i, group, pairs, [])
+                return [b.fadd(old, term) for old, term in zip(sums, new, strict=True)]
+
+            fetch(in_order)
+            sums = vectors.for_range(
+                b, b.add(start, I64(SUM_LANES)), end, SUM_LANES, terms(start, group, pairs, []), add
+            )
+            parts.append(fold(b, sums, 0, pairs))
+        levels = (group // 2 if pairs else group).bit_length() - 1
+        return fold(b, parts, levels), levels + len(parts).bit_length() - 1
 
     def _plain(self, address: Any, number: int, pairs: bool) -> list[Any]:
         """Vectors of the accumulate dtype, in the order of `read`."""
@@ -856,12 +970,12 @@ def prepare(spec: ReductionSpec, plan: Formula | None) -> ReductionLaunch | None
     driver, function, groups = _driver(), _function(kind), g.groups
     indices = [_ADDRESSES + OPERANDS.index(name) for name in present]
     tables = (dimensions, places, static, numbers_of_rows)
-    rows, numbers = numbers_of_rows.ctypes.data, static.ctypes.data
+    row_table, static_table = numbers_of_rows.ctypes.data, static.ctypes.data
     room = -(-(_SPARE + room) // _LINE) * _LINE
 
     def launch(stream: int, *given: int, keep: object = tables) -> None:  # the kernel reads the tables
         most = threads.threads_for(groups, cost)
-        call = _Call(0, 0, most, function, numbers, rows, threads.scratch(most * room), room)
+        call = _Call(0, 0, most, function, static_table, row_table, threads.scratch(most * room), room)
         for index, address in zip(indices, given, strict=True):
             call[index] = address
         threads.run_compiled(driver, ctypes.addressof(call), most, cost)

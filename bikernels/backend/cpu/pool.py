@@ -22,6 +22,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
+from . import vectors
 from .compile import address_of, inner, invoke, primitive
 from .environment import DEFAULT, exchange
 from .numerics import pointer
@@ -86,11 +87,10 @@ def _pause(typing_context: Any) -> Any:
     """Tell the processor that this is a loop that waits."""
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        triple = str(builder.module.triple)
-        if triple.startswith(("x86_64", "i686")):
+        if vectors.is_x86(builder):
             kind = ir.FunctionType(ir.VoidType(), [])
             builder.call(builder.module.declare_intrinsic("llvm.x86.sse2.pause", fnty=kind), [])
-        elif triple.startswith(("aarch64", "arm64")):
+        elif str(builder.module.triple).startswith(("aarch64", "arm64")):
             builder.asm(ir.FunctionType(ir.VoidType(), []), "isb", "~{memory}", [], side_effect=True)
         return context.get_dummy_value()
 

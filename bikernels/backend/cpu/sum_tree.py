@@ -80,10 +80,13 @@ def fold(builder: Any, parts: list[Any], level: int, pairs: bool = False, whole:
     while len(parts) > 1:
         bit = 1 << level % bits
         own = [place + (count if place & bit else 0) for place in range(count)]
-        other = [(place ^ bit) + (count if place & bit else 0) for place in range(count)]
-        parts = [
-            builder.fadd(shuffle(a, b, own), shuffle(a, b, other)) for a, b in zip(parts[::2], parts[1::2], strict=True)
-        ]
+        opposite = [place + (0 if place & bit else count) for place in range(count)]
+        swapped = [place ^ bit for place in range(count)]
+        merged = []
+        for a, b in zip(parts[::2], parts[1::2], strict=True):
+            other = vectors.opaque(builder, shuffle(a, b, opposite))
+            merged.append(builder.fadd(shuffle(a, b, own), shuffle(other, other, swapped)))
+        parts = merged
         level += 1
     (total,) = parts
     for _ in range(bits if whole else 0):

@@ -155,11 +155,11 @@ def threads_for(pieces: int, cost: float) -> int:
 
 
 def run_compiled(work: int, argument: int, threads: int, cost: float) -> None:
-    """As `run`: work(argument) is called, given the address of a compiled function of an int64, in up to so many threads.
+    """Run work(argument), a compiled function of an int64 by its address, in up to so many threads at a time.
 
     Args:
-        work: called in each thread, and perhaps once more in one of them, when nothing is left to take.
-        argument: an address, most likely.
+        work: called once in each thread that comes, which may be more when the first have already left.
+        argument: what it is given.
         threads: what `threads_for` has said.
         cost: what it was told.
     """

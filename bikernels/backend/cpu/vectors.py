@@ -142,6 +142,18 @@ def memory(builder: Any, size: int) -> Any:
         return builder.ptrtoint(place, I64)
 
 
+def is_x86(builder: Any) -> bool:
+    """Whether instructions of x86 are emitted."""
+    return str(builder.module.triple).startswith(("x86_64", "i686"))
+
+
+def opaque(builder: Any, value: Any) -> Any:
+    """The vector of floats itself, of which LLVM does not know that on x86: it would make slow horizontal additions."""
+    if not is_x86(builder):
+        return value
+    return builder.asm(ir.FunctionType(value.type, [value.type]), "", "=x,0", [value], side_effect=False)
+
+
 def maximum(builder: Any, x: Any, y: Any) -> Any:
     """The larger of signed integers."""
     return builder.select(builder.icmp_signed(">", x, y), x, y)
