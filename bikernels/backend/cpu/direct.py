@@ -286,18 +286,22 @@ class _AlongRows(_Code):
             return [b.add(start, step) for start, step in zip(starts, steps, strict=True)]
 
         starts, first = [self.start(name) for name in names], I64(0)
-        if self.plan is not None and self.plan.element is None and len(self.plan.sums) == 1:
-            (one,) = self.plan.sums
-            if one.term is None:
-                first, starts = self.short_rows(one, names, starts, steps)
+        if self.is_short():
+            first, starts = self.short_rows(names, starts, steps)
         vectors.for_range(b, first, self.rows, 1, starts, row)
 
-    def short_rows(self, one: Sum, names: list[str], starts: list[Any], steps: list[Any]) -> tuple[Any, list[Any]]:
+    def is_short(self) -> bool:
+        """Whether a plan is so little code, the sum of x, that it is written again for chunks of whole rounds."""
+        is_sum = self.plan is not None and self.plan.element is None and [one.term for one in self.plan.sums] == [None]
+        return is_sum and self.dtype("x") in ("bfloat16", "float32")
+
+    def short_rows(self, names: list[str], starts: list[Any], steps: list[Any]) -> tuple[Any, list[Any]]:
         """Sum rows of one chunk and whole rounds, as many at a time as a vector has elements; where to go on.
 
         The last folds and what the sum ends in are then the same instructions for all of them.
         """
-        b, pairs = self.builder, self.in_pairs(*one.reads)
+        assert self.plan is not None
+        b, (one,), pairs = self.builder, self.plan.sums, self.in_pairs("x")
         reads, level = names.index("x"), 0
         is_short = b.icmp_signed("==", b.and_(self.n, I64(SUM_LANES - 1)), I64(0))
         is_short = b.and_(is_short, b.icmp_unsigned("<=", b.sub(self.n, I64(1)), I64(SUM_CHUNK - 1)))
@@ -344,7 +348,7 @@ class _AlongRows(_Code):
             def fetch(i: Any, one: Sum = one) -> None:
                 self.prefetch(one.reads, self.at(bases, i), _VECTORS)
 
-            total, _ = self.sum(terms, pairs, [], _VECTORS, fetch, one.term is None)
+            total, _ = self.sum(terms, pairs, [], _VECTORS, fetch)
             scalars.append(self.end(one, place, total))
             if name and self.dtype(name):
                 self.write(name, bases[name], [scalars[-1]], False)
@@ -390,21 +394,20 @@ class _AlongRows(_Code):
         carried: list[Any],
         group: int,
         fetch: Callable[[Any], None] | None = None,
-        short: bool = False,
     ) -> tuple[Any, list[Any]]:
         """The tree's sum of terms(i, number, pairs, carried), which may change the carried values in their list.
 
         A group of lanes jumps from line to line, which the processor foresees late: before each jump, `fetch` is given
-        a place in the row that runs from one end to the other. `short` terms, which carry nothing, are worth a second
-        loop for chunks of whole rounds.
+        a place in the row that runs from one end to the other.
         """
-        b = self.builder
+        b, short = self.builder, self.is_short()
 
         def chunk(first: Any, carried: list[Any]) -> list[Any]:
             length = vectors.minimum(b, b.sub(self.n, first), I64(SUM_CHUNK))
 
             def any_chunk() -> list[Any]:
-                total, values = self._chunk(terms, pairs, carried, group, fetch, first, length)
+                loop = short or self.plan is None  # so as to have less code
+                total, values = self._chunk(terms, pairs, carried, group, fetch, loop, first, length)
                 return [total, *values]
 
             if short:
@@ -442,6 +445,7 @@ class _AlongRows(_Code):
         carried: list[Any],
         group: int,
         fetch: Callable[[Any], None] | None,
+        loop: bool,
         first: Any,
         length: Any,
     ) -> tuple[Any, list[Any]]:
@@ -497,7 +501,7 @@ class _AlongRows(_Code):
             return fold(b, values[:group], 0, pairs), values[group:]
 
         parts = []
-        if self.plan is None:  # whose terms are long
+        if loop:
 
             def one_group(lane: Any, carried: list[Any]) -> list[Any]:
                 total, carried = sum_group(lane, carried)
