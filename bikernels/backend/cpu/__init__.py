@@ -5,7 +5,8 @@ rows; `softmax.py` and `sums.py` are the reductions, the latter by the formulas 
 `rows.py` and the sums of `sum_tree.py`; `direct.py` has the same for rows that need not be moved, which is most of
 them; `elementwise.py` applies the functions of `functions.py`.
 `convert.py` reads and writes operands of every dtype; `numerics.py`, `elementary.py` and `vectors.py` have the
-operations all of them are made of; `compile.py` says how they are compiled and `threads.py` in which threads they run.
+operations all of them are made of; `compile.py` says how they are compiled and `threads.py` in which threads they run,
+those of `pool.py` among them.
 """
 
 from __future__ import annotations

@@ -43,7 +43,8 @@ _HELPER, _STOP, _OPEN, _CALL = 1, 1 << 14, 1 << 15, 1 << 16
 """Of the state: what each adds."""
 
 _LOOKS = 2500
-"""How often a thread looks for what it waits for before it sleeps: some tens of microseconds."""
+"""How often a thread looks for what it waits for before it sleeps: for tens of microseconds, as long as Python takes
+from one call to the next."""
 
 
 # ------------------------------------------------------------------------------------------------------- compiled code

@@ -29,16 +29,20 @@ from .environment import in_default_environment
 def limit() -> int:
     """The most threads a call may use.
 
-    It is the least of NUMBA_NUM_THREADS, numba.set_num_threads, OMP_NUM_THREADS and the CPUs this process may run on.
+    It is the least of NUMBA_NUM_THREADS, numba.set_num_threads, OMP_NUM_THREADS (as the process found it) and the CPUs
+    this process may run on.
     """
     limits: list[int] = [numba.config.NUMBA_NUM_THREADS]  # type: ignore[attr-defined]
     if parallel._is_initialized:  # asking before somebody has set it would start Numba's threading layer
         limits.append(parallel.get_num_threads())
-    openmp = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if openmp.isdecimal() and int(openmp) > 0:
-        limits.append(int(openmp))
+    if _OPENMP.isdecimal() and int(_OPENMP) > 0:
+        limits.append(int(_OPENMP))
     limits.append(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     return min(limits)
+
+
+_OPENMP = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+"""Read once: a call should not wait for a look at the environment."""
 
 
 class _Job:
