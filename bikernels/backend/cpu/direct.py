@@ -57,7 +57,7 @@ _KEPT = 1 << 18
 _AT_A_TIME = 1 << 15
 """Elements of the rows that a thread takes at a time, where taking one would cost as much as computing it."""
 
-_AHEAD, _LINE = 4096, 64
+_AHEAD, _LINE = 8192, 64
 """Bytes: how far ahead elements are fetched, and of a cache line."""
 
 _LEAST, _FEW_ROWS, _MOST_ACROSS = 48, 256, 1 << 19
