@@ -57,7 +57,9 @@ def test_helpers_come_and_have_left(two: pool.Pool, meet: int, pause: float) -> 
         time.sleep(pause)
         call = numbers(1 + helpers)
         assert two.run(helpers, meet, call.ctypes.data)
-        assert call[ARRIVED] == call[LEFT] == 1 + helpers
+        assert call[ARRIVED] == call[LEFT]
+        # When one helper has left, the other may come in its place.
+        assert 1 + helpers <= call[ARRIVED] <= (3 if helpers else 1)
 
 
 def test_a_pool_that_is_taken_says_so(two: pool.Pool, meet: int) -> None:
