@@ -148,7 +148,7 @@ def is_x86(builder: Any) -> bool:
 
 
 def opaque(builder: Any, value: Any) -> Any:
-    """The vector of floats itself, of which LLVM does not know that on x86: it would make slow horizontal additions."""
+    """The vector of floats itself, of which LLVM does not know that on x86: it would make horizontal additions."""
     if not is_x86(builder):
         return value
     return builder.asm(ir.FunctionType(value.type, [value.type]), "", "=x,0", [value], side_effect=False)
