@@ -179,13 +179,13 @@ CALLS: dict[str, Callable[[torch.Tensor], object]] = {
 def test_what_runs(name: str, device: str) -> None:
     """Without gradients, when PyTorch prefers fused kernels: covered products, and none of the list.
 
-    A linear is then a kernel of the mode by itself.
+    A linear is then a kernel of the mode by itself, and so is attention of few queries on a GPU.
     """
     x = torch.randn(3, 5, 8, device=device)
     with torch.no_grad(), set_batch_invariant_mode(), torch.profiler.profile() as profile:
         CALLS[name](x)
     ran = {event.key.removeprefix("aten::") for event in profile.key_averages()}
-    assert ran & {"mm", "bmm", "addmm", "mv", "dot", "vdot", *BELOW_AUTOGRAD}
+    assert ran & {"mm", "bmm", "addmm", "mv", "dot", "vdot", "attention", *BELOW_AUTOGRAD}
     assert not ran & {operator for operator, why in LEFT_TO_PYTORCH.items() if why == "by name only"}
 
 

@@ -18,7 +18,7 @@ import numba
 from llvmlite import ir
 from numba import types
 from numba.core import sigutils
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
@@ -38,12 +38,34 @@ def _fingerprint() -> str:
 _FINGERPRINT = _fingerprint()
 
 
+class _Files(IndexDataCacheFile):
+    """A file for each key, which its name tells, without Numba's index of numbered files.
+
+    Where two processes add to an index at once, both may give the same number to different keys: the one's code is then
+    found under the other's key, and a function computes what another should.
+    """
+
+    def save(self, key: Any, data: Any) -> None:
+        self._save_data(self._name(key), data)
+
+    def load(self, key: Any) -> Any:
+        try:
+            return self._load_data(self._name(key))
+        except OSError:
+            return None
+
+    def _name(self, key: Any) -> str:
+        digest = hashlib.sha256(repr((self._version, self._source_stamp, key)).encode()).hexdigest()
+        return f"{self._index_name.removesuffix('.nbi')}.{digest[:32]}.nbc"
+
+
 class _Cache(FunctionCache):
     """With `name`, which then says what is compiled: a function's own closure has another pickle in every process."""
 
     def __init__(self, function: Callable[..., Any], name: str) -> None:
         super().__init__(function)
         self._named = name
+        self._cache_file = _Files(self._cache_path, self._impl.filename_base, self._impl.locator.get_source_stamp())
 
     def _index_key(self, signature: Any, codegen: Any) -> Any:
         if self._named:
