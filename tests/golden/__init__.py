@@ -1,4 +1,4 @@
-"""Golden cases: inputs and the bytes that an H200 gave for them, in one file that `record.py` writes."""
+"""Golden cases: inputs and the bytes that a Hopper GPU gave for them, in one file that `record.py` writes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bikernels.dtypes import NUMPY_DTYPE
 
 from ..cases import Case
 
-GOLDEN = Path(__file__).with_name("h200.npz")
+GOLDEN = Path(__file__).with_name("hopper.npz")
 
 
 def save(path: Path, results: dict[str, tuple[Case, np.ndarray]], machine: dict[str, str]) -> None:
