@@ -1,4 +1,4 @@
-"""Results recorded on a Hopper GPU (`golden/record.py`): the reference and every backend must still give these bytes."""
+"""Results recorded on a Hopper GPU (`golden/record.py`): the reference and every backend still give these bytes."""
 
 from __future__ import annotations
 
