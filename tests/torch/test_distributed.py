@@ -33,7 +33,7 @@ class Model(torch.nn.Module):
         return torch.log_softmax(self.down(hidden), -1)
 
 
-def in_parts(rank: int, folder: str) -> None:
+def in_parts(rank: int, folder: str, kind: str) -> None:
     """One of the processes; an assertion that fails is raised in the parent."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -42,12 +42,16 @@ def in_parts(rank: int, folder: str) -> None:
 
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(str(Path(folder) / "store"), PROCESSES)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES)
+    device = torch.device(kind, rank if kind == "cuda" else None)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    backend = {"cpu": "gloo", "cuda": "nccl"}[kind]
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=PROCESSES)
     try:
-        mesh = init_device_mesh("cpu", (PROCESSES,))
+        mesh = init_device_mesh(kind, (PROCESSES,))
         torch.manual_seed(0)
-        model, x = Model(), torch.randn(ROWS, WIDTH)
-        w = torch.randn(WIDTH, HIDDEN)
+        model, x = Model().to(device), torch.randn(ROWS, WIDTH).to(device)
+        w = torch.randn(WIDTH, HIDDEN).to(device)
         with torch.no_grad(), set_batch_invariant_mode():
             whole = model(x)
 
@@ -75,5 +79,8 @@ def in_parts(rank: int, folder: str) -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_in_parts(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(in_parts, (str(tmp_path),), PROCESSES)
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_in_parts(tmp_path: Path, kind: str) -> None:
+    if kind == "cuda" and torch.cuda.device_count() < PROCESSES:
+        pytest.skip("a process has a GPU of its own, and there are fewer")
+    torch.multiprocessing.spawn(in_parts, (str(tmp_path), kind), PROCESSES)

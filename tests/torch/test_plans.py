@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -413,21 +412,3 @@ def test_streams(calls: Calls) -> None:
                     chain = torch.mm(chain, y)
             stream.synchronize()
             assert_same(chain, expected)
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("mode")
-def test_devices(calls: Calls) -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("there are fewer than two GPUs")
-    on_cpu = draw(40, 40, device="cpu"), draw(40, 40, device="cpu")
-    with torch.inference_mode():
-        expected = None
-        for current, home in itertools.product(range(2), repeat=2):
-            with torch.cuda.device(current):
-                x, y = (each.to(f"cuda:{home}") for each in on_cpu)
-                for _ in range(2):
-                    out = torch.mm(x, y)
-                    assert out.device == x.device
-                    expected = out.cpu() if expected is None else expected
-                    assert same_bits(out.cpu(), expected)
