@@ -103,7 +103,8 @@ def sanitize(session: nox.Session) -> None:
     install(session, *group("test"), extras=("cuda13",))
     for tool in ("memcheck", "racecheck"):
         command = ["compute-sanitizer", "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "1"]
-        session.run(*command, "python", "-m", "tests.sanitize", *session.posargs, external=True)
+        options = ["--racecheck"] if tool == "racecheck" else []
+        session.run(*command, "python", "-m", "tests.sanitize", *options, *session.posargs, external=True)
 
 
 @nox.session

@@ -6,8 +6,13 @@ Needs a GPU; no pytest test.
 from __future__ import annotations
 
 import argparse
+import functools
+from typing import Any
+from unittest import mock
 
 import bikernels
+from bikernels.backend.cupy import schedules
+from bikernels.backend.cupy.compile import Kernel
 from bikernels.specs import REDUCTIONS
 
 from . import test_reduction_schedules as reductions
@@ -16,26 +21,39 @@ from .test_schedules import forced, products, run
 
 SHAPES = (((), 72, 40, 136), ((2,), 13, 21, 37))
 """One for the TMA and one that it does not take."""
+WARP = 32
 ROWS, COLUMNS = ((9, 7), (70, 24), (5, 257), (3, 5001)), ((13, 1), (24, 40), (16, 2100))
+
+
+def every_thread_arriving(ring_kernel: Any, *arguments: Any) -> Kernel:
+    """The kernel of which no thread arrives at a barrier for others, which racecheck would take for a race."""
+    kernel: Kernel = ring_kernel(*arguments)
+    return kernel._replace(macros=(*kernel.macros, ("ARRIVING", WARP)))
 
 
 def main() -> None:
     """Run the products and reductions that the arguments choose."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--racecheck", action="store_true", help="every thread arrives at barriers by itself")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="of schedules and operations one in N")
     parser.add_argument("--first", type=int, default=0, metavar="I", help="from the I-th on")
+    parser.add_argument(
+        "--products", type=int, default=1, metavar="N", help="of a schedule's products one in N, in turn"
+    )
     arguments = parser.parse_args()
     bikernels.backends()
-    backend, share = BackendUnderTest("cupy"), slice(arguments.first, None, arguments.every)
+    backend, share, ran = BackendUnderTest("cupy"), slice(arguments.first, None, arguments.every), 0
     cases = [case for case in forced() if backend.can_compute(case.arithmetic)][share]
-    ran = sum(
-        run(backend, case, product) for case in cases for product in products(case.dtype, case.arithmetic, SHAPES)
-    )
-    print(f"{ran} products by {len(cases)} schedules, the bytes of the CPU's")
+    for place, case in enumerate(cases):
+        some = slice(place % arguments.products, None, arguments.products)
+        ran += sum(run(backend, case, product) for product in products(case.dtype, case.arithmetic, SHAPES)[some])
+    print(f"{ran} products by {len(cases)} schedules, the bytes of the CPU's", flush=True)
     reductions.ROWS, reductions.COLUMNS = ROWS, COLUMNS
-    operations = sorted(REDUCTIONS)[share]
-    reduced = sum(reductions.run(backend, operation, "bfloat16", "bfloat16") for operation in operations)
-    print(f"{reduced} reductions of {len(operations)} operations, the bytes of the reference")
+    if arguments.racecheck:
+        changed = functools.partial(every_thread_arriving, schedules.ring_kernel)
+        mock.patch.object(schedules, "ring_kernel", changed).start()
+    for operation in sorted(REDUCTIONS)[share]:
+        print(f"{reductions.run(backend, operation, 'bfloat16', 'bfloat16')} {operation}, the bytes of the reference")
 
 
 if __name__ == "__main__":

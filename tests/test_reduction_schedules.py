@@ -246,6 +246,15 @@ H100 = launch.GPU("H100", (9, 0), 132, 232_448, 3.35e6)
 A100 = launch.GPU("A100", (8, 0), 108, 166_912, 2.04e6)
 
 
+@pytest.mark.parametrize("kept", [(), (4096,)])
+def test_rows_of_one_element_are_kept_in_registers(kept: tuple[int, ...]) -> None:
+    """The spec has no dimension of them left."""
+    x = Layout("bfloat16", kept, (1,) * len(kept))
+    for operation in ("log_softmax", "softmax", "mean", "var"):
+        rows = reductions._rows_of(ReductionSpec(operation, len(kept), x, x))
+        assert (rows.n, rows.fits_registers, rows.in_columns) == (1, True, False)
+
+
 @pytest.mark.parametrize("gpu", [H100, A100], ids=lambda gpu: gpu.name)
 @pytest.mark.parametrize("operation", REDUCTIONS)
 @pytest.mark.parametrize("element", [*schedules.ELEMENTS, schedules.ANY])

@@ -17,7 +17,7 @@ from . import schedules
 from .compile import Kernel
 from .launch import ADDRESS, Argument, Launch, gpu, load, resident_ctas, shaped, workspace
 from .parameters import DTYPE_CODE, OPERANDS, REDUCTION, divisor, fill_dims
-from .schedules import ColumnSchedule, LongSchedule, RegisterSchedule, RingSchedule, RowSchedule
+from .schedules import GROUP_LANES, ColumnSchedule, LongSchedule, RegisterSchedule, RingSchedule, RowSchedule
 
 SIDES = OPERANDS[2:]
 """Operands that an operation may have beside x and out."""
@@ -110,8 +110,8 @@ class _Rows(NamedTuple):
         if named["out"].row == (0,):  # a result of one element for each row
             del named["out"]
         arrays = named.values()
-        aligned = self.n < schedules.GROUP_LANES or all(
-            step % schedules.GROUP_LANES == 0 for step in (self.n, *(step for one in arrays for step in one.kept))
+        aligned = self.n < GROUP_LANES or all(
+            step % GROUP_LANES == 0 for step in (self.n, *(step for one in arrays for step in one.kept))
         )
         return aligned and (self.n == 1 or all(one.row[0] == 1 for one in arrays))
 
@@ -155,7 +155,7 @@ class _Rows(NamedTuple):
 
 def _rows_of(spec: ReductionSpec) -> _Rows:
     """The rows of a spec, in the order in which they lie: which row comes first decides nothing."""
-    kept, row = spec.x.shape[: spec.kept], spec.x.shape[spec.kept :]
+    kept, row = spec.x.shape[: spec.kept], spec.x.shape[spec.kept :] or (1,)
     layouts = {name: layout for name in OPERANDS if (layout := getattr(spec, name)) is not None}
     order = sorted(range(len(kept)), key=lambda axis: -abs(spec.x.strides[axis]))
     kept, merged = merge_dimensions(
@@ -550,7 +550,7 @@ def _plan_split_softmax(plan: _Plan, rows: _Rows, operation: str) -> None:
     while level.chunks > schedules.MAX_ROW_CHUNKS:
         level_sums, level = _plan_row_sums(plan, level, level_sums)
     constants = np.int64(level.n), chunks, np.int64(operation == "log_softmax")
-    shared_bytes = level.chunks * ITEMSIZE[accumulate]
+    shared_bytes = -(-level.chunks // GROUP_LANES) * GROUP_LANES * ITEMSIZE[accumulate]  # read in whole groups
     arguments = (*constants, ADDRESS, ADDRESS, ADDRESS)
     row_normalisers = plan.shape(kernel, "row_normalisers", rows.number, 512, shared_bytes, arguments)
     write_chunks = load_for_chunks("write_chunks", 4)

@@ -2,9 +2,14 @@
 // row, and while they work on one, the next are on their way: each warp copies its own chunks of them to shared memory, to
 // the slots of a ring (sm_90 on).
 //
-// OPERATION: a struct below. ELEMENT, RESULT: dtypes of x and of the result. THREADS: of a CTA, at most.
+// OPERATION: a struct below. ELEMENT, RESULT: dtypes of x and of the result. THREADS: of a CTA, at most. ARRIVING: threads of
+// a warp that arrive at the team's barriers for it: 1; all for a tool that does not see what one thread does for others.
 #include "hopper.cuh"
 #include "softmax.cuh"
+
+#ifndef ARRIVING
+#define ARRIVING 1
+#endif
 
 using A = float;
 using Elements = A[THREAD_LANES];
@@ -58,11 +63,12 @@ struct Team {
             send_in_cluster(shared_address(to), lane_id(), value, barrier(turn));
         }
     }
-    // Say that the warp has shared its values, of all the warps' `bytes`.
+    // Say that the warp has shared its values, of all the warps' `bytes`, and read those of the exchange before.
     __device__ __forceinline__ void arrived(int turn, int bytes) const {
+        __syncwarp();  // one thread arrives for what all have read
         if (ctas > 1 && threadIdx.x == 0) {
             arrive_and_expect(barrier(turn), bytes);
-        } else if (lane_id() == 0) {
+        } else if (lane_id() < ARRIVING) {
             arrive(barrier(turn));
         }
     }
@@ -775,7 +781,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const Team team{warps, ctas, ctas > 1 ? static_cast<int>(cluster_rank()) : 0, behind + (AREAS + warps * slots) * 8,
                     area_bytes, barriers};
 
-    if (threadIdx.x < AREAS) init_barrier(barriers + threadIdx.x * 8, warps);
+    if (threadIdx.x < AREAS) init_barrier(barriers + threadIdx.x * 8, warps * ARRIVING);
     if (lane_id() < slots) init_barrier(loaded + lane_id() * 8, 1);
     fence_barrier_init();
     if (ctas > 1) {
