@@ -1,4 +1,4 @@
-"""A few small products and reductions by every schedule, for compute-sanitizer: `nox -s sanitize`.
+"""A few small products, reductions and attention by every schedule, for compute-sanitizer: `nox -s sanitize`.
 
 Needs a GPU; no pytest test.
 """
@@ -10,13 +10,19 @@ import functools
 from typing import Any
 from unittest import mock
 
+import numpy as np
+
 import bikernels
-from bikernels.backend.cupy import schedules
+from bikernels.backend.cupy import attention, schedules
 from bikernels.backend.cupy.compile import Kernel
+from bikernels.backend.cupy.launch import gpu
 from bikernels.specs import REDUCTIONS
+from bikernels.views import Device
 
 from . import test_reduction_schedules as reductions
+from .cases import assert_same_bits, draw
 from .conftest import BackendUnderTest
+from .test_attention_schedules import attend
 from .test_schedules import forced, products, run
 
 SHAPES = (((), 72, 40, 136), ((2,), 13, 21, 37))
@@ -29,6 +35,27 @@ def every_thread_arriving(ring_kernel: Any, *arguments: Any) -> Kernel:
     """The kernel of which no thread arrives at a barrier for others, which racecheck would take for a race."""
     kernel: Kernel = ring_kernel(*arguments)
     return kernel._replace(macros=(*kernel.macros, ("ARRIVING", WARP)))
+
+
+def attend_both_ways(backend: BackendUnderTest) -> int:
+    """Decode attention by the kernel for few keys and by the general one, of the same bytes; how many there were."""
+    rng, index, ran = np.random.default_rng(9), backend.xp.cuda.runtime.getDevice(), 0
+    device, properties = Device("cuda", index), gpu(index)
+    for keys, width in ((1, 64), (100, 64), (300, 128), (513, 64)):
+        spec = attend(2, 4, 2, keys, width)
+        q, k, v = (backend.put(draw(rng, layout.shape, "bfloat16")) for layout in (spec.query, spec.key, spec.value))
+        general, short = attention.choose(spec, properties), attention.choose_short(spec, properties)
+        runs = [] if general is None else [attention._general(spec, general, device)]
+        runs += [] if short is None else [attention._short(spec, short, device)]
+        results = []
+        for run_attention in runs:
+            out = backend.put(np.zeros(spec.out.shape, q.dtype))
+            run_attention(0, *(array.data.ptr for array in (out, q, k, v)))
+            results.append(backend.get(out))
+        for result in results[1:]:
+            assert_same_bits(result, results[0], f"{keys} keys of {width}")
+        ran += len(results)
+    return ran
 
 
 def main() -> None:
@@ -54,6 +81,8 @@ def main() -> None:
         mock.patch.object(schedules, "ring_kernel", changed).start()
     for operation in sorted(REDUCTIONS)[share]:
         print(f"{reductions.run(backend, operation, 'bfloat16', 'bfloat16')} {operation}, the bytes of the reference")
+    if arguments.first == 0:
+        print(f"{attend_both_ways(backend)} times attention, both kernels' bytes the same")
 
 
 if __name__ == "__main__":

@@ -53,8 +53,9 @@ class _Plan(NamedTuple):
     """None where no result has elements."""
     allocate: tuple[Allocate, ...]
     """Of each result; empty where the caller gives `out`."""
-    extents: tuple[tuple[int, int], ...]
-    """What the results and the operands may touch: offsets from their addresses, in bytes."""
+    apart: tuple[tuple[int, int, int, int], ...]
+    """For each result and each array after it, of results and operands: which two; they may have a byte in common only
+    if the first one's address, less the other's, lies between these."""
 
 
 def run(operation: Operation, arrays: Sequence[Any], settings: tuple[Any, ...], out: Any, *factors: float) -> Any:
@@ -85,7 +86,10 @@ def run(operation: Operation, arrays: Sequence[Any], settings: tuple[Any, ...], 
         plan = _plan(operation, settings, forms, None, tuple([one.form for one in outs]))
         if prepares:
             return _prepared(plan.launch, len(outs), out.places(arrays), factors)
-        _check_memory(operation, plan, outs, views)
+        arrays_of_call = [*outs, *views]
+        for i, j, least, most in plan.apart:
+            if least < arrays_of_call[i].pointer - arrays_of_call[j].pointer < most:
+                _check_memory(operation, arrays_of_call, i, j)
         addresses = [one.pointer for one in outs]
         elsewhere = [one.stream for one in outs if one.stream != stream]
     if plan.launch is None:
@@ -190,7 +194,8 @@ def _plan(
         for out, name, (dtype, shape) in zip(outs, operation.results, results, strict=True):
             _check_out(out, name, dtype, shape, first.device)
     launch = result.prepare(*(out.strides for out in outs)) if any(out.size for out in outs) else None
-    return _Plan(first.device, launch, allocate, tuple(one.extent() for one in (*outs, *operands)))
+    apart = _apart([one.extent() for one in (*outs, *operands)], len(outs))
+    return _Plan(first.device, launch, allocate, apart)
 
 
 def _check_out(out: Description, name: str, dtype: str, shape: tuple[int, ...], device: Device) -> None:
@@ -207,22 +212,25 @@ def _check_out(out: Description, name: str, dtype: str, shape: tuple[int, ...], 
         raise ValueError(f"{name} has elements that share memory (strides {out.strides}); pass an array that owns each")
 
 
-def _check_memory(operation: Operation, plan: _Plan, outs: Sequence[View], views: Sequence[View]) -> None:
-    """The check that the results share no memory with the operands, nor with each other."""
-    others = (*outs, *views)
+def _apart(extents: Sequence[tuple[int, int]], results: int) -> tuple[tuple[int, int, int, int], ...]:
+    """See `_Plan.apart`; `extents` are what the arrays may touch: offsets from their addresses, in bytes."""
+    return tuple(
+        (i, j, low_j - high_i, high_j - low_i)
+        for i, (low_i, high_i) in enumerate(extents[:results])
+        for j, (low_j, high_j) in enumerate(extents[i + 1 :], start=i + 1)
+    )
+
+
+def _check_memory(operation: Operation, arrays: Sequence[View], i: int, j: int) -> None:
+    """The check that result i shares no memory with array j, where addresses do not tell."""
     names = operation.results + operation.names
-    for i, (out, out_name) in enumerate(zip(outs, operation.results, strict=True)):
-        low, high = plan.extents[i]
-        start, end = out.pointer + low, out.pointer + high
-        for name, view, (low, high) in zip(names[i + 1 :], others[i + 1 :], plan.extents[i + 1 :], strict=True):
-            if start >= view.pointer + high or view.pointer + low >= end:
-                continue
-            in_place = name == operation.in_place
-            if in_place and view.pointer == out.pointer and view.description.layout == out.description.layout:
-                continue
-            if share_memory(out, view):
-                allowed = f"; only {operation.in_place} itself may be overwritten" if operation.in_place else ""
-                raise ValueError(f"{out_name} shares memory with {name}{allowed}; pass a separate array or out=None")
+    out, other, name = arrays[i], arrays[j], names[j]
+    in_place = j >= len(operation.results) and name == operation.in_place
+    if in_place and other.pointer == out.pointer and other.description.layout == out.description.layout:
+        return
+    if share_memory(out, other):
+        allowed = f"; only {operation.in_place} itself may be overwritten" if operation.in_place else ""
+        raise ValueError(f"{names[i]} shares memory with {name}{allowed}; pass a separate array or out=None")
 
 
 # ------------------------------------------------------------------------------------------- numbers and dtypes
