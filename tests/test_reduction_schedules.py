@@ -36,6 +36,7 @@ ROWS = (
     (3, 9001),
     (2, 33000),
     (2, 152000),
+    (2, 262_200),
 )
 """Rows and their length. Of odd ones, rows begin anywhere in a vector."""
 COLUMNS = ((13, 1), (24, 40), (2056, 8), (64, 300), (72, 2100), (33, 5000), (8, 9001), (16, 66000))
@@ -316,6 +317,8 @@ def test_long_rows_go_to_the_ring() -> None:
     assert kept is not None and kept.kept_steps * schedules.SUM_LANES == schedules.SUM_CHUNK
     pair = schedules.choose_ring_schedule(64, 151936, "softmax", 2, True, H100)
     assert pair is not None and (pair.ctas, pair.slots) == (2, 1)
+    largest = schedules.choose_ring_schedule(256, 262_144, "softmax", 4, True, H100)
+    assert largest is not None and largest.ctas > launch.PORTABLE_CTAS
     assert schedules.choose_ring_schedule(8192, 2048, "log_softmax", 2, True, H100) is None
     assert schedules.choose_ring_schedule(4096, 50257, "mean", 2, False, H100) is not None
     assert schedules.choose_ring_schedule(4096, 50264, "mean", 2, True, H100) is None

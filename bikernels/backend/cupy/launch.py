@@ -57,8 +57,11 @@ def gpu(index: int) -> GPU:
 
 # ------------------------------------------------------------------------------------------------------------- loading
 
-_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # of the driver's function attributes
+# Of the driver's function attributes.
+_MAX_DYNAMIC_SHARED_SIZE_BYTES, _NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 8, 14
 
+PORTABLE_CTAS = 8
+"""Of a cluster, on every GPU that has clusters."""
 
 _INVALID_CONTEXT = 201  # of the driver's errors
 
@@ -83,8 +86,8 @@ def _module(kernel: Kernel, arch: str) -> ctypes.c_void_p:
 
 
 @functools.cache
-def load(kernel: Kernel, name: str, index: int, shared_bytes: int = 0) -> Function:
-    """The function `name` of a kernel on device `index`, allowed that much dynamic shared memory."""
+def load(kernel: Kernel, name: str, index: int, shared_bytes: int = 0, ctas: int = 1) -> Function:
+    """The function `name` of a kernel on device `index`, allowed that much dynamic shared memory and such clusters."""
     with cupy.cuda.Device(index):
         _bind_context()
         module = _module(kernel, compiler.architecture(gpu(index).compute_capability))
@@ -94,6 +97,8 @@ def load(kernel: Kernel, name: str, index: int, shared_bytes: int = 0) -> Functi
         driver.call("cuFuncGetAttribute", ctypes.byref(allowed), attribute, function)
         if shared_bytes > allowed.value:
             driver.call("cuFuncSetAttribute", function, attribute, shared_bytes)
+        if ctas > PORTABLE_CTAS:
+            driver.call("cuFuncSetAttribute", function, _NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
     return Function(function.value or 0, name, index)
 
 

@@ -15,7 +15,7 @@ from ...views import Device
 from .. import ReductionLaunch
 from . import schedules
 from .compile import Kernel
-from .launch import ADDRESS, Argument, Launch, gpu, load, resident_ctas, shaped, workspace
+from .launch import ADDRESS, PORTABLE_CTAS, Argument, Launch, gpu, load, resident_ctas, shaped, workspace
 from .parameters import DTYPE_CODE, OPERANDS, REDUCTION, divisor, fill_dims
 from .schedules import GROUP_LANES, ColumnSchedule, LongSchedule, RegisterSchedule, RingSchedule, RowSchedule
 
@@ -205,7 +205,7 @@ class _Plan:
         overlapping: bool = False,
     ) -> Launch:
         """See `launch.shaped`."""
-        function = load(kernel, name, self.index, shared_bytes)
+        function = load(kernel, name, self.index, shared_bytes, cluster)
         overlapping = overlapping and self.gpu.compute_capability >= schedules.FIRST_WITH_CLUSTERS
         return shaped(function, grid, block, shared_bytes, arguments, cluster=cluster, overlapping=overlapping)
 
@@ -279,15 +279,24 @@ def _choose_ring(plan: _Plan, rows: _Rows, operation: str) -> RingSchedule | Non
     if not (rows.lie_side_by_side and schedules.has_ring_kernel(operation, rows.element, rows.out_dtype)):
         return None
     itemsize = ITEMSIZE[rows.element]
-    return schedules.choose_ring_schedule(rows.number, rows.n, operation, itemsize, rows.line_up, plan.gpu)
+    chosen = schedules.choose_ring_schedule(rows.number, rows.n, operation, itemsize, rows.line_up, plan.gpu)
+    if chosen is not None and chosen.ctas > PORTABLE_CTAS and _resident_ring(plan, rows, operation, chosen) == 0:
+        return None
+    return chosen
+
+
+def _resident_ring(plan: _Plan, rows: _Rows, operation: str, schedule: RingSchedule) -> int:
+    """CTAs that the GPU holds at a time."""
+    kernel = schedules.ring_kernel(operation, rows.element, rows.out_dtype)
+    shared_bytes = schedule.bytes(rows.n, ITEMSIZE[rows.element])
+    function = load(kernel, "reduce_long_rows", plan.index, shared_bytes, schedule.ctas)
+    return resident_ctas(function, schedule.threads, shared_bytes, schedule.ctas)
 
 
 def _ring_launch(plan: _Plan, rows: _Rows, operation: str, schedule: RingSchedule) -> Launch:
     """A launch of rows_ring.cu, given the addresses of out, x and its sides."""
     kernel = schedules.ring_kernel(operation, rows.element, rows.out_dtype)
-    shared_bytes = schedule.bytes(rows.n, ITEMSIZE[rows.element])
-    function = load(kernel, "reduce_long_rows", plan.index, shared_bytes)
-    resident = resident_ctas(function, schedule.threads, shared_bytes, schedule.ctas)
+    resident = _resident_ring(plan, rows, operation, schedule)
     teams = schedules.teams(rows.number, resident // schedule.ctas) if schedule.slots > 1 else rows.number
     numbers = (schedule.slots, schedule.rounds, schedule.kept_steps, schedule.ctas, schedule.area_bytes(rows.n))
     return plan.shape(
@@ -295,7 +304,7 @@ def _ring_launch(plan: _Plan, rows: _Rows, operation: str, schedule: RingSchedul
         "reduce_long_rows",
         teams * schedule.ctas,
         schedule.threads,
-        shared_bytes,
+        schedule.bytes(rows.n, ITEMSIZE[rows.element]),
         (rows.parameters(operation), *map(np.int32, numbers), *_addresses(rows, ())),
         cluster=schedule.ctas,
         overlapping=True,

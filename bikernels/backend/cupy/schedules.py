@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ...contract import ACCUMULATE, ITEMSIZE, SUM_CHUNK, SUM_LANES
 from .compile import Kernel
-from .launch import GPU
+from .launch import GPU, PORTABLE_CTAS
 from .parameters import C_TYPE
 
 FIRST_WITH_CLUSTERS = (9, 0)
@@ -90,8 +90,8 @@ MAX_WARPS = 16
 """Of a CTA."""
 STREAMING_WARPS = 8
 """Of a CTA, where rows are not kept, which takes more registers."""
-MAX_CTAS = 8
-"""Of a cluster, on every GPU that has clusters."""
+MAX_CTAS = PORTABLE_CTAS
+"""Of a cluster, but for rings of rows that fit no other."""
 PREFERRED_WARPS, PREFERRED_BYTES = 8, 48 * 1024
 """Of a CTA, at most: of larger ones a multiprocessor holds too few for one to read while another computes."""
 ROUNDS = 8
@@ -379,6 +379,8 @@ MAX_RING_WARPS = 20
 """Of a CTA."""
 RING_AREAS = 4
 """For what the warps exchange."""
+MAX_RING_CTAS, MAX_RING_TEAM = 16, 160
+"""CTAs of a cluster that holds rows which no portable one does, and warps of a team."""
 MULTIPROCESSOR_BYTES, CTA_BYTES = 228 * 1024, 1024
 """Shared memory of a multiprocessor, and what the system takes of it for each CTA."""
 
@@ -444,7 +446,9 @@ def ring_schedules(operation: str, n: int, itemsize: int, device: GPU) -> list[R
     if device.compute_capability != RING_CAPABILITY or not 1 < chunks <= MAX_RING_CHUNKS:
         return []
     found: dict[RingSchedule, None] = {}
-    for ctas in _cluster_sizes(device):
+    for ctas in (*_cluster_sizes(device), MAX_RING_CTAS):
+        if ctas > MAX_CTAS and found:
+            break
         for rounds, slots in ((1, 2), (2, 2), (1, 3), (2, 1)):
             one = RingSchedule(-(-chunks // (ctas * rounds)), ctas, rounds, slots)
             alike = [one]
@@ -452,6 +456,7 @@ def ring_schedules(operation: str, n: int, itemsize: int, device: GPU) -> list[R
                 alike = [one._replace(kept_steps=steps) for steps in range(SUM_CHUNK // SUM_LANES, 0, -1)]
             alike = [one for one in alike if one.bytes(n, itemsize) <= device.shared_bytes]
             fits = one.warps <= MAX_RING_WARPS and one.threads <= ring_threads(operation, itemsize)
+            fits = fits and one.warps * ctas <= MAX_RING_TEAM
             if ctas * 2 <= chunks and fits and (slots > 1 or ctas == 2):  # pairs leave no multiprocessor idle
                 found |= dict.fromkeys(alike[:1] + alike[-1:])
     return list(found)
