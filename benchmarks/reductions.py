@@ -6,11 +6,13 @@
 
 On a GPU all are captured in CUDA graphs over rotating operands, so that L2 is cold, and replayed in turn (see
 timing.py); every result has memory of its own. A time is the median of the samples; on a CPU, whose cores other
-programs use too, it is the least of many short ones. The floor is the time of the bytes
-that have to be read and written at the bandwidth of a copy, measured first, and TB/s are of those bytes; a CPU has
-none. Before a case is timed, its first and last row are compared with the reference, byte
-for byte; the exit status is 1 if one was wrong. The misses, listed last, are slower than PyTorch by more than a fifth
-and by more than a microsecond. `--from` reads a record instead of timing anything.
+programs use too, it is the least of many short ones. The floor is the time of the bytes that have to be read and
+written at the bandwidth of a copy, measured first, and TB/s are of those bytes; a CPU has none. Before a case is timed,
+its first and last row are compared with the reference, byte for byte; the exit status is 1 if one was wrong. The
+misses, listed last, are slower than PyTorch by more than a fifth and by more than a microsecond.
+
+`--from` reads a record instead of timing anything; `--onto` times what a record leaves out, on the same machine, so
+that a sweep can be done in parts.
 """
 
 from __future__ import annotations
@@ -414,12 +416,22 @@ def run(arguments: argparse.Namespace) -> Results:
     machine = describe(arguments.device, arguments.backend)
     copied = copy_bandwidth() if arguments.device == "cuda" else None
     record = Results(machine, copied, [])
+    if arguments.onto is not None:
+        before = Results.load(arguments.onto)
+        if before.machine != machine:
+            raise ValueError(
+                f"{arguments.onto} is of another machine or other versions: {before.machine}, not {machine}"
+            )
+        record.results.extend(before.results)
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     if copied is not None:
         print(f"copy {1e-6 * copied:.2f} TB/s")
     print(columns(HEADER))
     of_device = cases if arguments.device == "cuda" else cpu_cases
-    wanted = [case for case in of_device(arguments.quick) if arguments.only in " ".join(map(str, case))]
+    done = {one.case for one in record.results}
+    wanted = [
+        case for case in of_device(arguments.quick) if arguments.only in " ".join(map(str, case)) and case not in done
+    ]
     end = time.perf_counter() + arguments.seconds
     with torch.inference_mode():
         for number, case in enumerate(wanted):
@@ -442,6 +454,7 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose fields, joined by spaces, contain it")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after so many")
     parser.add_argument("--from", dest="record", type=Path, metavar="FILE", help="a record to read")
+    parser.add_argument("--onto", type=Path, metavar="FILE", help="a record whose cases are kept, and not timed again")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")

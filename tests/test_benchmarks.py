@@ -350,6 +350,12 @@ def test_reductions_on_a_cpu_are_recorded_and_drawn(
     again = tmp_path / "again.json"
     results.save(again)
     assert again.read_text() == record.read_text()
+    assert run_here("--device", "cpu", "--only", "sum 16 1", "--seconds", 0, "--onto", record, "--json", again) == 0
+    assert again.read_text() == record.read_text()
+    assert run_here("--device", "cpu", "--only", "sum 16 16 bf16 last", "--onto", record, "--json", again) == 0
+    assert [one.case.n for one in reductions.Results.load(again).results] == [256, 16]
+    with pytest.raises(ValueError, match="is of another machine or other versions"):
+        run_here("--device", "cpu", "--backend", "cupy", "--onto", record)
     status = run_here("--from", record, "--plot", drawn)
     if not module("report").can_plot():
         assert status == 1
