@@ -140,6 +140,10 @@ def cpu_cases(quick: bool) -> Iterator[Case]:
 
 def cases(quick: bool) -> Iterator[Case]:
     """Shapes of language models; without `quick` a sweep of rows and lengths as well."""
+    yield from dict.fromkeys(_cases(quick))  # some are in both
+
+
+def _cases(quick: bool) -> Iterator[Case]:
     for dtype in ("bf16", "fp32"):
         for operation in ("log_softmax", "softmax", "mean"):
             for rows, n in (*SHAPES, (65536, 256)):
@@ -396,9 +400,9 @@ def plot(record: Results, path: Path, dtype: str = "bf16") -> None:
 
     def draw(panel: Any, operation: str) -> None:
         for rows in ROWS:
-            of = sorted((one.case.n, one) for one in chosen if (one.case.operation, one.case.rows) == (operation, rows))
+            of = [one for one in chosen if (one.case.operation, one.case.rows) == (operation, rows)]
             for name, how in ((OURS, {"linewidth": 1.6}), (TORCH, {"linewidth": 1, "linestyle": "--"})):
-                points = [(n, one.bandwidth(name)) for n, one in of]
+                points = sorted((one.case.n, one.bandwidth(name)) for one in of)
                 label = f"{rows} rows" if name == OURS else None
                 if points:
                     panel.plot(*zip(*points, strict=True), color=colors[rows], label=label, **how)

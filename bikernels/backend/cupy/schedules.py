@@ -673,16 +673,20 @@ def choose_tile_schedule(
 ) -> TileSchedule:
     """A schedule that fits; `times`: how often there are as many columns.
 
-    Sums of much are as `_reading_speed` has it. Two passes over columns that fill the GPU without clusters read them
-    twice. Else columns that are read again are kept, two tiles to a multiprocessor if possible. Of such schedules, the
-    one with as few CTAs as fill the GPU: if elements are many, of the widest tile, else of the smallest cluster.
+    Sums of much are as `_reading_speed` has it, variances, if pairs of CTAs fill the GPU, as `_read_twice`. Two passes
+    over columns that fill the GPU without clusters read them twice. Else columns that are read again are kept, two
+    tiles to a multiprocessor if possible. Of such schedules, the one with as few CTAs as fill the GPU: if elements are
+    many, of the widest tile, else of the smallest cluster.
     """
     size = columns * n * ITEMSIZE[element] * times
     row = max(16, _power_of_two(columns * ITEMSIZE[element]))
     streaming = [one for one in tile_schedules(n, element, operation, device, False) if one.vectors * 16 <= row]
     if PASSES[operation] == 1 and size >= MOST_BYTES:
         return max(streaming, key=lambda one: _reading_speed(one, columns, times, device))
-    if PASSES[operation] == 2 and columns * ITEMSIZE[element] >= PREFERRED_BYTES_ACROSS * 4 * device.multiprocessors:
+    across = columns * ITEMSIZE[element]
+    if operation in VARIANCES and size >= MOST_BYTES and across >= 60 * device.multiprocessors:
+        return _read_twice(streaming, columns, n, device)
+    if PASSES[operation] == 2 and across >= PREFERRED_BYTES_ACROSS * 4 * device.multiprocessors:
         return next(one for one in streaming if one.vectors * 16 <= PREFERRED_BYTES_ACROSS and one.ctas == 1)
     for keeps, most in ((True, device.shared_bytes // 2), (True, device.shared_bytes), (False, device.shared_bytes)):
         if keeps and PASSES[operation] == 1:
@@ -705,6 +709,19 @@ def choose_tile_schedule(
     raise AssertionError("a schedule that keeps nothing always fits")
 
 
+def _read_twice(streaming: list[TileSchedule], columns: int, n: int, device: GPU) -> TileSchedule:
+    """Of columns of which there is much: the second time from the L2, if all that is being read has room there and the
+    CTAs do not go on for so long that they part; else what reads fastest.
+    """
+    for one in sorted(streaming, key=lambda one: (one.ctas, -one.vectors)):
+        tiles = _ceil(columns, one.tile)
+        at_once = min(tiles, STREAMING_CTAS * device.multiprocessors // one.ctas)
+        fits = at_once * one.vectors * 16 * n <= L2_BYTES and tiles <= L2_ROUNDS * at_once
+        if fits and at_once * one.ctas >= device.multiprocessors and one.ctas <= 2 and one.vectors >= 4:
+            return one
+    return max(streaming, key=lambda one: _reading_speed(one, columns, 1, device))
+
+
 def _reading_speed(one: TileSchedule, columns: int, times: int, device: GPU) -> float:
     """Relative to the fastest: the share of multiprocessors that have work to the end, and what an H200 has shown."""
     of_width = {16: 1.06, 8: 1.0, 4: 0.85, 2: 0.7, 1: 0.5}[one.vectors]
@@ -724,6 +741,8 @@ STREAMING_CTAS = 2
 """Of a multiprocessor."""
 PREFERRED_BYTES_ACROSS = 128
 """Of a tile, of every element."""
+L2_BYTES, L2_ROUNDS = 36 * 2**20, 8
+"""Of what CTAs read, that the L2 keeps for them, and tiles that they read one after the other meanwhile."""
 MANY_BYTES, MOST_BYTES = 2**22, 2**25
 """From which on there is much to read, and so much that it does not stay in the L2."""
 SECOND_KERNEL_US = 8
