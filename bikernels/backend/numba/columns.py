@@ -62,7 +62,7 @@ from .formulas import Formula, formula
 from .launch import Kernel, Launch, compute_capability, flat, multiprocessors, on
 
 MAX_COLUMNS = 2**31 // 8
-"""So that thread blocks are counted in 32 bits."""
+"""So that they and thread blocks are counted in 32 bits."""
 OPERATIONS_TAKEN = ("sum", "mean", "var", "std", "softmax", "log_softmax", "logsumexp")
 
 WARPS = 8
@@ -599,16 +599,18 @@ def _reduce(variant: Variant) -> Function:
         item, rank = types.int32(cuda.blockIdx.x), types.int32(0)
         if in_cluster:
             arrive_in_cluster()
-            item = types.int32(cuda.blockIdx.x) // blocks
+            item = types.int32(types.int32(cuda.blockIdx.x) // blocks)
             rank = types.int32(types.int32(cuda.blockIdx.x) - item * blocks)
-        outer = item // types.int32(across)
-        column = types.int64(item - outer * types.int32(across)) * columns  # of the tile, of those side by side
+        outer = types.int32(item // types.int32(across))
+        inner = types.int32(inner)
+        # The tile's first column, among those side by side, and the thread's.
+        column = types.int32(types.int32(item - outer * types.int32(across)) * columns)
         left = types.int32((thread & ((types.int32(1) << bits) - 1)) * width)
-        row = types.int64(outer) * inner + min(column + left, inner - width)
+        row = types.int64(types.int32(outer * inner + min(types.int32(column + left), types.int32(inner - width))))
         shared = shared_address(cuda.shared.array(0, types.uint8, alignment=VECTOR_BYTES))
         exchange = types.uint32(shared + types.uint32(kept_vectors * (THREADS * VECTOR_BYTES)))
         tile = (
-            types.int32(n) if column + left < inner else types.int32(0),
+            types.int32(n) if types.int32(column + left) < inner else types.int32(0),
             types.int64(types.int32(step[1] * x_bytes)),
             addresses[1] + offset(row, kept_shape, kept[1]) * x_bytes,
             left,
@@ -650,9 +652,9 @@ def _reduce(variant: Variant) -> Function:
             tell(own, tile, told_next, t if two else s)
             out = addresses[0] + offset(row, kept_shape, kept[0]) * out_bytes
             results(tile, s, t, out, types.int64(types.int32(step[0] * out_bytes)))
-        elif rank == 0 and thread < columns and column + thread < inner:
-            place_of = offset(types.int64(outer) * inner + column + thread, kept_shape, kept[0])
-            write_number(pointer(addresses[0], storage), place_of, own)
+        elif rank == 0 and thread < columns and types.int32(column + thread) < inner:
+            row = types.int64(types.int32(outer * inner + types.int32(column + thread)))
+            write_number(pointer(addresses[0], storage), offset(row, kept_shape, kept[0]), own)
 
     return reduce_columns
 
