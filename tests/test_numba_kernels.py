@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import bikernels
-from bikernels.contract import ARITHMETIC, PORTABLE_ARITHMETIC
+from bikernels.contract import ARITHMETIC, ITEMSIZE, PORTABLE_ARITHMETIC
 from bikernels.specs import ONE_FOR_A_ROW, REDUCTIONS, Layout, MatmulSpec, ReductionSpec
 from bikernels.views import Device, View
 
@@ -176,13 +176,13 @@ def test_every_schedule_of_columns_gives_the_same_bits(
     if backend.name != "numba":
         pytest.skip("the schedules are those of the backend 'numba'")
     gpu = Device("cuda", backend.xp.cuda.runtime.getDevice())
-    tried = set()
+    tried, width = set(), columns.VECTOR_BYTES // ITEMSIZE[dtype]
     for n in (2, 33, 300, 2049, 5000, 17000):
         x = draw(rng, (n, 40), dtype, "special" if n < 5000 else "wide")
         source, results = backend.put(x), []
         spec = columns_spec(operation, dtype, x.shape)
         shape = (40,) if spec.one_for_a_row else x.shape
-        plans = {plan for clusters in (False, True) for plan in columns.schedules(operation, n, clusters)}
+        plans = {plan for clusters in (False, True) for plan in columns.schedules(operation, n, width, clusters)}
         if launch.compute_capability(gpu) < columns.CLUSTER_CAPABILITY:
             plans = {plan for plan in plans if plan.blocks == 1}
         launches = {plan: columns.build(spec, gpu, plan, None) for plan in sorted(plans)}

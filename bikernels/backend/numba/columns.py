@@ -36,6 +36,7 @@ from .device import (
     Function,
     add_shared,
     arrive_in_cluster,
+    cluster_number,
     commit_copies,
     copy_async,
     cuda,
@@ -48,6 +49,7 @@ from .device import (
     offset,
     pack_words,
     pointer,
+    rank_in_cluster,
     shared_access,
     shared_address,
     store_in_cluster,
@@ -69,8 +71,6 @@ WARPS = 8
 THREADS = WARPS * WARP
 ROUNDS = SUM_CHUNK // SUM_LANES
 """Elements of a lane in a chunk."""
-MAX_LANES = 4
-"""Of a thread: a stack of two sums folds them."""
 MAX_PIECES, MAX_PIECE_VECTORS = 128, 512
 """Of a tile, and times its vectors: shared memory has a number for each column of each piece."""
 CLUSTER = 8
@@ -194,13 +194,17 @@ def _copy(tile: Any) -> None:
     piece = rank
     while piece < pieces:
         first = _first(tile, piece)
-        for lane in range(lanes):
+        lane = types.int32(0)
+        while lane < lanes:
             i = types.int32(first + lane)
-            for _ in range(rounds):
+            done = types.int32(0)
+            while done < rounds:
                 if i < n:
                     copy_async(to, x + types.int64(i) * step)
                 to = types.uint32(to + types.uint32(THREADS * VECTOR_BYTES))
                 i = types.int32(i + SUM_LANES)
+                done = types.int32(done + 1)
+            lane = types.int32(lane + 1)
         piece = types.int32(piece + blocks)
     commit_copies()
 
@@ -241,11 +245,13 @@ def _visit(at_once: int, work: Function) -> Function:
         def visit(tile: Any, first: Any, kept: Any, a: Any, b: Any, c: Any) -> Any:
             n, rounds = tile[0], tile[8]
             i = first
-            for _ in range(rounds):
+            done = types.int32(0)
+            while done < rounds:
                 if i < n:
                     work(load_words(kept), i, a, b, c)
                 kept = types.uint32(kept + types.uint32(THREADS * VECTOR_BYTES))
                 i = types.int32(i + SUM_LANES)
+                done = types.int32(done + 1)
             return kept
 
     else:
@@ -256,7 +262,8 @@ def _visit(at_once: int, work: Function) -> Function:
             n, step, x, rounds = tile[0], tile[1], tile[2], tile[8]
             words = cuda.local.array(all_words, types.uint32)
             i = first
-            for _ in range(0, rounds, at_once):
+            done = types.int32(0)
+            while done < rounds:
                 address = x + types.int64(i) * step
                 for j in range(at_once):
                     one = load_global_words(address, types.uint32(types.int32(i + j * SUM_LANES) < n))
@@ -265,6 +272,7 @@ def _visit(at_once: int, work: Function) -> Function:
                         words[4 * j + k] = one[k]
                 work_on_all(words, i, n, a, b, c)
                 i = types.int32(i + at_once * SUM_LANES)
+                done = types.int32(done + at_once)
             return kept
 
     return visit
@@ -370,8 +378,10 @@ def _maximum(variant: Variant) -> Function:
         piece = rank
         while piece < pieces:
             first = _first(tile, piece)
-            for lane in range(lanes):
+            lane = types.int32(0)
+            while lane < lanes:
                 kept = visit(tile, types.int32(first + lane), kept, best, most, 0)
+                lane = types.int32(lane + 1)
             piece = types.int32(piece + blocks)
         ended(best, most)
         value = fold(most, tile, exchange)
@@ -426,23 +436,8 @@ def _sum(variant: Variant, number: int) -> Function:
                 value = term(values[w], zero, zero, zero, zero, zero, s[w])
             lane[w] = add(lane[w], value)
 
-    visit, stack, pairs = _visit(variant.at_once, work), 2 * width, width // 2
-
-    @device
-    def push(lane: Any, sums: Any, waiting: Any) -> None:
-        """Add the sums of lane number `lane` to those that wait; afterwards `sums` is the last neighbours' sum."""
-        if lane & 1:
-            for w in range(width):
-                sums[w] = add(waiting[w], sums[w])
-            if lane & 2:
-                for w in range(width):
-                    sums[w] = add(waiting[width + w], sums[w])
-            else:
-                for w in range(width):
-                    waiting[width + w] = sums[w]
-        else:
-            for w in range(width):
-                waiting[w] = sums[w]
+    levels, pairs = max_lanes(width).bit_length() - 1, width // 2
+    visit, push, stack = _visit(variant.at_once, work), _push(accumulate, width, 0, levels), levels * width
 
     @device
     def total(tile: Any, s: Any, exchange: Any, sums: Any, counts: Any) -> Any:
@@ -458,11 +453,13 @@ def _sum(variant: Variant, number: int) -> Function:
             values, waiting = cuda.local.array(width, real), cuda.local.array(stack, real)
             for w in range(stack):
                 waiting[w] = real(0)
-            for lane in range(lanes):
+            lane = types.int32(0)
+            while lane < lanes:
                 for w in range(width):
                     values[w] = real(0)
                 kept = visit(tile, types.int32(first + lane), kept, values, s, count)
-                push(types.int32(lane), values, waiting)
+                push(lane, values, waiting)
+                lane = types.int32(lane + 1)
             # Two exchanges in turn: one is still read while the next piece's sums are written.
             value = fold(values, tile, types.uint32(exchange + types.uint32(turn * (WARPS * columns * size))))
             turn = types.int32(1 - turn)
@@ -503,6 +500,33 @@ def _sum(variant: Variant, number: int) -> Function:
     return total
 
 
+def _push(accumulate: str, width: int, level: int, levels: int) -> Function:
+    """push(lane, sums, waiting): add the sums of lane number `lane`, from this level on, to those that wait for their
+    neighbours. Afterwards `sums` is the last neighbours' sum.
+    """
+    add, first = OPERATIONS[accumulate].add, level * width
+    if level == levels:
+
+        @device
+        def push(lane: Any, sums: Any, waiting: Any) -> None:
+            pass
+
+    else:
+        further = _push(accumulate, width, level + 1, levels)
+
+        @device
+        def push(lane: Any, sums: Any, waiting: Any) -> None:
+            if (lane >> level) & 1:
+                for w in range(width):
+                    sums[w] = add(waiting[first + w], sums[w])
+                further(lane, sums, waiting)
+            else:
+                for w in range(width):
+                    waiting[first + w] = sums[w]
+
+    return push
+
+
 def _results(variant: Variant) -> Function:
     """write(tile, s, t, out, step): the results of the thread's columns; `step`: bytes between those of neighbours."""
     accumulate, width, element = variant.accumulate, variant.width, variant.formula.element
@@ -531,8 +555,10 @@ def _results(variant: Variant) -> Function:
         piece = rank
         while piece < pieces:
             first = _first(tile, piece)
-            for lane in range(lanes):
+            lane = types.int32(0)
+            while lane < lanes:
                 kept = visit(tile, types.int32(first + lane), kept, s, t, (out, step))
+                lane = types.int32(lane + 1)
             piece = types.int32(piece + blocks)
 
     return write
@@ -579,6 +605,26 @@ def _step(variant: Variant, number: int) -> Function:
     return sums
 
 
+@functools.cache
+def _place(dimensions: int) -> Function:
+    """place(outer, column, shape, strides): where a column begins, of array number `outer` of those side by side."""
+    last = dimensions - 1
+    if dimensions == 1:
+
+        @device
+        def place(outer: Any, column: Any, shape: Any, strides: Any) -> Any:
+            return types.int64(column) * strides[0]
+
+    else:
+
+        @device
+        def place(outer: Any, column: Any, shape: Any, strides: Any) -> Any:
+            of_array = offset(types.int64(outer), shape[:last], strides[:last])
+            return of_array + types.int64(column) * strides[last]
+
+    return place
+
+
 def _reduce(variant: Variant) -> Function:
     """The kernel."""
     plan, accumulate, width = variant.formula, variant.accumulate, variant.width
@@ -590,6 +636,7 @@ def _reduce(variant: Variant) -> Function:
     write_number, storage = writer(variant.out, accumulate), STORAGE[variant.out]
     x_bytes, out_bytes = ITEMSIZE[variant.x], ITEMSIZE[variant.out]
     store_count, wait = shared_access("uint32")[1], wait_for_copies(0)
+    place_of, has_outer = _place(variant.kept_dimensions), variant.kept_dimensions > 1
 
     def reduce_columns(addresses: Any, sizes: Any, numbers: Any, kept_shape: Any, kept: Any, step: Any) -> None:
         inner, n, across, bits, part_bits, lanes, rounds, pieces, blocks, kept_vectors = sizes
@@ -599,20 +646,19 @@ def _reduce(variant: Variant) -> Function:
         item, rank = types.int32(cuda.blockIdx.x), types.int32(0)
         if in_cluster:
             arrive_in_cluster()
-            item = types.int32(types.int32(cuda.blockIdx.x) // blocks)
-            rank = types.int32(types.int32(cuda.blockIdx.x) - item * blocks)
-        outer = types.int32(item // types.int32(across))
-        inner = types.int32(inner)
+            item, rank = cluster_number(), rank_in_cluster()
+        inner, across = types.int32(inner), types.int32(across)
+        outer = types.int32(item // across) if has_outer else types.int32(0)
         # The tile's first column, among those side by side, and the thread's.
-        column = types.int32(types.int32(item - outer * types.int32(across)) * columns)
+        column = types.int32(types.int32(item - outer * across) * columns)
         left = types.int32((thread & ((types.int32(1) << bits) - 1)) * width)
-        row = types.int64(types.int32(outer * inner + min(types.int32(column + left), types.int32(inner - width))))
+        own_column = min(types.int32(column + left), types.int32(inner - width))
         shared = shared_address(cuda.shared.array(0, types.uint8, alignment=VECTOR_BYTES))
         exchange = types.uint32(shared + types.uint32(kept_vectors * (THREADS * VECTOR_BYTES)))
         tile = (
             types.int32(n) if types.int32(column + left) < inner else types.int32(0),
             types.int64(types.int32(step[1] * x_bytes)),
-            addresses[1] + offset(row, kept_shape, kept[1]) * x_bytes,
+            addresses[1] + place_of(outer, own_column, kept_shape, kept[1]) * x_bytes,
             left,
             types.int32((thread >> bits) * lanes),
             bits,
@@ -625,10 +671,10 @@ def _reduce(variant: Variant) -> Function:
             types.uint32(shared + types.uint32(thread * VECTOR_BYTES)),
         )
         line = types.int32(columns * size)  # bytes of a number for each column
-        place = types.uint32(exchange + types.uint32(2 * WARPS * line))
+        shared_sums = types.uint32(exchange + types.uint32(2 * WARPS * line))
         places = max(pieces, blocks)
-        other_place = types.uint32(place + types.uint32(places * line))
-        told = types.uint32(other_place + types.uint32(places * line if two else 0))
+        shared_sums_next = types.uint32(shared_sums + types.uint32(places * line))
+        told = types.uint32(shared_sums_next + types.uint32(places * line if two else 0))
         told_next = types.uint32(told + types.uint32(line))
         counts = types.uint32(told_next + types.uint32(line))
         if keeps:
@@ -644,17 +690,17 @@ def _reduce(variant: Variant) -> Function:
             wait()
         if in_cluster:
             wait_in_cluster()  # no block writes to another that has not begun
-        own = first(tile, real(0), s, numbers, exchange, place, counts)
+        own = first(tile, real(0), s, numbers, exchange, shared_sums, counts)
         if two:
             tell(own, tile, told, s)
-            own = second(tile, own, s, numbers, exchange, other_place, counts)
+            own = second(tile, own, s, numbers, exchange, shared_sums_next, counts)
         if writes_rows:
             tell(own, tile, told_next, t if two else s)
-            out = addresses[0] + offset(row, kept_shape, kept[0]) * out_bytes
+            out = addresses[0] + place_of(outer, own_column, kept_shape, kept[0]) * out_bytes
             results(tile, s, t, out, types.int64(types.int32(step[0] * out_bytes)))
         elif rank == 0 and thread < columns and types.int32(column + thread) < inner:
-            row = types.int64(types.int32(outer * inner + types.int32(column + thread)))
-            write_number(pointer(addresses[0], storage), offset(row, kept_shape, kept[0]), own)
+            place = place_of(outer, types.int32(column + thread), kept_shape, kept[0])
+            write_number(pointer(addresses[0], storage), place, own)
 
     return reduce_columns
 
@@ -671,10 +717,11 @@ def kernel(variant: Variant) -> Kernel:
         types.UniTuple(kept, 2),
         int64s(2),  # from an element of a column to the next one
     )
-    passes = variant.formula.passes
-    is_large = variant.at_once == ROUNDS and (variant.width == 8 or len(passes) > 1)
-    is_large |= variant.has_counts and not variant.keeps
-    blocks = 2 if is_large or variant.accumulate == "float64" else BLOCKS
+    # So that no register spills; and of those that need few, more have room than their elements in shared memory.
+    is_long = variant.at_once == ROUNDS and (variant.width == 8 or len(variant.formula.passes) > 1)
+    is_long |= variant.has_counts and not variant.keeps
+    is_small = variant.keeps and variant.width < 8 and not variant.in_cluster
+    blocks = 2 if is_long or variant.accumulate == "float64" else BLOCKS + is_small
     return Kernel(
         f"columns {variant}",
         lambda: (_reduce(variant), signature),
@@ -725,13 +772,18 @@ def rounds_of(n: int) -> int:
     return min(ROUNDS, -(-n // SUM_LANES))
 
 
-def schedules(operation: str, n: int, clusters: bool) -> Iterator[Schedule]:
-    """All for columns of n elements."""
+def max_lanes(width: int) -> int:
+    """Of a thread that has `width` columns: the sums that wait for their neighbours are in registers."""
+    return 4 if width > 4 else 8
+
+
+def schedules(operation: str, n: int, width: int, clusters: bool) -> Iterator[Schedule]:
+    """All for columns of n elements, of which a vector has `width`."""
     for across in (2, 4, 8, 16, 32):
         for part_bits in range(3):
             parts, groups = 1 << part_bits, THREADS // across
             lanes = max(1, min(SUM_LANES, 1 << (n - 1).bit_length()) // parts // groups)
-            if lanes > MAX_LANES or (parts > 1 and lanes * groups * parts != SUM_LANES):
+            if lanes > max_lanes(width) or (parts > 1 and lanes * groups * parts != SUM_LANES):
                 continue
             pieces = -(-n // SUM_CHUNK) * parts
             if pieces > MAX_PIECES or pieces * across > MAX_PIECE_VECTORS:
@@ -743,9 +795,11 @@ def schedules(operation: str, n: int, clusters: bool) -> Iterator[Schedule]:
                         yield one
 
 
-def choose(operation: str, arrays: int, n: int, vectors: int, clusters: bool, multiprocessors: int) -> Schedule | None:
+def choose(
+    operation: str, arrays: int, n: int, width: int, vectors: int, clusters: bool, multiprocessors: int
+) -> Schedule | None:
     """A schedule for so many arrays of columns of n elements, `vectors` vectors side by side, if there is one."""
-    found = list(schedules(operation, n, clusters))
+    found = list(schedules(operation, n, width, clusters))
     has_kept = any(one.at_once == 0 for one in found)
     if len(formula(operation, "float32").passes) == 1:
         at_once = ROUNDS // 2  # more take registers that other blocks make more of
@@ -796,7 +850,7 @@ def prepare(spec: ReductionSpec, gpu: Device, otherwise: Callable[[], ReductionL
     n, inner, width = x.shape[-1], x.shape[kept - 1], VECTOR_BYTES // ITEMSIZE[x.dtype]
     rows = math.prod(x.shape[:kept])
     clusters = compute_capability(gpu) >= CLUSTER_CAPABILITY
-    plan = choose(spec.operation, rows // inner, n, inner // width, clusters, multiprocessors(gpu))
+    plan = choose(spec.operation, rows // inner, n, width, inner // width, clusters, multiprocessors(gpu))
     if plan is None:
         return None
     return build(spec, gpu, plan, otherwise)
