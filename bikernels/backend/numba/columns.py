@@ -81,6 +81,8 @@ KEPT_VECTORS = 16
 """Of a thread, in shared memory."""
 BLOCKS = 3
 """Thread blocks that share a multiprocessor."""
+SHORT, LONG = 2 * SUM_LANES, 32 * SUM_CHUNK
+"""Columns up to which sums are kept, too, and from which on a cluster takes long for them."""
 BYTES_PER_US, CLUSTER_US = 3e6, 1.0
 """What a GPU with enough blocks reads, and how much longer blocks of a cluster take, on an H100, roughly."""
 
@@ -798,24 +800,29 @@ def schedules(operation: str, n: int, width: int, clusters: bool) -> Iterator[Sc
 def choose(
     operation: str, arrays: int, n: int, width: int, vectors: int, clusters: bool, multiprocessors: int
 ) -> Schedule | None:
-    """A schedule for so many arrays of columns of n elements, `vectors` vectors side by side, if there is one."""
+    """A schedule for so many arrays of columns of n elements, `vectors` vectors side by side; None where there is none,
+    or where columns are so few and long that `reduction.py`, which spreads them over all of the GPU, is faster.
+    """
     found = list(schedules(operation, n, width, clusters))
-    has_kept = any(one.at_once == 0 for one in found)
-    if len(formula(operation, "float32").passes) == 1:
+    is_short, has_kept = n <= SHORT, any(one.at_once == 0 for one in found)
+    if len(formula(operation, "float32").passes) == 1 and not is_short:
         at_once = ROUNDS // 2  # more take registers that other blocks make more of
     else:
         at_once = 0 if has_kept else max((one.at_once for one in found), default=0)
-    # Wide enough for whole lines, and for a thread to have four lanes.
-    widest = 4 if at_once == 0 and n > SUM_LANES // 2 else max(8, min(32, 4 * THREADS >> (n - 1).bit_length()))
+    # Wide enough for whole lines, and for a thread to have some lanes.
+    widest = 4 if at_once == 0 and not is_short else max(8, min(32, 4 * THREADS >> (n - 1).bit_length()))
     enough = 3 * multiprocessors // 2
     us = arrays * vectors * n * VECTOR_BYTES / BYTES_PER_US
 
-    def cost(one: Schedule) -> float:
-        blocks = arrays * -(-vectors // one.vectors) * one.blocks
-        detour = abs(math.log2(one.vectors / widest)) + math.log2(one.parts) / 4
-        return us * (1 + detour / 8) * enough / min(blocks, enough) + (CLUSTER_US if one.blocks > 1 else 0)
+    def blocks_of(one: Schedule) -> int:
+        return arrays * -(-vectors // one.vectors) * one.blocks
 
-    return min((one for one in found if one.at_once == at_once), key=cost, default=None)
+    def cost(one: Schedule) -> float:
+        detour = abs(math.log2(one.vectors / widest)) + math.log2(one.parts) / 4
+        return us * (1 + detour / 8) * enough / min(blocks_of(one), enough) + (CLUSTER_US if one.blocks > 1 else 0)
+
+    best = min((one for one in found if one.at_once == at_once), key=cost, default=None)
+    return best if best is None or n < LONG or blocks_of(best) >= multiprocessors // 2 else None
 
 
 def takes(spec: ReductionSpec) -> bool:
