@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import bikernels
-from bikernels.contract import ARITHMETIC, ITEMSIZE, PORTABLE_ARITHMETIC
+from bikernels.contract import ACCUMULATE, ARITHMETIC, ITEMSIZE, PORTABLE_ARITHMETIC, SUM_LANES
 from bikernels.specs import ONE_FOR_A_ROW, REDUCTIONS, Layout, MatmulSpec, ReductionSpec
 from bikernels.views import Device, View
 
@@ -163,6 +163,19 @@ def test_every_tile_gives_the_same_bits(backend: Any, dtype: str, rng: np.random
                         with mock.patch.object(matmul, "choose", return_value=(tile, swapped)):
                             matmul.prepare(spec, gpu)(0, z.pointer, x.pointer, y.pointer)
                         assert_same_bits(backend.get(out), expected, f"{arithmetic} {tile}, swapped {swapped}")
+
+
+@pytest.mark.parametrize("operation", columns.OPERATIONS_TAKEN)
+def test_schedules_of_columns_fit(operation: str) -> None:
+    for dtype, n in itertools.product(FLOATS, (2, 40, 256, 257, 1025, 2049, 8192, 16384, 70000, 262144)):
+        width, accumulate = columns.VECTOR_BYTES // ITEMSIZE[dtype], ITEMSIZE[ACCUMULATE[dtype]]
+        for clusters in (False, True):
+            for plan in columns.schedules(operation, n, width, clusters):
+                assert plan.shared_bytes(n, operation, width, accumulate) <= SHARED_BYTES, (dtype, n, plan)
+                assert clusters or plan.blocks == 1
+                lanes_of_chunk = plan.parts * plan.lanes * (columns.THREADS // plan.vectors)
+                assert lanes_of_chunk == SUM_LANES or (plan.parts == 1 and n <= lanes_of_chunk < SUM_LANES), (n, plan)
+            assert columns.choose(operation, 1, n, width, 4096 // width, clusters, 132) is not None
 
 
 @pytest.mark.gpu

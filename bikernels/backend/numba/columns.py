@@ -575,8 +575,9 @@ def _no_results(tile: Any, s: Any, t: Any, out: Any, step: Any) -> None:
 
 
 def _step(variant: Variant, number: int) -> Function:
-    """step(tile, own, s, numbers, exchange, places, counts): a pass. What it has found of a column, of the pass before
-    `own`, for its thread; to `s`, before it is called, that of the thread's columns. `places`: see `shared_bytes`.
+    """step(tile, own, s, numbers, exchange, place, counts): a pass. It returns what it has found of a column, for its
+    thread. What the pass before has found is `own`, and `s` that of the columns that the thread reads. `exchange`,
+    `place` and `counts`: see `Schedule.shared_bytes`.
     """
     plan, accumulate = variant.formula, variant.accumulate
     real = OPERATIONS[accumulate].type
@@ -713,7 +714,7 @@ def kernel(variant: Variant) -> Kernel:
     kept = int64s(variant.kept_dimensions)
     signature = types.void(
         int64s(2),  # addresses
-        int64s(10),  # see `Schedule.sizes`
+        int64s(10),  # see `build`
         types.UniTuple(types.float64, 3),  # what divides the sums of both passes, eps
         kept,  # the columns' shape and strides
         types.UniTuple(kept, 2),
@@ -826,7 +827,7 @@ def choose(
 
 
 def takes(spec: ReductionSpec) -> bool:
-    """Whether these are columns that come in vectors, at any aligned address."""
+    """Whether columns come in vectors, wherever the first is one; and no element is rounded when it is read."""
     x, out, kept = spec.x, spec.out, spec.kept
     if spec.operation not in OPERATIONS_TAKEN or x.dtype not in FLOAT_DTYPES or len(x.shape) != kept + 1 or kept == 0:
         return False

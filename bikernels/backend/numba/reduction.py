@@ -1,4 +1,5 @@
-"""Reductions of rows: what `formulas.py` describes, by one kernel.
+"""Reductions of rows: what `formulas.py` describes, by one kernel that takes all layouts and dtypes. `columns.py` has
+faster ones of some.
 
 The contract's sum tree fits a warp: of a chunk's 256 lanes every thread has 8. Neighbours are added between threads by
 shuffles and within a thread in registers. A thread block is 16 warps and works in one of three modes, which decide
