@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import bikernels
-from bikernels.contract import ARITHMETIC, PORTABLE_ARITHMETIC
-from bikernels.specs import REDUCTIONS, MatmulSpec
+from bikernels.contract import ACCUMULATE, ARITHMETIC, ITEMSIZE, PORTABLE_ARITHMETIC, SUM_LANES
+from bikernels.specs import ONE_FOR_A_ROW, REDUCTIONS, Layout, MatmulSpec, ReductionSpec
 from bikernels.views import Device, View
 
 from .cases import FLOATS, assert_same_bits, draw
@@ -27,7 +27,7 @@ except RuntimeError as error:  # the Python package is there, the library is not
 
 from numba import cuda, types  # noqa: E402
 
-from bikernels.backend.numba import inspection, launch, matmul, reduction, schedules  # noqa: E402
+from bikernels.backend.numba import columns, inspection, launch, matmul, reduction, schedules  # noqa: E402
 
 GPUS = ((8, 0), (9, 0))
 """Compute capabilities, the oldest first."""
@@ -38,8 +38,8 @@ SHARED_BYTES = 99 << 10
 
 
 PRODUCTS_SHARE, REDUCTIONS_SHARE = 2, 6
-"""One in so many kernels of each product, which differ by their tiles, and of each reduction, which differ by stage,
-mode and dtype, unless --every-kernel asks for all.
+"""One in so many kernels of each product, which differ by their tiles, and of each reduction, which differ by family,
+stage, mode and dtype, unless --every-kernel asks for all.
 """
 
 
@@ -101,7 +101,9 @@ def test_every_operation_and_class_is_compiled() -> None:
     classes = {f"{arithmetic.name}-{operand}" for arithmetic in ARITHMETIC.values() for operand in arithmetic.covers}
     same_kernels = {"tc8f24-bfloat16", "tc8f24-float16"}  # as tc16f25
     assert families(every=False).keys() == families(every=True).keys() == {*REDUCTIONS} | classes - same_kernels
-    stages = {variant.stage for name in REDUCTIONS for variant in families(every=False)[name]}
+    kernels = [variant for name in REDUCTIONS for variant in families(every=False)[name]]
+    assert any(isinstance(variant, columns.Variant) for variant in kernels)
+    stages = {variant.stage for variant in kernels if isinstance(variant, reduction.Variant)}
     assert stages == {reduction.WHOLE, *reduction.PASSES, reduction.END}
 
 
@@ -161,3 +163,73 @@ def test_every_tile_gives_the_same_bits(backend: Any, dtype: str, rng: np.random
                         with mock.patch.object(matmul, "choose", return_value=(tile, swapped)):
                             matmul.prepare(spec, gpu)(0, z.pointer, x.pointer, y.pointer)
                         assert_same_bits(backend.get(out), expected, f"{arithmetic} {tile}, swapped {swapped}")
+
+
+@pytest.mark.parametrize("operation", columns.OPERATIONS_TAKEN)
+def test_schedules_of_columns_fit(operation: str) -> None:
+    for dtype, n in itertools.product(FLOATS, (2, 40, 256, 257, 1025, 2049, 8192, 16384, 70000, 262144)):
+        width, accumulate = columns.VECTOR_BYTES // ITEMSIZE[dtype], ITEMSIZE[ACCUMULATE[dtype]]
+        for clusters in (False, True):
+            for plan in columns.schedules(operation, n, width, clusters):
+                assert plan.shared_bytes(n, operation, width, accumulate) <= SHARED_BYTES, (dtype, n, plan)
+                assert clusters or plan.blocks == 1
+                lanes_of_chunk = plan.parts * plan.lanes * (columns.THREADS // plan.vectors)
+                assert lanes_of_chunk == SUM_LANES or (plan.parts == 1 and n <= lanes_of_chunk < SUM_LANES), (n, plan)
+            assert columns.choose(operation, 1, n, width, 4096 // width, clusters, 132) is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "operation"),
+    [("bfloat16", "log_softmax"), ("float16", "softmax"), ("float32", "var"), ("float64", "mean")],
+)
+def test_every_schedule_of_columns_gives_the_same_bits(
+    backend: Any, dtype: str, operation: str, rng: np.random.Generator
+) -> None:
+    if backend.name != "numba":
+        pytest.skip("the schedules are those of the backend 'numba'")
+    gpu = Device("cuda", backend.xp.cuda.runtime.getDevice())
+    tried, width = set(), columns.VECTOR_BYTES // ITEMSIZE[dtype]
+    for n in (2, 33, 300, 2049, 5000, 17000):
+        x = draw(rng, (n, 40), dtype, "special" if n < 5000 else "wide")
+        source, results = backend.put(x), []
+        spec = columns_spec(operation, dtype, x.shape)
+        shape = (40,) if spec.one_for_a_row else x.shape
+        plans = {plan for clusters in (False, True) for plan in columns.schedules(operation, n, width, clusters)}
+        if launch.compute_capability(gpu) < columns.CLUSTER_CAPABILITY:
+            plans = {plan for plan in plans if plan.blocks == 1}
+        launches = {plan: columns.build(spec, gpu, plan, None) for plan in sorted(plans)}
+        tried |= {(plan.at_once, plan.blocks > 1) for plan in plans}
+        for name, run in {"rows": reduction.prepare_general(spec, gpu), **launches}.items():
+            out = backend.put(np.zeros(shape, x.dtype))
+            run(0, out.data.ptr, source.data.ptr)
+            results.append(backend.get(out))
+            assert_same_bits(results[-1], results[0], f"{operation} of {n} elements, {name}")
+    assert len(tried) >= 4 or launch.compute_capability(gpu) < columns.CLUSTER_CAPABILITY
+
+
+def columns_spec(operation: str, dtype: str, shape: tuple[int, int]) -> ReductionSpec:
+    """The reduction of the first axis of a contiguous array."""
+    n, count = shape
+    x = Layout(dtype, (count, n), (1, count))
+    out = Layout(dtype, (count,), (1,)) if operation in ONE_FOR_A_ROW else x
+    return ReductionSpec(operation, 1, x, out, correction=1.0)
+
+
+@pytest.mark.gpu
+def test_columns_at_any_address(backend: Any, rng: np.random.Generator) -> None:
+    if backend.name != "numba":
+        pytest.skip("the schedules are those of the backend 'numba'")
+    gpu = Device("cuda", backend.xp.cuda.runtime.getDevice())
+    x = draw(rng, (300, 40), "float32")
+    spec = columns_spec("sum", "float32", x.shape)
+    whole = backend.put(np.concatenate([x[0, :1], x.ravel()]))
+    results = backend.put(np.zeros(2 * 40, x.dtype))
+    run = reduction.prepare(spec, gpu)
+    expected = bikernels.sum(x, axis=0, backend="cpu")
+    for source in (whole[1:], whole[1:].copy()):
+        for out in (results[1:41], results[:40]):
+            assert columns.takes(spec)
+            out[...] = 0
+            run(0, out.data.ptr, source.data.ptr)
+            assert_same_bits(backend.get(out), expected)

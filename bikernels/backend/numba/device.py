@@ -196,6 +196,12 @@ def instruction(text: str, constraints: list[str], result: Any, *arguments: Any,
 # ------------------------------------------------------------------------------------------------------- conversions
 
 
+_double_of_words = instruction(
+    "mov.b64 $0, {$1, $2};", ["=d", "r", "r"], types.float64, *(types.uint32, types.uint32), pure=True
+)
+_words_of_double = instruction(
+    "mov.b64 {$0, $1}, $2;", ["=r", "=r", "d"], types.UniTuple(types.uint32, 2), types.float64, pure=True
+)
 _float_of_half = instruction("cvt.f32.f16 $0, $1;", ["=f", "h"], types.float32, types.uint16, pure=True)
 _half_of_float = instruction("cvt.rn.f16.f32 $0, $1;", ["=h", "f"], types.uint16, types.float32, pure=True)
 
@@ -330,6 +336,93 @@ store_vector = instruction(
 """store_vector(address, w0, w1, w2, w3): 16 bytes to global memory."""
 
 
+load_words = instruction(
+    "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
+    ["=r", "=r", "=r", "=r", "r"],
+    types.UniTuple(types.uint32, 4),
+    types.uint32,
+)
+"""load_words(address): 16 bytes of shared memory, as words. Others may be on their way before these are used."""
+load_global_words = instruction(
+    "{ .reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;"
+    " @p ld.global.v4.b32 {$0, $1, $2, $3}, [$4]; }",
+    ["=&r", "=&r", "=&r", "=&r", "l", "r"],
+    types.UniTuple(types.uint32, 4),
+    *(types.int64, types.uint32),
+)
+"""load_global_words(address, exists): 16 bytes of global memory, or zeros. Others may be on their way, as above."""
+
+
+@functools.cache
+def unpack_words(dtype: str) -> Function:
+    """A device function unpack(words, values): to an array, the elements of four words in their accumulate dtype."""
+    if dtype == "float64":
+
+        @device
+        def unpack(words: Any, values: Any) -> None:
+            values[0] = _double_of_words(words[0], words[1])
+            values[1] = _double_of_words(words[2], words[3])
+
+    elif dtype == "float32":
+
+        @device
+        def unpack(words: Any, values: Any) -> None:
+            for i in range(4):
+                values[i] = libdevice.int_as_float(types.int32(words[i]))
+
+    else:
+        widen = _float_of_bfloat if dtype == "bfloat16" else _float_of_half
+
+        @device
+        def unpack(words: Any, values: Any) -> None:
+            for i in range(4):
+                values[2 * i] = widen(types.uint16(words[i]))
+                values[2 * i + 1] = widen(types.uint16(words[i] >> types.uint32(16)))
+
+    return unpack
+
+
+@functools.cache
+def pack_words(dtype: str) -> Function:
+    """A device function pack(values, first): the elements values[first], ... of an array, which are of the accumulate
+    dtype of `dtype`, as four words; NaN is canonical.
+    """
+    nan = CANONICAL_NAN[dtype]
+    if dtype == "float64":
+
+        @device
+        def word(value: Any) -> Any:
+            return _words_of_double(value if value == value else libdevice.longlong_as_double(nan))
+
+        @device
+        def pack_all(values: Any, first: Any) -> Any:
+            return word(values[first]) + word(values[first + 1])
+
+    elif dtype == "float32":
+
+        @device
+        def word(value: Any) -> Any:
+            return types.uint32(libdevice.float_as_int(value)) if value == value else types.uint32(nan)
+
+        @device
+        def pack_all(values: Any, first: Any) -> Any:
+            return word(values[first]), word(values[first + 1]), word(values[first + 2]), word(values[first + 3])
+
+    else:
+        two = pack(dtype)
+
+        @device
+        def pack_all(values: Any, first: Any) -> Any:
+            return (
+                two(values[first], values[first + 1]),
+                two(values[first + 2], values[first + 3]),
+                two(values[first + 4], values[first + 5]),
+                two(values[first + 6], values[first + 7]),
+            )
+
+    return pack_all
+
+
 @functools.cache
 def pack(dtype: str) -> Function:
     """A device function of two float32: both as 16-bit floats in a word, the first low; NaN is canonical."""
@@ -338,14 +431,71 @@ def pack(dtype: str) -> Function:
     return instruction(text, ["=r", "f", "f"], types.uint32, types.float32, types.float32, pure=True)
 
 
+def _register(dtype: str) -> tuple[str, str]:
+    """The type under which PTX moves an element, and the constraint of its register."""
+    size = ITEMSIZE[dtype]
+    return f"b{8 * size}", {"float32": "f", "float64": "d"}.get(dtype, {2: "h", 4: "r", 8: "l"}[size])
+
+
 @functools.cache
 def shared_access(dtype: str) -> tuple[Function, Function]:
     """Device functions load(address) and store(address, element) of an element in shared memory."""
-    storage = STORAGE[dtype]
-    bits, register = {2: ("b16", "h"), 4: ("f32", "f"), 8: ("f64", "d")}[ITEMSIZE[dtype]]
+    storage, (bits, register) = STORAGE[dtype], _register(dtype)
     load = instruction(f"ld.shared.{bits} $0, [$1];", [f"={register}", "r", "~{memory}"], storage, types.uint32)
     store = instruction(f"st.shared.{bits} [$0], $1;", ["r", register, "~{memory}"], types.none, types.uint32, storage)
     return load, store
+
+
+add_shared = instruction(
+    "red.shared.add.u32 [$0], $1;", ["r", "r", "~{memory}"], types.none, types.uint32, types.uint32
+)
+"""add_shared(address, value): to a 32-bit count in shared memory, by any number of threads."""
+
+# ----------------------------------------------------------------------------------- clusters (compute capability 9.0)
+
+
+cluster_number = instruction("mov.u32 $0, %clusterid.x;", ["=r"], types.int32, pure=True)
+"""cluster_number(): which cluster of the grid, along x, this is."""
+rank_in_cluster = instruction("mov.u32 $0, %cluster_ctarank;", ["=r"], types.int32, pure=True)
+"""rank_in_cluster(): which thread block of its cluster this is."""
+arrive_in_cluster = instruction("barrier.cluster.arrive.release;", ["~{memory}"], types.none)
+"""arrive_in_cluster(): what this thread has written can be read by those whose wait this ends."""
+wait_in_cluster = instruction("barrier.cluster.wait.acquire;", ["~{memory}"], types.none)
+"""wait_in_cluster(): until all threads of the cluster have arrived."""
+
+
+@functools.cache
+def store_in_cluster(dtype: str) -> Function:
+    """A device function store(address, rank, element): to this shared address in a thread block of the cluster."""
+    bits, register = _register(dtype)
+    text = f"{{ .reg .b32 a; mapa.shared::cluster.u32 a, $0, $1; st.shared::cluster.{bits} [a], $2; }}"
+    return instruction(text, ["r", "r", register, "~{memory}"], types.none, types.uint32, types.uint32, STORAGE[dtype])
+
+
+# ------------------------------------------------------------------------------------------------------------- maxima
+
+
+@functools.cache
+def larger(accumulate: str) -> Function:
+    """A device function of a and b: the larger; NaN if either is. Compute capability 8.0 on."""
+    if accumulate == "float32":
+        return instruction(
+            "max.NaN.f32 $0, $1, $2;", ["=f", "f", "f"], types.float32, *(types.float32, types.float32), pure=True
+        )
+
+    @device
+    def larger_of_two(a: Any, b: Any) -> Any:
+        return a if a > b or a != a else b
+
+    return larger_of_two
+
+
+@functools.cache
+def larger_pair(dtype: str) -> Function:
+    """A device function of two words: `larger` of their 16-bit floats, each. Compute capability 8.0 on."""
+    kind = {"bfloat16": "bf16x2", "float16": "f16x2"}[dtype]
+    text = f"max.NaN.{kind} $0, $1, $2;"
+    return instruction(text, ["=r", "r", "r"], types.uint32, *(types.uint32, types.uint32), pure=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ host

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from ...contract import ACCUMULATE
 from .device import OPERATIONS, Function, device
 from .functions import exp as exp_of
+from .functions import exp_below as exp_below_of
 from .functions import log as log_of
 
 OPERANDS = ("x", "grad", "weight", "bias", "mean", "rstd")
@@ -139,8 +140,8 @@ def _softmaxes(operation: str, accumulate: str, precise: bool) -> Formula:
     """s is the maximum; t the sum of the exponentials, its logarithm, or the result of logsumexp. `precise`: whether
     exp makes up for the rounding of x - s.
     """
-    operations, exp, log = OPERATIONS[accumulate], exp_of(accumulate), log_of(accumulate)
-    real, add, divide = operations.type, operations.add, operations.divide
+    operations, exp, log = OPERATIONS[accumulate], exp_below_of(accumulate, precise), log_of(accumulate)
+    real, add, multiply, divide = operations.type, operations.add, operations.multiply, operations.divide
 
     @device
     def exponential(x: Any, s: Any, t: Any) -> Any:
@@ -152,16 +153,17 @@ def _softmaxes(operation: str, accumulate: str, precise: bool) -> Formula:
     @device
     def term(x: Any, g: Any, w: Any, b: Any, m: Any, r: Any, s: Any) -> Any:
         t = add(x, -s)
-        return (real(0), 1) if t == real(0) else (exponential(x, s, t), 0)
+        power = exponential(x, s, t)  # without a branch, so that those of several elements overlap
+        return real(0) if t == real(0) else power, 1 if t == real(0) else 0
 
     @device
     def normaliser(total: Any, count: Any, s: Any, divisor: Any, eps: Any) -> Any:
-        return add(real(count), total)
+        return add(add(real(count), total), multiply(s, real(0)))  # NaN where s is infinite or NaN, as some t is
 
     @device
     def logarithm(total: Any, count: Any, s: Any, divisor: Any, eps: Any) -> Any:
         ones = real(count)
-        u = add(ones, total)
+        u = normaliser(total, count, s, divisor, eps)
         shadow = add(u, -ones)
         error = add(add(ones, -add(u, -shadow)), add(total, -shadow))  # of the addition, exactly
         return add(log(u), divide(error, u))

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from ...contract import EXP, LOG
-from .device import OPERATIONS, Function, device, types
+from .device import OPERATIONS, Function, device, libdevice, types
 
 _UNSIGNED = {"float32": types.uint32, "float64": types.uint64}
 _SIGNED = {"float32": types.int32, "float64": types.int64}
@@ -15,6 +15,10 @@ _FRACTION = {"float32": 23, "float64": 52}
 """Bits of a significand after the point."""
 _NORMAL = {"float32": 2.0**-126, "float64": 2.0**-1022}
 """The smallest normal number."""
+_LARGER = {"float32": libdevice.fmaxf, "float64": libdevice.fmax}
+"""Of a NaN and a number, the number."""
+_SHIFT = {"float32": 64, "float64": 512}
+"""In `exp_below`, of the exponent: even, as the bias of exp is, so that ties are rounded alike."""
 
 
 @functools.cache
@@ -63,6 +67,35 @@ def exp(accumulate: str) -> Function:
         return multiply(multiply(polynomial(f), power_of_two(half)), power_of_two(unsigned(bits - half)))
 
     return exp
+
+
+@functools.cache
+def exp_below(accumulate: str, precise: bool) -> Function:
+    """exp where t <= 0, in fewer instructions; of a NaN it is any number. d is there if `precise`, else it is not used.
+
+    The polynomial times 2^(k + SHIFT) is normal for every k, so that adding to its exponent is exact and the product
+    with 2^-SHIFT rounds only what is subnormal, as exp's second product does. exp(LOW) is 0, and so is what lies below.
+    """
+    operations, numbers, shift = OPERATIONS[accumulate], EXP[accumulate], _SHIFT[accumulate]
+    real, add, multiply, fma = operations.type, operations.add, operations.multiply, operations.fma
+    to_bits, from_bits, larger = operations.to_bits, operations.from_bits, _LARGER[accumulate]
+    signed, unsigned, fraction = _SIGNED[accumulate], _UNSIGNED[accumulate], _FRACTION[accumulate]
+    polynomial = _polynomial(accumulate, numbers.coefficients)
+    log2e, low, back, magic = numbers.log2e, numbers.low, 2.0**-shift, 1.5 * 2.0**fraction + shift
+    minus_ln2_high, minus_ln2_low = -numbers.ln2_high, -numbers.ln2_low
+
+    @device
+    def exp_below(t: Any, d: Any) -> Any:
+        above = larger(t, real(low))
+        z = fma(above, real(log2e), real(magic))
+        k = add(z, real(-magic))
+        f = fma(k, real(minus_ln2_low), fma(k, real(minus_ln2_high), above))
+        if precise:
+            f = add(f, d if t > real(low) else real(0))
+        bits = unsigned(unsigned(to_bits(polynomial(f))) + unsigned(unsigned(to_bits(z)) << unsigned(fraction)))
+        return multiply(from_bits(signed(bits)), real(back))
+
+    return exp_below
 
 
 @functools.cache

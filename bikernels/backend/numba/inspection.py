@@ -10,9 +10,11 @@ from unittest import mock
 
 from numba.cuda.cudadrv import nvvm
 
-from . import matmul, reduction
+from . import columns, matmul, reduction
 from .launch import Kernel, assemble
 from .schedules import WGMMA_GPU
+
+Variant = matmul.Variant | reduction.Variant | columns.Variant
 
 
 class Needs(NamedTuple):
@@ -28,26 +30,24 @@ class Needs(NamedTuple):
 class Compiled(NamedTuple):
     """One kernel's PTX and what its machine code needs."""
 
-    variant: matmul.Variant | reduction.Variant
+    variant: Variant
     ptx: str
     contractible: list[str]
     needs: dict[tuple[int, int], Needs]
     """Per compute capability."""
 
 
-def variants() -> Iterator[matmul.Variant | reduction.Variant]:
+def variants() -> Iterator[Variant]:
     """Every kernel once for every way in which its code differs; `compile_one` takes any other variant, too."""
-    return itertools.chain(matmul.variants(), reduction.variants())
+    return itertools.chain(matmul.variants(), reduction.variants(), columns.variants())
 
 
-def compile_one(
-    variant: matmul.Variant | reduction.Variant, compute_capabilities: tuple[tuple[int, int], ...]
-) -> Compiled:
+def compile_one(variant: Variant, compute_capabilities: tuple[tuple[int, int], ...]) -> Compiled:
     """Compile one kernel for GPUs of these compute capabilities, (9, 0) say. The PTX, which takes most of the time, is
     made once, for the first, unless registers are bounded otherwise on another: name the oldest first.
     """
-    kernel = matmul.kernel(variant) if isinstance(variant, matmul.Variant) else reduction.kernel(variant)
-    gpus = [one for one in compute_capabilities if not kernel.specific or one == WGMMA_GPU]
+    kernel = kernel_of(variant)
+    gpus = [one for one in compute_capabilities if one >= kernel.oldest and (not kernel.specific or one == WGMMA_GPU)]
     ptx, fused = translate(kernel, gpus[0])
     bounds = {kernel.blocks_of(gpus[0]): ptx}
     for one in gpus:
@@ -55,6 +55,13 @@ def compile_one(
             bounds[kernel.blocks_of(one)] = kernel.ptx(one)
     found = {one: needs(bounds[kernel.blocks_of(one)], kernel.architecture(one)) for one in gpus}
     return Compiled(variant, ptx, fused, found)
+
+
+def kernel_of(variant: Variant) -> Kernel:
+    """The kernel of a variant, not compiled yet."""
+    if isinstance(variant, matmul.Variant):
+        return matmul.kernel(variant)
+    return columns.kernel(variant) if isinstance(variant, columns.Variant) else reduction.kernel(variant)
 
 
 def compile_all(compute_capabilities: tuple[tuple[int, int], ...]) -> Iterator[Compiled]:

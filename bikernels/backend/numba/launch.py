@@ -45,6 +45,8 @@ class Kernel(NamedTuple):
     """Whether it has instructions that only GPUs of one compute capability have."""
     older_blocks: int | None = None
     """`blocks` of GPUs older than compute capability 9.0, where they differ: those need a few more registers."""
+    oldest: tuple[int, int] = (0, 0)
+    """The compute capability from which on there are its instructions."""
 
     def architecture(self, compute_capability: tuple[int, int]) -> str:
         """The assembler's name of the GPU."""
@@ -159,11 +161,11 @@ def _stream(handle: int) -> Stream:
 
 
 class Launch:
-    """A loaded kernel and its grid. To be made and called inside `on(gpu)`."""
+    """A loaded kernel and its grid, of thread blocks or of clusters of so many. To be made and called in `on(gpu)`."""
 
-    def __init__(self, kernel: Kernel, gpu: Device, grid: tuple[int, ...]) -> None:
+    def __init__(self, kernel: Kernel, gpu: Device, grid: tuple[int, ...], cluster: int | None = None) -> None:
         self._kernel = _loaded(kernel, gpu)
-        self._config = LaunchConfig(grid=grid, block=kernel.threads, shmem_size=kernel.shared_bytes)
+        self._config = LaunchConfig(grid=grid, cluster=cluster, block=kernel.threads, shmem_size=kernel.shared_bytes)
 
     def __call__(self, stream: int, *arguments: int | float) -> None:
         """Queue it; an int is passed as int64 (an address, too), a float as float64, a tuple's elements one by one."""

@@ -1,4 +1,5 @@
-"""Reductions of rows: what `formulas.py` describes, by one kernel.
+"""Reductions of rows: what `formulas.py` describes, by one kernel that takes all layouts and dtypes. `columns.py` has
+faster ones of some.
 
 The contract's sum tree fits a warp: of a chunk's 256 lanes every thread has 8. Neighbours are added between threads by
 shuffles and within a thread in registers. A thread block is 16 warps and works in one of three modes, which decide
@@ -27,6 +28,7 @@ from ...contract import ACCUMULATE, FLOAT_DTYPES, ITEMSIZE, SUM_CHUNK, SUM_LANES
 from ...specs import ONE_FOR_A_ROW, REDUCTIONS, ReductionSpec
 from ...views import Device
 from .. import ReductionLaunch
+from . import columns
 from .device import (
     ALL_LANES,
     OPERATIONS,
@@ -773,7 +775,13 @@ class _Step(NamedTuple):
 
 
 def prepare(spec: ReductionSpec, gpu: Device) -> ReductionLaunch:
-    """Choose a schedule and build the launches."""
+    """The launches, of `columns.py` where columns come in vectors."""
+    general = functools.partial(prepare_general, spec, gpu)
+    return columns.prepare(spec, gpu, general) or general()
+
+
+def prepare_general(spec: ReductionSpec, gpu: Device) -> ReductionLaunch:
+    """Choose a schedule of these kernels and build the launches."""
     layouts = {name: layout for name in ("out", *OPERANDS) if (layout := getattr(spec, name)) is not None}
     operands, kept, shape = tuple((name, one.dtype) for name, one in layouts.items()), spec.kept, spec.x.shape
     kept_shape, *kept_strides = as_dimensions(shape[:kept], *(one.strides[:kept] for one in layouts.values()))
