@@ -13,7 +13,7 @@ import pytest
 
 import bikernels
 from bikernels.contract import ARITHMETIC, PORTABLE_ARITHMETIC
-from bikernels.specs import REDUCTIONS, MatmulSpec
+from bikernels.specs import ONE_FOR_A_ROW, REDUCTIONS, Layout, MatmulSpec, ReductionSpec
 from bikernels.views import Device, View
 
 from .cases import FLOATS, assert_same_bits, draw
@@ -27,7 +27,7 @@ except RuntimeError as error:  # the Python package is there, the library is not
 
 from numba import cuda, types  # noqa: E402
 
-from bikernels.backend.numba import inspection, launch, matmul, reduction, schedules  # noqa: E402
+from bikernels.backend.numba import inspection, launch, matmul, reduction, rows, schedules  # noqa: E402
 
 GPUS = ((8, 0), (9, 0))
 """Compute capabilities, the oldest first."""
@@ -101,8 +101,13 @@ def test_every_operation_and_class_is_compiled() -> None:
     classes = {f"{arithmetic.name}-{operand}" for arithmetic in ARITHMETIC.values() for operand in arithmetic.covers}
     same_kernels = {"tc8f24-bfloat16", "tc8f24-float16"}  # as tc16f25
     assert families(every=False).keys() == families(every=True).keys() == {*REDUCTIONS} | classes - same_kernels
-    stages = {variant.stage for name in REDUCTIONS for variant in families(every=False)[name]}
+    reductions = [variant for name in REDUCTIONS for variant in families(every=False)[name]]
+    stages = {variant.stage for variant in reductions if isinstance(variant, reduction.Variant)}
     assert stages == {reduction.WHOLE, *reduction.PASSES, reduction.END}
+    of_rows = [variant for variant in reductions if isinstance(variant, rows.Variant)]
+    assert {variant.dtype for variant in of_rows} == {*rows.DTYPES}
+    assert {variant.width == 1 for variant in of_rows} == {True, False}
+    assert {variant.ctas > 1 for variant in of_rows} == {True, False}
 
 
 def test_the_check_sees_what_the_compiler_fuses() -> None:
@@ -133,6 +138,55 @@ def test_the_check_sees_spills() -> None:
     ptx, found = inspection.translate(crowded, GPUS[0])
     assert not found
     assert inspection.needs(ptx, kernel.architecture(GPUS[0])).spill_bytes > 0
+
+
+ROWS = ((9, 200), (9, 24), (5, 201), (3, 2048), (2, 4096), (3, 9001), (2, 33000), (2, 152000))
+"""Rows and their length. Of odd ones, rows begin anywhere in a vector."""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", rows.DTYPES)
+@pytest.mark.parametrize("operation", rows.ROW_OPERATIONS)
+def test_every_schedule_of_rows_gives_the_same_bits(
+    backend: Any, operation: str, dtype: str, rng: np.random.Generator
+) -> None:
+    """Rows kept in registers, as if they were few or many, and the general kernels."""
+    if backend.name != "numba":
+        pytest.skip("the schedules are those of the backend 'numba'")
+    gpu = Device("cuda", backend.xp.cuda.runtime.getDevice())
+    is_backward, one_for_a_row = operation.endswith("backward"), operation in ONE_FOR_A_ROW
+    for count, n in ROWS:
+        x = draw(rng, (count, n), dtype, "wide")
+        x[0] = draw(rng, (n,), dtype, "special")
+        x[-1, ::7] = 1000  # the maximum, many times
+        row, number = Layout(dtype, x.shape, (n, 1)), Layout("float32", x.shape, (1, 0))
+        arrays, layouts = [x], {"x": row, "out": Layout(dtype, (count,), (1,)) if one_for_a_row else row}
+        for name in rows.BESIDE.get(operation, ()):
+            is_number, is_side = name in ("mean", "rstd"), name in ("weight", "bias")
+            if is_number and not is_backward:
+                continue  # they are results
+            layouts[name] = number if is_number else Layout(dtype, x.shape, (0, 1)) if is_side else row
+            shape = (count,) if is_number else (n,) if is_side else x.shape
+            arrays.append(abs(draw(rng, shape, "float32" if is_number else dtype)))
+        spec = ReductionSpec(operation, 1, correction=1.0, eps=1e-3, **layouts)
+        moved = [backend.put(one) for one in arrays]
+
+        def result(launched: Any) -> np.ndarray:
+            out = backend.put(np.zeros((count,) if one_for_a_row else x.shape, x.dtype))  # noqa: B023
+            launched(0, out.data.ptr, *(one.data.ptr for one in moved))  # noqa: B023
+            return backend.get(out)
+
+        expected = result(reduction.prepare_general(spec, gpu))
+        wide = 16 // x.itemsize
+        for rows_at_once, width, has_clusters in itertools.product((1, 2**16), (1, wide), (False, True)):
+            if n % width or (has_clusters and launch.compute_capability(gpu) < rows.FIRST_WITH_CLUSTERS):
+                continue
+            names = tuple(name for name in ("out", "x", *rows.BESIDE.get(operation, ())) if name in layouts)
+            variant = rows.choose(operation, dtype, names, rows_at_once, n, width, 132, has_clusters)
+            if variant is None:
+                continue
+            with mock.patch.object(rows, "choose", return_value=variant):
+                assert_same_bits(result(reduction.prepare(spec, gpu)), expected, f"{count} x {n}, {variant}")
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""exp and log of the contract (`reference.exp`, `reference.log`), one device function each per accumulate dtype."""
+"""exp and log of the contract (`reference.exp`, `reference.log`) as device functions, per accumulate dtype."""
 
 from __future__ import annotations
 
@@ -61,6 +61,42 @@ def exp(accumulate: str) -> Function:
         bits = unsigned(to_bits(z))  # its low bits are k + 2 * bias; what lies above leaves the word in the shifts
         half = unsigned(bits >> unsigned(1))
         return multiply(multiply(polynomial(f), power_of_two(half)), power_of_two(unsigned(bits - half)))
+
+    return exp
+
+
+_SHIFT = {"float32": 64, "float64": 512}
+"""P * 2^(k + shift) is normal wherever exp is not yet 0, so that the product with 2^-shift is the only rounding."""
+
+
+@functools.cache
+def exp_below(accumulate: str, precise: bool) -> Function:
+    """The device function of t <= 0 and, if `precise`, of d: exp, in fewer instructions. Any number if t is a NaN."""
+    operations, numbers = OPERATIONS[accumulate], EXP[accumulate]
+    real, add, multiply, fma = operations.type, operations.add, operations.multiply, operations.fma
+    to_bits, from_bits, larger = operations.to_bits, operations.from_bits, operations.larger
+    signed, fraction, shift = _SIGNED[accumulate], _FRACTION[accumulate], _SHIFT[accumulate]
+    polynomial = _polynomial(accumulate, numbers.coefficients)
+    log2e, low, magic = numbers.log2e, numbers.low, 1.5 * 2.0**fraction + shift
+    assert (numbers.magic - magic) % 2 == 0, "ties are rounded alike"
+    minus_ln2_high, minus_ln2_low, unshift = -numbers.ln2_high, -numbers.ln2_low, 2.0**-shift
+
+    @device
+    def power(t: Any, d: Any) -> Any:
+        z = fma(t, real(log2e), real(magic))
+        k = add(z, real(-magic))
+        f = fma(k, real(minus_ln2_low), fma(k, real(minus_ln2_high), t))
+        if precise:
+            f = add(f, d)
+        raised = signed(to_bits(polynomial(f)) + signed(to_bits(z) << signed(fraction)))
+        return multiply(from_bits(raised), real(unshift))
+
+    @device
+    def exp(t: Any, d: Any) -> Any:
+        if not precise:
+            return power(larger(t, real(low)), d)
+        raised = power(t, d)
+        return real(0) if t < real(low) else raised
 
     return exp
 

@@ -10,7 +10,7 @@ from unittest import mock
 
 from numba.cuda.cudadrv import nvvm
 
-from . import matmul, reduction
+from . import matmul, reduction, rows
 from .launch import Kernel, assemble
 from .schedules import WGMMA_GPU
 
@@ -25,29 +25,36 @@ class Needs(NamedTuple):
     """Stores of registers to local memory and loads from it, counted in the code."""
 
 
+Variant = matmul.Variant | reduction.Variant | rows.Variant
+
+
 class Compiled(NamedTuple):
     """One kernel's PTX and what its machine code needs."""
 
-    variant: matmul.Variant | reduction.Variant
+    variant: Variant
     ptx: str
     contractible: list[str]
     needs: dict[tuple[int, int], Needs]
     """Per compute capability."""
 
 
-def variants() -> Iterator[matmul.Variant | reduction.Variant]:
+def variants() -> Iterator[Variant]:
     """Every kernel once for every way in which its code differs; `compile_one` takes any other variant, too."""
-    return itertools.chain(matmul.variants(), reduction.variants())
+    return itertools.chain(matmul.variants(), reduction.variants(), rows.variants())
 
 
-def compile_one(
-    variant: matmul.Variant | reduction.Variant, compute_capabilities: tuple[tuple[int, int], ...]
-) -> Compiled:
+def _kernel(variant: Variant) -> Kernel:
+    if isinstance(variant, matmul.Variant):
+        return matmul.kernel(variant)
+    return rows.kernel(variant) if isinstance(variant, rows.Variant) else reduction.kernel(variant)
+
+
+def compile_one(variant: Variant, compute_capabilities: tuple[tuple[int, int], ...]) -> Compiled:
     """Compile one kernel for GPUs of these compute capabilities, (9, 0) say. The PTX, which takes most of the time, is
     made once, for the first, unless registers are bounded otherwise on another: name the oldest first.
     """
-    kernel = matmul.kernel(variant) if isinstance(variant, matmul.Variant) else reduction.kernel(variant)
-    gpus = [one for one in compute_capabilities if not kernel.specific or one == WGMMA_GPU]
+    kernel = _kernel(variant)
+    gpus = [one for one in compute_capabilities if one >= kernel.oldest and (not kernel.specific or one == WGMMA_GPU)]
     ptx, fused = translate(kernel, gpus[0])
     bounds = {kernel.blocks_of(gpus[0]): ptx}
     for one in gpus:

@@ -45,6 +45,15 @@ class Kernel(NamedTuple):
     """Whether it has instructions that only GPUs of one compute capability have."""
     older_blocks: int | None = None
     """`blocks` of GPUs older than compute capability 9.0, where they differ: those need a few more registers."""
+    cluster: int = 1
+    """Thread blocks of a cluster; several need compute capability 9.0."""
+    overlaps: bool = False
+    """Whether it may be launched before the kernel in front has ended, for whose end it waits then (9.0 too)."""
+
+    @property
+    def oldest(self) -> tuple[int, int]:
+        """The first compute capability that has what it needs beside the instructions of all."""
+        return (9, 0) if self.overlaps or self.cluster > 1 else (0, 0)
 
     def architecture(self, compute_capability: tuple[int, int]) -> str:
         """The assembler's name of the GPU."""
@@ -158,12 +167,19 @@ def _stream(handle: int) -> Stream:
     return Stream.from_handle(handle)
 
 
+_CAN_OVERLAP = hasattr(LaunchConfig, "programmatic_stream_serialization")
+
+
 class Launch:
     """A loaded kernel and its grid. To be made and called inside `on(gpu)`."""
 
     def __init__(self, kernel: Kernel, gpu: Device, grid: tuple[int, ...]) -> None:
         self._kernel = _loaded(kernel, gpu)
-        self._config = LaunchConfig(grid=grid, block=kernel.threads, shmem_size=kernel.shared_bytes)
+        cluster = kernel.cluster if kernel.cluster > 1 else None  # the grid then counts clusters
+        early = {"programmatic_stream_serialization": True} if kernel.overlaps and _CAN_OVERLAP else {}
+        self._config = LaunchConfig(
+            grid=grid, cluster=cluster, block=kernel.threads, shmem_size=kernel.shared_bytes, **early
+        )
 
     def __call__(self, stream: int, *arguments: int | float) -> None:
         """Queue it; an int is passed as int64 (an address, too), a float as float64, a tuple's elements one by one."""

@@ -27,6 +27,7 @@ from ...contract import ACCUMULATE, FLOAT_DTYPES, ITEMSIZE, SUM_CHUNK, SUM_LANES
 from ...specs import ONE_FOR_A_ROW, REDUCTIONS, ReductionSpec
 from ...views import Device
 from .. import ReductionLaunch
+from . import rows as side_by_side
 from .device import (
     ALL_LANES,
     OPERATIONS,
@@ -45,8 +46,8 @@ from .device import (
     types,
     writer,
 )
-from .formulas import OPERANDS, Formula, Pass, formula
-from .launch import Kernel, Launch, Workspace, flat, grid_of, multiprocessors, on
+from .formulas import OPERANDS, Formula, Pass, formula, numbers_of
+from .launch import Kernel, Launch, Workspace, compute_capability, flat, grid_of, multiprocessors, on
 
 ROWS, BLOCK, COLUMNS = MODES = ("rows", "block", "columns")
 
@@ -773,6 +774,45 @@ class _Step(NamedTuple):
 
 
 def prepare(spec: ReductionSpec, gpu: Device) -> ReductionLaunch:
+    """Choose a kernel: that of `rows.py` where it has a plan, else the general one of this file."""
+    plan = side_by_side.plan(spec, compute_capability(gpu), multiprocessors(gpu))
+    if plan is None:
+        return prepare_general(spec, gpu)
+    with on(gpu):
+        fast = Launch(side_by_side.kernel(plan.variant), gpu, (plan.grid,))
+    arguments, vectors, least = plan.arguments, plan.vectors, plan.alignment
+
+    @functools.cache
+    def unaligned() -> ReductionLaunch:
+        return _prepare_unaligned(spec, gpu)
+
+    def launch(stream: int, *addresses: int) -> None:
+        if any(addresses[place] % least for place in vectors):
+            unaligned()(stream, *addresses)
+        else:
+            with on(gpu):
+                fast(stream, *addresses, *arguments)
+
+    return launch
+
+
+def _prepare_unaligned(spec: ReductionSpec, gpu: Device) -> ReductionLaunch:
+    """For addresses that are multiples of an element only."""
+    plan = side_by_side.plan(spec, compute_capability(gpu), multiprocessors(gpu), aligned=False)
+    if plan is None:
+        return prepare_general(spec, gpu)
+    arguments = plan.arguments
+    with on(gpu):
+        run = Launch(side_by_side.kernel(plan.variant), gpu, (plan.grid,))
+
+    def launch(stream: int, *addresses: int) -> None:
+        with on(gpu):
+            run(stream, *addresses, *arguments)
+
+    return launch
+
+
+def prepare_general(spec: ReductionSpec, gpu: Device) -> ReductionLaunch:
     """Choose a schedule and build the launches."""
     layouts = {name: layout for name in ("out", *OPERANDS) if (layout := getattr(spec, name)) is not None}
     operands, kept, shape = tuple((name, one.dtype) for name, one in layouts.items()), spec.kept, spec.x.shape
@@ -780,8 +820,7 @@ def prepare(spec: ReductionSpec, gpu: Device) -> ReductionLaunch:
     nowhere = (0,) * (len(shape) - kept)
     row_shape, *row_strides = as_dimensions(shape[kept:], *(one.strides[kept:] or nowhere for one in layouts.values()))
     rows, n = math.prod(kept_shape), math.prod(row_shape)
-    divisors = float(n), max(0.0, n - spec.correction) if spec.operation in ("var", "std") else float(n)
-    numbers = (*divisors, float(spec.eps))
+    numbers = numbers_of(spec, n)
     x = list(layouts).index("x")
     near, far = abs(kept_strides[x][-1]), abs(row_strides[x][-1])
     by_columns = kept_shape[-1] > 1 and row_shape[-1] > 1 and 0 < near < far
