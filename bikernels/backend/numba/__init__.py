@@ -1,8 +1,9 @@
 """Numba CUDA: every kernel is Python, to be read and changed.
 
-matmul.py and reduction.py hold the kernels and how they are launched, formulas.py what the reductions compute;
-device.py is the vocabulary that they are written in, functions.py its exp and log, products.py the instructions that
-multiply tiles, schedules.py the tiles, launch.py the host's side. inspection.py shows what the compiler makes of them.
+matmul.py, reduction.py and rows.py (reductions of rows that lie side by side) hold the kernels and how they are
+launched, formulas.py what the reductions compute; device.py is the vocabulary that they are written in, functions.py
+its exp and log, products.py the instructions that multiply tiles, schedules.py the tiles, launch.py the host's side.
+inspection.py shows what the compiler makes of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Reductions of rows: what `formulas.py` describes, by one kernel.
+"""Reductions of rows: what `formulas.py` describes, by one kernel for every layout and dtype.
+
+Rows whose elements lie side by side are those of `rows.py` where that has a plan for them; all others come here.
 
 The contract's sum tree fits a warp: of a chunk's 256 lanes every thread has 8. Neighbours are added between threads by
 shuffles and within a thread in registers. A thread block is 16 warps and works in one of three modes, which decide
@@ -774,46 +776,39 @@ class _Step(NamedTuple):
 
 
 def prepare(spec: ReductionSpec, gpu: Device) -> ReductionLaunch:
-    """Choose a kernel: that of `rows.py` where it has a plan, else the general one of this file."""
+    """Choose a kernel: one of `rows.py` where that has a plan, else the general one of this file."""
     plan = side_by_side.plan(spec, compute_capability(gpu), multiprocessors(gpu))
     if plan is None:
         return prepare_general(spec, gpu)
-    with on(gpu):
-        fast = Launch(side_by_side.kernel(plan.variant), gpu, (plan.grid,))
-    arguments, vectors, least = plan.arguments, plan.vectors, plan.alignment
+    run, vectors, alignment = _launch_of_plan(plan, gpu), plan.vectors, plan.alignment
+    if alignment == ITEMSIZE[spec.out.dtype]:
+        return run
 
     @functools.cache
     def unaligned() -> ReductionLaunch:
-        return _prepare_unaligned(spec, gpu)
+        other = side_by_side.plan(spec, compute_capability(gpu), multiprocessors(gpu), aligned=False)
+        return prepare_general(spec, gpu) if other is None else _launch_of_plan(other, gpu)
 
     def launch(stream: int, *addresses: int) -> None:
-        if any(addresses[place] % least for place in vectors):
-            unaligned()(stream, *addresses)
-        else:
-            with on(gpu):
-                fast(stream, *addresses, *arguments)
+        is_aligned = not any(addresses[place] % alignment for place in vectors)
+        (run if is_aligned else unaligned())(stream, *addresses)
 
     return launch
 
 
-def _prepare_unaligned(spec: ReductionSpec, gpu: Device) -> ReductionLaunch:
-    """For addresses that are multiples of an element only."""
-    plan = side_by_side.plan(spec, compute_capability(gpu), multiprocessors(gpu), aligned=False)
-    if plan is None:
-        return prepare_general(spec, gpu)
-    arguments = plan.arguments
+def _launch_of_plan(plan: side_by_side.Plan, gpu: Device) -> ReductionLaunch:
     with on(gpu):
-        run = Launch(side_by_side.kernel(plan.variant), gpu, (plan.grid,))
+        kernel_launch = Launch(side_by_side.kernel(plan.variant), gpu, (plan.grid,))
 
     def launch(stream: int, *addresses: int) -> None:
         with on(gpu):
-            run(stream, *addresses, *arguments)
+            kernel_launch(stream, *addresses, *plan.arguments)
 
     return launch
 
 
 def prepare_general(spec: ReductionSpec, gpu: Device) -> ReductionLaunch:
-    """Choose a schedule and build the launches."""
+    """The launches of the general kernels, for any spec."""
     layouts = {name: layout for name in ("out", *OPERANDS) if (layout := getattr(spec, name)) is not None}
     operands, kept, shape = tuple((name, one.dtype) for name, one in layouts.items()), spec.kept, spec.x.shape
     kept_shape, *kept_strides = as_dimensions(shape[:kept], *(one.strides[:kept] for one in layouts.values()))

@@ -7,8 +7,9 @@ lanes; shuffles fold those of the warp. Warps leave what they have found in shar
 cluster), meet at a barrier, and each folds all of it by itself: the sums of a chunk's parts are neighbours in the tree
 as chunks are, so that the upper levels are one fold.
 
-Rows that begin anywhere have vectors of one element, 32 apart; the rest is the same. Elements that a row does not have
-are loaded as what changes no result. `sum` and `mean` keep nothing, so a warp may have chunk after chunk (`streams`).
+Rows that begin anywhere have vectors of one element, neighbours' side by side; the rest is the same. Several short rows
+share a warp, each with some neighbouring threads of it (`span`). Elements that a row does not have are loaded as what
+changes no result, or masked. `sum` and `mean` keep nothing, so a warp may have chunk after chunk (`streams`).
 
 What an operation computes is its formula. `plan` says which rows come here; all others are `reduction.py`'s.
 """
@@ -52,8 +53,8 @@ ROW_OPERATIONS = tuple(name for name in REDUCTIONS if not name.endswith("weight_
 
 LANES = SUM_LANES // WARP
 """Of the sum tree, that a thread has if a chunk is its warp's."""
-SHORT_LANES = 32
-"""The same where several short rows share a warp, and what a row costs beside its elements."""
+SHORT_LANES, FEWER_SHORT_LANES = 32, 16
+"""The same where several short rows share a warp, and what a row costs beside its elements: of 16-bit vectors; else."""
 STEPS = SUM_CHUNK // SUM_LANES
 """Elements of a lane in a chunk."""
 VECTOR_BYTES = 16
@@ -61,6 +62,11 @@ HELD = 32
 """Registers for a thread's elements; so the threads of a multiprocessor have as many bytes on their way as it needs."""
 PLACES = SUM_LANES
 """For sums of chunks, where warps have chunk after chunk."""
+
+
+def _short_lanes(dtype: str, width: int) -> int:
+    """Lanes of a thread where several rows share a warp."""
+    return SHORT_LANES if ITEMSIZE[dtype] == 2 and width > 1 else FEWER_SHORT_LANES
 
 
 class Variant(NamedTuple):
@@ -86,7 +92,7 @@ class Variant(NamedTuple):
     streams: bool = False
     """Whether warps have chunk after chunk."""
     span: int = WARP
-    """Threads of a row in a warp: fewer of short rows, of which a thread then has SHORT_LANES elements."""
+    """Threads of a row in a warp: fewer of short rows, of which a thread then has more elements."""
     overlaps: bool = False
     """Whether it may be launched before the kernel in front has ended."""
 
@@ -97,7 +103,7 @@ class Variant(NamedTuple):
     @property
     def lanes(self) -> int:
         """Of a thread."""
-        return LANES // self.parts if self.span == WARP else SHORT_LANES
+        return LANES // self.parts if self.span == WARP else _short_lanes(self.dtype, self.width)
 
     @property
     def team(self) -> int:
@@ -424,9 +430,9 @@ class Meeting(NamedTuple):
     """How the warps of a row share what each has found."""
 
     begin: Function
-    """begin(): to be called once, before anything is left."""
+    """begin(): to be called first of all."""
     ready: Function
-    """ready(): the same, after loads have begun."""
+    """ready(): once all blocks of the row have begun, so that something can be left with them."""
     leave: Function
     """leave(table, row, place, lane, value): for the warps of the row, at a place that no other warp has."""
     meet: Function
@@ -498,7 +504,8 @@ def _table_fold(combine: Function, places: int) -> Function:
 # ------------------------------------------------------------------------------------------------------------- passes
 # `where`: the table of floats and that of counts, the row's number in the block, the thread's lane, the place of the
 # warp in the row and the number of warps (or chunks) of the row, `left`: elements from the thread's first one on.
-# `beside`: addresses of the thread's first elements of grad, weight and bias, then the row's mean and rstd.
+# `beside`: addresses of the thread's first elements of weight and bias, then the row's mean and rstd. `sides`: words of
+# grad, weight and bias, or those of x in place of what is not there or read later.
 
 
 def _exchange(variant: Variant, combine: Function, neutral: float) -> Function:
@@ -550,41 +557,55 @@ def _exchange_with_count(variant: Variant) -> Function:
 
 ABSENT_TERMS_ARE_ZERO = ("sum", "mean", "softmax", "log_softmax", "logsumexp", "rms_norm", "softmax_backward",
                          "log_softmax_backward")  # fmt: skip
-"""The operations whose terms of elements that are not there are 0, as these are loaded."""
+"""The operations whose terms of elements that are not there are 0, as these are loaded; of others but in the last pass.
+"""
 
 
 def _absent(variant: Variant) -> int:
     return _MINUS_INFINITY[variant.dtype] if variant.formula.passes[0].term is None else 0
 
 
+EARLY_HELD = 16
+"""Words of a thread: of so few elements, weight and bias are read while x is on its way."""
+
+
+def _are_early(variant: Variant) -> bool:
+    return variant.span == WARP and variant.steps * _vectors_of(variant).words <= EARLY_HELD
+
+
 def _elements(variant: Variant, names: tuple[str, ...]) -> tuple[Function, Function]:
-    """widen(more, words), and beside_of(x, words of grad, beside, left, i): the elements of grad, weight and bias, or
-    those of x in place of one that is not among `names`.
+    """widen(more, words), and beside_of(x, grads, weights, biases, beside, left, i): the elements of grad, weight and
+    bias, given their words, or those of x in place of one that is not among `names`.
     """
-    widen, load = _widen(variant.dtype), _vectors_of(variant).load
+    widen, load, are_late = _widen(variant.dtype), _vectors_of(variant).load, not _are_early(variant)
     has_grad, has_weight, has_bias = (name in names for name in ("grad", "weight", "bias"))
 
     @device
-    def beside_of(x: Any, grads: Any, beside: Any, left: Any, i: Any) -> Any:
+    def beside_of(x: Any, grads: Any, weights: Any, biases: Any, beside: Any, left: Any, i: Any) -> Any:
         weight_at, bias_at, _, _ = beside
         g = w = b = x
         if has_grad:
             g = widen(0, grads)
         if has_weight:
-            w = widen(0, load((weight_at, left), i))
+            if are_late:
+                weights = load((weight_at, left), i)
+            w = widen(0, weights)
         if has_bias:
-            b = widen(0, load((bias_at, left), i))
+            if are_late:
+                biases = load((bias_at, left), i)
+            b = widen(0, biases)
         return g, w, b
 
     return widen, beside_of
 
 
-def _lane_sums(variant: Variant, one: Pass) -> Function:
-    """lane_sums(state, xs, grads, beside, left, s): add the terms of some steps to the lanes and the count."""
+def _lane_sums(variant: Variant, one: Pass, masked: bool) -> Function:
+    """lane_sums(state, (beside, left, s), xs, grads, weights, biases): add the terms of some steps to the lanes and the
+    count; if `masked`, those of elements that are there.
+    """
     widen, beside_of = _elements(variant, one.reads)
     words, term, counts = _vectors_of(variant).words, one.term, one.counts
     group, width = variant.span * variant.width, variant.width
-    needs_mask = variant.operation not in ABSENT_TERMS_ARE_ZERO
     assert term is not None
 
     @device
@@ -595,7 +616,7 @@ def _lane_sums(variant: Variant, one: Pass) -> Function:
     def add_term(more: Any, j: Any, lane: Any, x: Any, g: Any, w: Any) -> Any:
         i, left, m, r, s = more
         value = value_of(x, g, w, m, r, s)[0] if counts else value_of(x, g, w, m, r, s)
-        if needs_mask and left <= i * types.int32(SUM_LANES) + j // width * group:
+        if masked and left <= i * types.int32(SUM_LANES) + j // width * group:
             value = types.float32(0)
         return _add(lane, value)
 
@@ -607,23 +628,43 @@ def _lane_sums(variant: Variant, one: Pass) -> Function:
     add_terms, add_counts = mapped(add_term, MEMBER, MEMBER, MEMBER, MEMBER), folded(add_count, MEMBER)
 
     @device
-    def add_step(state: Any, more: Any, i: Any, words: Any, grad_words: Any) -> Any:
+    def add_step(state: Any, more: Any, i: Any, xs: Any, grads: Any, weights: Any, biases: Any) -> Any:
         lanes, count = state
         beside, left, s = more
         _, _, m, r = beside
-        x = widen(0, words)
-        g, w, _ = beside_of(x, grad_words, beside, left, i)
+        x = widen(0, xs)
+        g, w, _ = beside_of(x, grads, weights, biases, beside, left, i)
         numbers = (i, left, m, r, s)
         if counts:
             count = add_counts(count, numbers, x)
         return add_terms(numbers, lanes, x, g, w), count
 
-    return folded(add_step, words, words)
+    return folded(add_step, words, words, words, words)
+
+
+def _all_lane_sums(variant: Variant, number: int) -> Function:
+    """As `_lane_sums`, of all that a thread has: masked only where an element is not there and its term is not 0."""
+    passes = variant.formula.passes
+    unmasked = _lane_sums(variant, passes[number], False)
+    if variant.operation in ABSENT_TERMS_ARE_ZERO or number + 1 < len(passes):
+        return unmasked
+    masked = _lane_sums(variant, passes[number], True)
+    vectors = variant.lanes // variant.width
+    reach = (variant.steps - 1) * SUM_LANES + (vectors - 1) * variant.span * variant.width + variant.width
+
+    @device
+    def lane_sums(state: Any, more: Any, xs: Any, grads: Any, weights: Any, biases: Any) -> Any:
+        _, left, _ = more
+        if left >= reach:
+            return unmasked(state, more, xs, grads, weights, biases)
+        return masked(state, more, xs, grads, weights, biases)
+
+    return lane_sums
 
 
 def _no_step(variant: Variant) -> Function:
     @device
-    def step(xs: Any, grads: Any, beside: Any, where: Any, table: Any, numbers: Any, s: Any) -> Any:
+    def step(xs: Any, sides: Any, beside: Any, where: Any, table: Any, numbers: Any, s: Any) -> Any:
         return s
 
     return step
@@ -638,7 +679,7 @@ def _zeros(count: int) -> Function:
 
 
 def _step(variant: Variant, number: int) -> Function:
-    """step(xs, grads, beside, where, table, numbers, s): what a pass finds, in each thread."""
+    """step(xs, sides, beside, where, table, numbers, s): what a pass finds, in each thread."""
     passes = variant.formula.passes
     if number >= len(passes):
         return _no_step(variant)
@@ -648,19 +689,20 @@ def _step(variant: Variant, number: int) -> Function:
         exchange = _exchange(variant, _larger, -math.inf)
 
         @device
-        def find_maximum(xs: Any, grads: Any, beside: Any, where: Any, table: Any, numbers: Any, s: Any) -> Any:
+        def find_maximum(xs: Any, sides: Any, beside: Any, where: Any, table: Any, numbers: Any, s: Any) -> Any:
             return exchange(where, table, shuffle(maximum(xs)))
 
         return find_maximum
-    lane_sums, warp_sum = _lane_sums(variant, one), _warp_sum(variant.width, variant.lanes, variant.span)
+    lane_sums, warp_sum = _all_lane_sums(variant, number), _warp_sum(variant.width, variant.lanes, variant.span)
     count_warp = _add_warp if variant.span == WARP else _shuffle(_plus, variant.span)
     zeros, counts, end = _zeros(variant.lanes), one.counts, one.end
     exchange = _exchange_with_count(variant) if counts else _exchange(variant, _add, 0.0)
     assert end is not None
 
     @device
-    def find_sum(xs: Any, grads: Any, beside: Any, where: Any, table: Any, numbers: Any, s: Any) -> Any:
-        lanes, count = lane_sums((zeros(0), types.int32(0)), (beside, where[5], s), xs, grads)
+    def find_sum(xs: Any, sides: Any, beside: Any, where: Any, table: Any, numbers: Any, s: Any) -> Any:
+        grads, weights, biases = sides
+        lanes, count = lane_sums((zeros(0), types.int32(0)), (beside, where[5], s), xs, grads, weights, biases)
         total = warp_sum(lanes)
         if counts:
             total, count = exchange(where, table, total, count_warp(count))
@@ -803,12 +845,12 @@ def _rounded_quotients(dtype: str, dividend: Function) -> Function:
 
 
 @device
-def _no_row(address: Any, xs: Any, grads: Any, beside: Any, left: Any, s: Any, t: Any) -> None:
+def _no_row(address: Any, xs: Any, sides: Any, beside: Any, left: Any, s: Any, t: Any) -> None:
     pass
 
 
 def _row_writer(variant: Variant) -> Function:
-    """write_row(address, xs, grads, beside, left, s, t): the results of a thread's elements."""
+    """write_row(address, xs, sides, beside, left, s, t): the results of a thread's elements."""
     plan, vectors = variant.formula, _vectors_of(variant)
     if plan.element is None:
         return _no_row
@@ -825,19 +867,20 @@ def _row_writer(variant: Variant) -> Function:
     results = mapped(result, MEMBER, MEMBER, MEMBER, MEMBER)
 
     @device
-    def write_step(state: Any, more: Any, i: Any, words: Any, grad_words: Any) -> Any:
+    def write_step(state: Any, more: Any, i: Any, xs: Any, grads: Any, weights: Any, biases: Any) -> Any:
         address, beside, left, s, t = more
-        x = widen(0, words)
+        x = widen(0, xs)
         _, _, m, r = beside
-        g, w, b = beside_of(x, grad_words, beside, left, i)
+        g, w, b = beside_of(x, grads, weights, biases, beside, left, i)
         store(address, left, i, narrow(0, results((m, r, s, t), x, g, w, b)))
         return state
 
-    write_steps = folded(write_step, vectors.words, vectors.words)
+    write_steps = folded(write_step, *[vectors.words] * 4)
 
     @device
-    def write_row(address: Any, xs: Any, grads: Any, beside: Any, left: Any, s: Any, t: Any) -> None:
-        write_steps(types.int32(0), (address, beside, left, s, t), xs, grads)
+    def write_row(address: Any, xs: Any, sides: Any, beside: Any, left: Any, s: Any, t: Any) -> None:
+        grads, weights, biases = sides
+        write_steps(types.int32(0), (address, beside, left, s, t), xs, grads, weights, biases)
 
     return write_row
 
@@ -857,7 +900,7 @@ def _quotient_writer(variant: Variant, dividend: Function) -> Function:
     write_steps = folded(write_step, vectors.words)
 
     @device
-    def write_row(address: Any, xs: Any, grads: Any, beside: Any, left: Any, s: Any, t: Any) -> None:
+    def write_row(address: Any, xs: Any, sides: Any, beside: Any, left: Any, s: Any, t: Any) -> None:
         write_steps(types.int32(0), (address, left, s, t, one_by(types.float32(1), t)), xs)
 
     return write_row
@@ -932,17 +975,19 @@ def kernel(variant: Variant) -> Kernel:
     )
 
 
-MOST_THREADS, FEWER_THREADS, MANY_THREADS, LEAST_THREADS = 1024, 896, 640, 512
+MOST_THREADS, MORE_THREADS, MANY_THREADS, LEAST_THREADS = 1024, 768, 640, 512
+"""Of a multiprocessor: 64, 80, 96 and 128 registers for each."""
 
 
 def _threads_of_a_multiprocessor(variant: Variant) -> int:
-    """At least; bounds the registers of a thread, so that none spills."""
+    """How many should fit, which bounds the registers of each: the more it keeps, the fewer, so that none spills."""
     if "grad" in variant.operands:
         return LEAST_THREADS
     held = variant.steps * _vectors_of(variant).words
-    if held > HELD or variant.lanes > LANES:
+    if held > HELD:
         return MANY_THREADS
-    return MOST_THREADS if held < HELD or variant.operation in ABSENT_TERMS_ARE_ZERO else FEWER_THREADS
+    sides = sum(name in variant.operands for name in ("weight", "bias")) if _are_early(variant) else 0
+    return MORE_THREADS if variant.lanes > LANES or held * (1 + sides) > HELD else MOST_THREADS
 
 
 _launch_dependents = instruction("griddepcontrol.launch_dependents;", ["~{memory}"], types.none)
@@ -988,8 +1033,9 @@ def _reduce(variant: Variant) -> Function:
     parts, width, team = variant.parts, variant.width, variant.team
     places, itemsize = variant.places * variant.rows, ITEMSIZE[variant.dtype]
     load = mapped(_vectors_of(variant, _absent(variant)).load, count=variant.steps)
-    load_grads = mapped(_vectors_of(variant).load, count=variant.steps)
+    load_side = mapped(_vectors_of(variant).load, count=variant.steps)
     grad = operands.index("grad") if "grad" in operands else -1
+    reads_weight, reads_bias = (name in operands and _are_early(variant) for name in ("weight", "bias"))
     first, second = _step(variant, 0), _step(variant, 1)
     write_row = _row_writer(variant)
     write_first, write_second = (_number_writer(variant, one.written) for one in (*plan.passes, Pass(None, ()))[:2])
@@ -998,7 +1044,6 @@ def _reduce(variant: Variant) -> Function:
     launch_dependents, wait_for_predecessors = _overlap(variant)
 
     def reduce(addresses: Any, strides: Any, sizes: Any, numbers: Any) -> None:
-        launch_dependents()
         begin()
         tables = cuda.shared.array(places, types.float32), cuda.shared.array(places, types.float32)
         counts = cuda.shared.array(places, types.int32)
@@ -1011,15 +1056,21 @@ def _reduce(variant: Variant) -> Function:
         left = types.int32(types.int32(sizes[1]) - start)
         wait_for_predecessors()
         xs = load((addresses[1] + (row * strides[1] + start) * itemsize, left))
-        grads = xs
+        grads = weights = biases = xs
         if grad >= 0:
-            grads = load_grads((addresses[grad] + (row * strides[grad] + start) * itemsize, left))
+            grads = load_side((addresses[grad] + (row * strides[grad] + start) * itemsize, left))
         beside = beside_row(addresses, strides, row, start)
+        if reads_weight:
+            weights = load_side((beside[0], left))
+        if reads_bias:
+            biases = load_side((beside[1], left))
+        sides = grads, weights, biases
         where = counts, number, lane, mine, types.int32(team), left
         ready()
-        s = first(xs, grads, beside, where, tables[0], numbers, types.float32(0))
+        s = first(xs, sides, beside, where, tables[0], numbers, types.float32(0))
         xs = forget_widened(0, xs)
-        t = second(xs, grads, beside, where, tables[1], numbers, s)
+        t = second(xs, sides, beside, where, tables[1], numbers, s)
+        launch_dependents()  # not before: those that wait for this kernel would crowd some multiprocessors
         # The same to all but the assembler, which would keep what was compared for the loads in registers.
         left_again = cuda.shfl_sync(ALL_LANES, left, types.int32(cuda.laneid))
         if is_there:
@@ -1027,7 +1078,7 @@ def _reduce(variant: Variant) -> Function:
                 write_first(addresses, strides, row, s)
                 write_second(addresses, strides, row, t)
             out = addresses[0] + (row * strides[0] + start) * itemsize
-            write_row(out, forget_widened(0, xs), grads, beside, left_again, s, t)
+            write_row(out, forget_widened(0, xs), sides, beside, left_again, s, t)
 
     return reduce
 
@@ -1037,7 +1088,7 @@ def _stream(variant: Variant) -> Function:
     one, place, team = variant.formula.passes[0], _place(variant), variant.team
     places, width, itemsize = variant.places * variant.rows, variant.width, ITEMSIZE[variant.dtype]
     load, zeros = mapped(_vectors_of(variant).load, count=variant.steps), _zeros(LANES)
-    lane_sums, warp_sum = _lane_sums(variant, one), _warp_sum(width, LANES, WARP)
+    lane_sums, warp_sum = _lane_sums(variant, one, False), _warp_sum(width, LANES, WARP)
     table_sum, loads, part = _table_fold(_add, variant.places), STEPS // variant.steps, variant.steps * SUM_LANES
     begin, ready, leave, meet = _meeting(team, variant.ctas, variant.places, False)
     launch_dependents, wait_for_predecessors = _overlap(variant)
@@ -1062,7 +1113,7 @@ def _stream(variant: Variant) -> Function:
                 at = types.int32(start + types.int32(i) * types.int32(part))
                 left = types.int32(n - at)
                 xs = load((x + at * types.int64(itemsize), left))
-                state = lane_sums(state, (beside, left, types.float32(0)), xs, xs)
+                state = lane_sums(state, (beside, left, types.float32(0)), xs, xs, xs, xs)
             leave(table, number, chunk, lane, warp_sum(state[0]))
         meet()
         total = table_sum(table, number, lane, chunks, types.float32(0))
@@ -1078,12 +1129,14 @@ def _stream(variant: Variant) -> Function:
 FIRST, FIRST_WITH_CLUSTERS = (8, 0), (9, 0)
 """Compute capabilities: the first that has the instructions, the first that has clusters."""
 MOST_PARTS = 4
-WARPS, MOST_WARPS = 8, 32
+WARPS, MOST_WARPS = 4, 32
 """Of a thread block: several rows make up the first; the second is what it can have."""
-PREFERRED_WARPS = 16
-"""Of a thread block whose cluster could be larger."""
+PREFERRED_WARPS, CLUSTER_WARPS = 16, 5
+"""Of a thread block that has a row, at most if there could be more of them; of one of several, if those are enough."""
+FEW_CHUNKS = 4
+"""Of 16-bit rows whose results are quotients, which take more instructions: those have two warps each, at least."""
 LONG_CHUNKS, MANY_HELD = 9, 64
-"""Of rows from so many chunks on a thread has more registers' worth of elements, and fewer warps meet."""
+"""From so many chunks on, a thread has so many registers' worth of elements, so that fewer warps meet."""
 MOST_CTAS = 8
 """Of a cluster, on every GPU that has them."""
 BUSY_WARPS = 8
@@ -1156,7 +1209,7 @@ def choose(
     busy = BUSY_WARPS * multiprocessors
     one = Variant(operation, dtype, operands, width, 1, steps, 1, 1, 1, overlaps=has_clusters)
     if n <= SUM_LANES and "grad" not in operands:
-        span = 1 << (-(-n // SHORT_LANES) - 1).bit_length()
+        span = 1 << (-(-n // _short_lanes(dtype, width)) - 1).bit_length()
         if rows * span >= busy * WARP:
             return one._replace(span=span, rows=WARPS * WARP // span)
     most_ctas = MOST_CTAS if has_clusters else 1
@@ -1179,11 +1232,12 @@ def choose(
         parts *= 2
     while parts < MOST_PARTS and rows * chunks * parts < busy and 2 * parts * chunks <= PREFERRED_WARPS:
         parts *= 2
-    warps, ctas = chunks * parts, 1
-    while -(-warps // ctas) > PREFERRED_WARPS and ctas < most_ctas:
-        ctas *= 2
+    if ITEMSIZE[dtype] == 2 and formula(operation, dtype).dividend is not None and chunks <= FEW_CHUNKS:
+        parts = max(parts, 2)
+    warps = chunks * parts
+    ctas = min(most_ctas, -(-warps // CLUSTER_WARPS)) if warps > PREFERRED_WARPS else 1
     warps = -(-warps // ctas)
-    if warps > MOST_WARPS:
+    if warps > (MOST_WARPS if steps * registers // parts <= HELD else PREFERRED_WARPS):
         return None
     one = one._replace(parts=parts, width=min(width, LANES // parts))
     return _in_blocks(one, rows, warps, ctas, multiprocessors)
@@ -1209,7 +1263,7 @@ BESIDE = {
 
 
 EXAMPLES = ((2**16, 256, True), (2**16, 256, False), (2**13, 4096, True), (64, 8192, True), (64, 151936, True),
-            (2**12, 50257, False))  # fmt: skip
+            (2**12, 50257, True), (2**12, 25001, False))  # fmt: skip
 """Rows, their length, whether the GPU has clusters: a share of a warp, warps of a block, a cluster, rows that begin
 anywhere."""
 
