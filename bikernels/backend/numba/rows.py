@@ -1237,7 +1237,8 @@ def choose(
     warps = chunks * parts
     ctas = min(most_ctas, -(-warps // CLUSTER_WARPS)) if warps > PREFERRED_WARPS else 1
     warps = -(-warps // ctas)
-    if warps > (MOST_WARPS if steps * registers // parts <= HELD else PREFERRED_WARPS):
+    is_light = steps * registers // parts <= HELD and width > 1
+    if warps > (MOST_WARPS if is_light else PREFERRED_WARPS):
         return None
     one = one._replace(parts=parts, width=min(width, LANES // parts))
     return _in_blocks(one, rows, warps, ctas, multiprocessors)
