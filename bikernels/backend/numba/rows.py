@@ -1129,7 +1129,7 @@ def _stream(variant: Variant) -> Function:
 FIRST, FIRST_WITH_CLUSTERS = (8, 0), (9, 0)
 """Compute capabilities: the first that has the instructions, the first that has clusters."""
 MOST_PARTS = 4
-WARPS, MOST_WARPS = 4, 32
+WARPS, MOST_WARPS = 4, 20
 """Of a thread block: several rows make up the first; the second is what it can have."""
 PREFERRED_WARPS, CLUSTER_WARPS = 16, 5
 """Of a thread block that has a row, at most if there could be more of them; of one of several, if those are enough."""
@@ -1226,8 +1226,11 @@ def choose(
         return _in_blocks(
             one._replace(steps=min(STEPS, HELD // registers), streams=True), rows, warps, ctas, multiprocessors
         )
-    parts = 1
-    most = MANY_HELD if chunks >= LONG_CHUNKS and "grad" not in operands else HELD
+    parts, most = 1, HELD
+    if "grad" in operands:
+        most = HELD // 2 if width == 1 else HELD  # single elements take more registers
+    elif chunks >= LONG_CHUNKS and has_clusters:
+        most = MANY_HELD
     while parts < MOST_PARTS and steps * registers // parts > most:
         parts *= 2
     while parts < MOST_PARTS and rows * chunks * parts < busy and 2 * parts * chunks <= PREFERRED_WARPS:
@@ -1237,7 +1240,7 @@ def choose(
     warps = chunks * parts
     ctas = min(most_ctas, -(-warps // CLUSTER_WARPS)) if warps > PREFERRED_WARPS else 1
     warps = -(-warps // ctas)
-    is_light = steps * registers // parts <= HELD and width > 1
+    is_light = has_clusters and steps * registers // parts <= HELD
     if warps > (MOST_WARPS if is_light else PREFERRED_WARPS):
         return None
     one = one._replace(parts=parts, width=min(width, LANES // parts))
