@@ -27,7 +27,7 @@ except RuntimeError as error:  # the Python package is there, the library is not
 
 from numba import cuda, types  # noqa: E402
 
-from bikernels.backend.numba import columns, inspection, launch, matmul, reduction, schedules  # noqa: E402
+from bikernels.backend.numba import columns, inspection, launch, matmul, reduction, rows, schedules  # noqa: E402
 
 GPUS = ((8, 0), (9, 0))
 """Compute capabilities, the oldest first."""
@@ -37,9 +37,9 @@ SHARED_BYTES = 99 << 10
 """Shared memory that every GPU from sm_80 on has for a thread block."""
 
 
-PRODUCTS_SHARE, REDUCTIONS_SHARE = 2, 6
-"""One in so many kernels of each product, which differ by their tiles, and of each reduction, which differ by family,
-stage, mode and dtype, unless --every-kernel asks for all.
+PRODUCTS_SHARE, REDUCTIONS_SHARE, ROWS_SHARE, COLUMNS_SHARE = 2, 6, 31, 3
+"""One in so many kernels of each product, which differ by their tiles, and of each reduction: of the general ones,
+which differ by stage, mode and dtype, those of rows and those of columns, unless --every-kernel asks for all.
 """
 
 
@@ -60,8 +60,18 @@ def families(every: bool) -> dict[str, list[Any]]:
         if not every and isinstance(chosen[0], matmul.Variant) and chosen[0].operand == "float16":
             chosen = list({one.tile.instruction: one for one in chosen}.values())
         elif not every:
-            share = PRODUCTS_SHARE if isinstance(chosen[0], matmul.Variant) else REDUCTIONS_SHARE
-            chosen = chosen[zlib.crc32(name.encode()) % share :: share]
+            shares = {
+                matmul.Variant: PRODUCTS_SHARE,
+                reduction.Variant: REDUCTIONS_SHARE,
+                rows.Variant: ROWS_SHARE,
+                columns.Variant: COLUMNS_SHARE,
+            }
+            of_kinds = {kind: [one for one in chosen if isinstance(one, kind)] for kind in shares}
+            chosen = [
+                one
+                for kind, share in shares.items()
+                for one in of_kinds[kind][zlib.crc32(name.encode()) % share :: share]
+            ]
         found[name] = chosen
     return found
 
@@ -101,10 +111,14 @@ def test_every_operation_and_class_is_compiled() -> None:
     classes = {f"{arithmetic.name}-{operand}" for arithmetic in ARITHMETIC.values() for operand in arithmetic.covers}
     same_kernels = {"tc8f24-bfloat16", "tc8f24-float16"}  # as tc16f25
     assert families(every=False).keys() == families(every=True).keys() == {*REDUCTIONS} | classes - same_kernels
-    kernels = [variant for name in REDUCTIONS for variant in families(every=False)[name]]
-    assert any(isinstance(variant, columns.Variant) for variant in kernels)
-    stages = {variant.stage for variant in kernels if isinstance(variant, reduction.Variant)}
+    reductions = [variant for name in REDUCTIONS for variant in families(every=False)[name]]
+    assert any(isinstance(variant, columns.Variant) for variant in reductions)
+    stages = {variant.stage for variant in reductions if isinstance(variant, reduction.Variant)}
     assert stages == {reduction.WHOLE, *reduction.PASSES, reduction.END}
+    of_rows = [variant for variant in reductions if isinstance(variant, rows.Variant)]
+    assert {variant.dtype for variant in of_rows} == {"bfloat16", "float32"}
+    for kinds in zip(*((one.width == 1, one.ctas > 1, one.streams) for one in of_rows), strict=True):
+        assert {*kinds} == {True, False}
 
 
 def test_the_check_sees_what_the_compiler_fuses() -> None:
@@ -135,6 +149,58 @@ def test_the_check_sees_spills() -> None:
     ptx, found = inspection.translate(crowded, GPUS[0])
     assert not found
     assert inspection.needs(ptx, kernel.architecture(GPUS[0])).spill_bytes > 0
+
+
+ROWS = ((9, 200), (5, 201), (2, 4096), (3, 9001), (2, 152000))
+"""Rows and their length. Of odd ones, rows begin anywhere in a vector."""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("operation", rows.ROW_OPERATIONS)
+def test_rows_in_registers_have_the_bits_of_the_general_kernels(
+    backend: Any, operation: str, dtype: str, rng: np.random.Generator
+) -> None:
+    if backend.name != "numba":
+        pytest.skip("the kernels are those of the backend 'numba'")
+    gpu = Device("cuda", backend.xp.cuda.runtime.getDevice())
+    has_clusters = launch.compute_capability(gpu) >= rows.FIRST_WITH_CLUSTERS
+    taken = set()
+    for count, n in ROWS:
+        x = draw(rng, (count, n), dtype, "wide")
+        x[0] = draw(rng, (n,), dtype, "special")
+        x[-1, ::7] = 1000  # the maximum, many times
+        row, arrays = Layout(dtype, x.shape, (n, 1)), [x]
+        layouts = {"out": Layout(dtype, (count,), (1,)) if operation in ONE_FOR_A_ROW else row, "x": row}
+        for name in rows.BESIDE.get(operation, ()):
+            if name == "grad":
+                layouts[name] = row
+                arrays.append(draw(rng, x.shape, dtype))
+            elif name in ("weight", "bias"):
+                layouts[name] = Layout(dtype, x.shape, (0, 1))
+                arrays.append(draw(rng, (n,), dtype))
+            elif operation.endswith("backward"):  # else it is a result
+                layouts[name] = Layout("float32", x.shape, (1, 0))
+                arrays.append(abs(draw(rng, (count,), "float32")))
+        spec = ReductionSpec(operation, 1, correction=1.0, eps=1e-3, **layouts)
+        operands = [backend.put(one) for one in arrays]
+
+        def result(launched: Any, shape: Any, operands: list[Any], dtype: Any) -> np.ndarray:
+            out = backend.put(np.zeros(shape, dtype))
+            launched(0, out.data.ptr, *(one.data.ptr for one in operands))
+            return backend.get(out)
+
+        expected = result(reduction.prepare_general(spec, gpu), layouts["out"].shape, operands, x.dtype)
+        for as_if in (1, 2**16):  # rows
+            width = 1 if n % 2 else 16 // x.itemsize
+            variant = rows.choose(operation, dtype, tuple(layouts), as_if, n, width, 132, has_clusters)
+            if variant is not None:
+                taken.add(variant)
+                with mock.patch.object(rows, "choose", return_value=variant):
+                    actual = result(reduction.prepare(spec, gpu), layouts["out"].shape, operands, x.dtype)
+                assert_same_bits(actual, expected, f"{count} x {n}, {variant}")
+    assert len({variant.width for variant in taken}) > 1
+    assert len({variant.warps for variant in taken}) > 1
 
 
 @pytest.mark.gpu

@@ -60,7 +60,7 @@ from .device import (
     wait_in_cluster,
     writer,
 )
-from .formulas import Formula, formula
+from .formulas import Formula, formula, numbers_of
 from .launch import Kernel, Launch, compute_capability, flat, multiprocessors, on
 
 MAX_COLUMNS = 2**31 // 8
@@ -874,12 +874,11 @@ def build(
     tiles, in_cluster = math.prod(x.shape[:kept]) // inner * across, plan.blocks > 1
     variant = Variant(spec.operation, out.dtype, x.dtype, kept, plan.at_once, in_cluster)
     shared_bytes = plan.shared_bytes(n, spec.operation, width, ITEMSIZE[variant.accumulate])
-    divisors = float(n), max(0.0, n - spec.correction) if spec.operation in ("var", "std") else float(n)
     steps = 0 if spec.one_for_a_row else out.strides[kept], x.strides[kept]
     arguments = (
         *(inner, n, across, plan.vectors.bit_length() - 1, plan.parts.bit_length() - 1),
         *(plan.lanes, rounds_of(n), plan.pieces(n), plan.blocks, plan.kept_vectors(n)),
-        *flat((*divisors, 0.0, x.shape[:kept], out.strides[:kept], x.strides[:kept], steps)),
+        *flat((*numbers_of(spec, n), x.shape[:kept], out.strides[:kept], x.strides[:kept], steps)),
     )
     unaligned: list[ReductionLaunch] = []
     with on(gpu):

@@ -79,6 +79,8 @@ class Operations(NamedTuple):
     """fma(a, b, c) = a * b + c."""
     to_bits: Function
     from_bits: Function
+    larger: Function
+    """Of two numbers; a NaN is overlooked."""
 
 
 OPERATIONS = {
@@ -91,6 +93,7 @@ OPERATIONS = {
         libdevice.fmaf_rn,
         libdevice.float_as_int,
         libdevice.int_as_float,
+        libdevice.fmaxf,
     ),
     "float64": Operations(
         types.float64,
@@ -101,6 +104,7 @@ OPERATIONS = {
         libdevice.fma_rn,
         libdevice.double_as_longlong,
         libdevice.longlong_as_double,
+        libdevice.fmax,
     ),
 }
 
@@ -171,16 +175,18 @@ def instruction(text: str, constraints: list[str], result: Any, *arguments: Any,
             operands = [
                 one for kind, value in zip(arguments, values, strict=True) for one in _values(builder, kind, value)
             ]
-            if isinstance(result, types.UniTuple):
+            is_tuple = isinstance(result, types.UniTuple)
+            if is_tuple and result.count > 1:
                 returned = ir.LiteralStructType([context.get_value_type(result.dtype)] * result.count)
             else:
-                returned = ir.VoidType() if result is types.none else context.get_value_type(result)
+                one = result.dtype if is_tuple else result
+                returned = ir.VoidType() if result is types.none else context.get_value_type(one)
             kind = ir.FunctionType(returned, [one.type for one in operands])
             call = builder.call(ir.InlineAsm(kind, text, ",".join(constraints), side_effect=not pure), operands)
             if result is types.none:
                 return context.get_dummy_value()
-            if isinstance(result, types.UniTuple):
-                members = [builder.extract_value(call, i) for i in range(result.count)]
+            if is_tuple:
+                members = [builder.extract_value(call, i) for i in range(result.count)] if result.count > 1 else [call]
                 return context.make_tuple(builder, result, members)
             return call
 
@@ -191,6 +197,116 @@ def instruction(text: str, constraints: list[str], result: Any, *arguments: Any,
     positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
     execute.__signature__ = inspect.Signature([inspect.Parameter(name, positional) for name in names])  # type: ignore[attr-defined]
     return intrinsic(execute)
+
+
+# ------------------------------------------------------------------------------------------------------- straight code
+# What a thread keeps in registers is a tuple, and a loop over it is written out, whatever NVVM thinks of its length.
+
+MEMBER = 0
+"""In place of a size: a member, not a tuple of one."""
+
+
+def _slices(builder: Any, kinds: Any, values: Any, sizes: tuple[int, ...], i: int, context: Any) -> list[Any]:
+    """The parts that belong to i, of every tuple."""
+    found = []
+    for kind, value, size in zip(kinds, values, sizes, strict=True):
+        if size == MEMBER:
+            found.append(builder.extract_value(value, i))
+        else:
+            members = [builder.extract_value(value, size * i + j) for j in range(size)]
+            found.append(context.make_tuple(builder, types.UniTuple(kind.dtype, size), members))
+    return found
+
+
+def _slice_types(kinds: Any, sizes: tuple[int, ...]) -> list[Any]:
+    return [
+        kind.dtype if size == MEMBER else types.UniTuple(kind.dtype, size)
+        for kind, size in zip(kinds, sizes, strict=True)
+    ]
+
+
+def _times(tuples: Any, sizes: tuple[int, ...]) -> int:
+    """How many parts the tuples have."""
+    return int(tuples[0].count // max(sizes[0], 1))
+
+
+def _straight(execute: Callable[..., Any], names: list[str]) -> Any:
+    positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, positional) for name in ("typing_context", *names)]
+    execute.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return intrinsic(execute)
+
+
+def _resolved(typing_context: Any, function: Function, arguments: list[Any]) -> tuple[Any, Any]:
+    """The type of a device function, and its signature for these arguments."""
+    kind = typing_context.resolve_value_type(function)
+    return kind, kind.get_call_type(typing_context, tuple(arguments), {})
+
+
+def _called(context: Any, builder: Any, kind: Any, signature: Any, arguments: list[Any], given: list[Any]) -> Any:
+    """The result of a device function."""
+    cast = [
+        context.cast(builder, value, source, target)
+        for value, source, target in zip(arguments, given, signature.args, strict=True)
+    ]
+    implementation = context.get_function(kind, signature)
+    context.add_linking_libs(getattr(implementation, "libs", ()))
+    return implementation(builder, cast)
+
+
+@functools.cache
+def mapped(function: Function, *sizes: int, count: int | None = None) -> Function:
+    """A device function, mapped: of `more` and tuples, the results of `function` for every part of these.
+
+    The i-th result is that of function(more, i, part, ...), a number or a tuple; they become one tuple. A part is the
+    next `size` members of a tuple, or, of size MEMBER, the next one itself. Without tuples: `count` results.
+    """
+
+    def execute(typing_context: Any, more: Any, *tuples: Any) -> Any:
+        given = [more, types.int32, *_slice_types(tuples, sizes)]
+        kind, inner = _resolved(typing_context, function, given)
+        times = count if count is not None else _times(tuples, sizes)
+        result = inner.return_type
+        is_tuple = isinstance(result, types.UniTuple)
+        width, member = (result.count, result.dtype) if is_tuple else (1, result)
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            members = []
+            for i in range(times):
+                parts = _slices(builder, tuples, arguments[1:], sizes, i, context)
+                number = context.get_constant(types.int32, i)
+                value = _called(context, builder, kind, inner, [arguments[0], number, *parts], given)
+                members += [builder.extract_value(value, j) for j in range(width)] if is_tuple else [value]
+            return context.make_tuple(builder, signature.return_type, members)
+
+        return types.UniTuple(member, times * width)(more, *tuples), generate
+
+    return _straight(execute, ["more", *(f"tuple_{i}" for i in range(len(sizes)))])
+
+
+@functools.cache
+def folded(function: Function, *sizes: int) -> Function:
+    """A device function, folded: of a state, `more` and tuples, the state after every part of these.
+
+    With the i-th ones it becomes function(state, more, i, part, ...). Parts: see `mapped`.
+    """
+
+    def execute(typing_context: Any, state: Any, more: Any, *tuples: Any) -> Any:
+        given = [state, more, types.int32, *_slice_types(tuples, sizes)]
+        kind, inner = _resolved(typing_context, function, given)
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            value = arguments[0]
+            for i in range(_times(tuples, sizes)):
+                parts = _slices(builder, tuples, arguments[2:], sizes, i, context)
+                number = context.get_constant(types.int32, i)
+                value = _called(context, builder, kind, inner, [value, arguments[1], number, *parts], given)
+                value = context.cast(builder, value, inner.return_type, state)
+            return value
+
+        return state(state, more, *tuples), generate
+
+    return _straight(execute, ["state", "more", *(f"tuple_{i}" for i in range(len(sizes)))])
 
 
 # ------------------------------------------------------------------------------------------------------- conversions

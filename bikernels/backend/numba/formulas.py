@@ -12,13 +12,26 @@ import math
 from typing import Any, NamedTuple
 
 from ...contract import ACCUMULATE
+from ...specs import ReductionSpec
 from .device import OPERATIONS, Function, device
 from .functions import exp as exp_of
-from .functions import exp_below as exp_below_of
+from .functions import exp_below
 from .functions import log as log_of
 
 OPERANDS = ("x", "grad", "weight", "bias", "mean", "rstd")
 """What functions of elements are given, in this order."""
+
+BESIDE = {
+    "rms_norm": ("weight", "rstd"),
+    "layer_norm": ("weight", "bias", "mean", "rstd"),
+    "softmax_backward": ("grad",),
+    "log_softmax_backward": ("grad",),
+    "rms_norm_backward": ("grad", "weight", "rstd"),
+    "layer_norm_backward": ("grad", "weight", "mean", "rstd"),
+    "rms_norm_weight_backward": ("grad", "rstd"),
+    "layer_norm_weight_backward": ("grad", "mean", "rstd"),
+}
+"""All operands that an operation may have beside out and x."""
 
 
 class Pass(NamedTuple):
@@ -46,6 +59,8 @@ class Formula(NamedTuple):
     element: Function | None = None
     """The results of a row, of an element, s and t."""
     reads: tuple[str, ...] = ()
+    dividend: Function | None = None
+    """Of x and s, where an element is this divided by t: exponentials by their sum, for kernels that divide many."""
 
 
 @functools.cache
@@ -64,6 +79,12 @@ def formula(operation: str, out: str, weight: bool = False, bias: bool = False) 
     if rest == "_weight_backward":
         return _weights_backward(name == "layer", accumulate)
     return _norms_backward(name == "layer", accumulate, weight)
+
+
+def numbers_of(spec: ReductionSpec, n: int) -> tuple[float, float, float]:
+    """What divides the sums of both passes over n elements, and eps."""
+    of_squares = max(0.0, n - spec.correction) if spec.operation in ("var", "std") else float(n)
+    return float(n), of_squares, float(spec.eps)
 
 
 # -------------------------------------------------------------------------------------------------------------- sums
@@ -140,8 +161,8 @@ def _softmaxes(operation: str, accumulate: str, precise: bool) -> Formula:
     """s is the maximum; t the sum of the exponentials, its logarithm, or the result of logsumexp. `precise`: whether
     exp makes up for the rounding of x - s.
     """
-    operations, exp, log = OPERATIONS[accumulate], exp_below_of(accumulate, precise), log_of(accumulate)
-    real, add, multiply, divide = operations.type, operations.add, operations.multiply, operations.divide
+    operations, exp, log = OPERATIONS[accumulate], exp_below(accumulate, precise), log_of(accumulate)
+    real, add, divide = operations.type, operations.add, operations.divide
 
     @device
     def exponential(x: Any, s: Any, t: Any) -> Any:
@@ -151,19 +172,25 @@ def _softmaxes(operation: str, accumulate: str, precise: bool) -> Formula:
         return exp(t, add(add(x, -add(t, -shadow)), add(-s, -shadow)))  # the error, exactly
 
     @device
+    def counted(total: Any, count: Any, s: Any) -> Any:
+        """The sum of all exponentials; NaN if the maximum is infinite or a NaN, as all of the row then is."""
+        return add(real(count), total) if add(s, -s) == real(0) else real(math.nan)
+
+    @device
     def term(x: Any, g: Any, w: Any, b: Any, m: Any, r: Any, s: Any) -> Any:
         t = add(x, -s)
-        power = exponential(x, s, t)  # without a branch, so that those of several elements overlap
-        return real(0) if t == real(0) else power, 1 if t == real(0) else 0
+        value = exponential(x, s, t)  # no branch around it: selects cost less
+        is_maximum = t == real(0)
+        return real(0) if is_maximum else value, 1 if is_maximum else 0
 
     @device
     def normaliser(total: Any, count: Any, s: Any, divisor: Any, eps: Any) -> Any:
-        return add(add(real(count), total), multiply(s, real(0)))  # NaN where s is infinite or NaN, as some t is
+        return counted(total, count, s)
 
     @device
     def logarithm(total: Any, count: Any, s: Any, divisor: Any, eps: Any) -> Any:
         ones = real(count)
-        u = normaliser(total, count, s, divisor, eps)
+        u = counted(total, count, s)
         shadow = add(u, -ones)
         error = add(add(ones, -add(u, -shadow)), add(total, -shadow))  # of the addition, exactly
         return add(log(u), divide(error, u))
@@ -175,8 +202,12 @@ def _softmaxes(operation: str, accumulate: str, precise: bool) -> Formula:
         return add(s, logarithm(total, count, s, divisor, eps))
 
     @device
+    def dividend(x: Any, s: Any) -> Any:
+        return exponential(x, s, add(x, -s))
+
+    @device
     def softmax(x: Any, g: Any, w: Any, b: Any, m: Any, r: Any, s: Any, t: Any) -> Any:
-        return divide(exponential(x, s, add(x, -s)), t)
+        return divide(dividend(x, s), t)
 
     @device
     def log_softmax(x: Any, g: Any, w: Any, b: Any, m: Any, r: Any, s: Any, t: Any) -> Any:
@@ -188,7 +219,7 @@ def _softmaxes(operation: str, accumulate: str, precise: bool) -> Formula:
         "logsumexp": (logsumexp, None),
     }[operation]
     exponentials = Pass(term, ("x",), end, counts=True, written="" if element else "out")
-    return Formula((Pass(None, ("x",)), exponentials), element, ("x",))
+    return Formula((Pass(None, ("x",)), exponentials), element, ("x",), dividend if operation == "softmax" else None)
 
 
 def _softmaxes_backward(operation: str, accumulate: str) -> Formula:

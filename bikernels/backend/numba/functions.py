@@ -1,4 +1,4 @@
-"""exp and log of the contract (`reference.exp`, `reference.log`), one device function each per accumulate dtype."""
+"""exp and log of the contract (`reference.exp`, `reference.log`) as device functions, per accumulate dtype."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from ...contract import EXP, LOG
-from .device import OPERATIONS, Function, device, libdevice, types
+from .device import OPERATIONS, Function, device, types
 
 _UNSIGNED = {"float32": types.uint32, "float64": types.uint64}
 _SIGNED = {"float32": types.int32, "float64": types.int64}
@@ -15,8 +15,6 @@ _FRACTION = {"float32": 23, "float64": 52}
 """Bits of a significand after the point."""
 _NORMAL = {"float32": 2.0**-126, "float64": 2.0**-1022}
 """The smallest normal number."""
-_LARGER = {"float32": libdevice.fmaxf, "float64": libdevice.fmax}
-"""Of a NaN and a number, the number."""
 _SHIFT = {"float32": 64, "float64": 512}
 """In `exp_below`, of the exponent: even, as the bias of exp is, so that ties are rounded alike."""
 
@@ -78,7 +76,7 @@ def exp_below(accumulate: str, precise: bool) -> Function:
     """
     operations, numbers, shift = OPERATIONS[accumulate], EXP[accumulate], _SHIFT[accumulate]
     real, add, multiply, fma = operations.type, operations.add, operations.multiply, operations.fma
-    to_bits, from_bits, larger = operations.to_bits, operations.from_bits, _LARGER[accumulate]
+    to_bits, from_bits, larger = operations.to_bits, operations.from_bits, operations.larger
     signed, unsigned, fraction = _SIGNED[accumulate], _UNSIGNED[accumulate], _FRACTION[accumulate]
     polynomial = _polynomial(accumulate, numbers.coefficients)
     log2e, low, back, magic = numbers.log2e, numbers.low, 2.0**-shift, 1.5 * 2.0**fraction + shift

@@ -10,11 +10,11 @@ from unittest import mock
 
 from numba.cuda.cudadrv import nvvm
 
-from . import columns, matmul, reduction
+from . import columns, matmul, reduction, rows
 from .launch import Kernel, assemble
 from .schedules import WGMMA_GPU
 
-Variant = matmul.Variant | reduction.Variant | columns.Variant
+Variant = matmul.Variant | reduction.Variant | rows.Variant | columns.Variant
 
 
 class Needs(NamedTuple):
@@ -39,7 +39,7 @@ class Compiled(NamedTuple):
 
 def variants() -> Iterator[Variant]:
     """Every kernel once for every way in which its code differs; `compile_one` takes any other variant, too."""
-    return itertools.chain(matmul.variants(), reduction.variants(), columns.variants())
+    return itertools.chain(matmul.variants(), reduction.variants(), rows.variants(), columns.variants())
 
 
 def compile_one(variant: Variant, compute_capabilities: tuple[tuple[int, int], ...]) -> Compiled:

@@ -47,6 +47,8 @@ class Kernel(NamedTuple):
     """`blocks` of GPUs older than compute capability 9.0, where they differ: those need a few more registers."""
     oldest: tuple[int, int] = (0, 0)
     """The compute capability from which on there are its instructions."""
+    overlaps: bool = False
+    """Whether it may be launched before the kernel in front has ended, for whose end it waits then (9.0 too)."""
 
     def architecture(self, compute_capability: tuple[int, int]) -> str:
         """The assembler's name of the GPU."""
@@ -160,12 +162,18 @@ def _stream(handle: int) -> Stream:
     return Stream.from_handle(handle)
 
 
+_CAN_OVERLAP = hasattr(LaunchConfig, "programmatic_stream_serialization")
+
+
 class Launch:
     """A loaded kernel and its grid, of thread blocks or of clusters of so many. To be made and called in `on(gpu)`."""
 
     def __init__(self, kernel: Kernel, gpu: Device, grid: tuple[int, ...], cluster: int | None = None) -> None:
         self._kernel = _loaded(kernel, gpu)
-        self._config = LaunchConfig(grid=grid, cluster=cluster, block=kernel.threads, shmem_size=kernel.shared_bytes)
+        early = {"programmatic_stream_serialization": True} if kernel.overlaps and _CAN_OVERLAP else {}
+        self._config = LaunchConfig(
+            grid=grid, cluster=cluster, block=kernel.threads, shmem_size=kernel.shared_bytes, **early
+        )
 
     def __call__(self, stream: int, *arguments: int | float) -> None:
         """Queue it; an int is passed as int64 (an address, too), a float as float64, a tuple's elements one by one."""

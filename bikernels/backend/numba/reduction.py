@@ -1,5 +1,5 @@
-"""Reductions of rows: what `formulas.py` describes, by one kernel that takes all layouts and dtypes. `columns.py` has
-faster ones of some.
+"""Reductions of rows: what `formulas.py` describes, by one kernel that takes all layouts and dtypes. `rows.py` and
+`columns.py` have faster ones of some.
 
 The contract's sum tree fits a warp: of a chunk's 256 lanes every thread has 8. Neighbours are added between threads by
 shuffles and within a thread in registers. A thread block is 16 warps and works in one of three modes, which decide
@@ -28,7 +28,7 @@ from ...contract import ACCUMULATE, FLOAT_DTYPES, ITEMSIZE, SUM_CHUNK, SUM_LANES
 from ...specs import ONE_FOR_A_ROW, REDUCTIONS, ReductionSpec
 from ...views import Device
 from .. import ReductionLaunch
-from . import columns
+from .columns import prepare as prepare_columns
 from .device import (
     ALL_LANES,
     OPERATIONS,
@@ -47,8 +47,9 @@ from .device import (
     types,
     writer,
 )
-from .formulas import OPERANDS, Formula, Pass, formula
+from .formulas import BESIDE, OPERANDS, Formula, Pass, formula, numbers_of
 from .launch import Kernel, Launch, Workspace, flat, grid_of, multiprocessors, on
+from .rows import prepare as prepare_rows
 
 ROWS, BLOCK, COLUMNS = MODES = ("rows", "block", "columns")
 
@@ -93,19 +94,6 @@ class Variant(NamedTuple):
     def formula(self) -> Formula:
         names = dict(self.operands)
         return formula(self.operation, self.out, "weight" in names, "bias" in names)
-
-
-BESIDE = {
-    "rms_norm": ("weight", "rstd"),
-    "layer_norm": ("weight", "bias", "mean", "rstd"),
-    "softmax_backward": ("grad",),
-    "log_softmax_backward": ("grad",),
-    "rms_norm_backward": ("grad", "weight", "rstd"),
-    "layer_norm_backward": ("grad", "weight", "mean", "rstd"),
-    "rms_norm_weight_backward": ("grad", "rstd"),
-    "layer_norm_weight_backward": ("grad", "mean", "rstd"),
-}
-"""All operands that an operation may have beside out and x."""
 
 
 def _modes(stage: str, operation: str) -> tuple[str, ...]:
@@ -775,9 +763,9 @@ class _Step(NamedTuple):
 
 
 def prepare(spec: ReductionSpec, gpu: Device) -> ReductionLaunch:
-    """The launches, of `columns.py` where columns come in vectors."""
+    """Choose the kernels: those of rows whose elements lie side by side, those of rows that do, or these here."""
     general = functools.partial(prepare_general, spec, gpu)
-    return columns.prepare(spec, gpu, general) or general()
+    return prepare_rows(spec, gpu, general) or prepare_columns(spec, gpu, general) or general()
 
 
 def prepare_general(spec: ReductionSpec, gpu: Device) -> ReductionLaunch:
@@ -788,8 +776,7 @@ def prepare_general(spec: ReductionSpec, gpu: Device) -> ReductionLaunch:
     nowhere = (0,) * (len(shape) - kept)
     row_shape, *row_strides = as_dimensions(shape[kept:], *(one.strides[kept:] or nowhere for one in layouts.values()))
     rows, n = math.prod(kept_shape), math.prod(row_shape)
-    divisors = float(n), max(0.0, n - spec.correction) if spec.operation in ("var", "std") else float(n)
-    numbers = (*divisors, float(spec.eps))
+    numbers = numbers_of(spec, n)
     x = list(layouts).index("x")
     near, far = abs(kept_strides[x][-1]), abs(row_strides[x][-1])
     by_columns = kept_shape[-1] > 1 and row_shape[-1] > 1 and 0 < near < far

@@ -1,0 +1,1299 @@
+"""Reductions of rows whose elements lie side by side: read once, kept in registers.
+
+A chunk of the sum tree is one warp's, or is shared by 2 or 4 (`parts`), which have neighbouring lanes of it; a row is
+that of some warps of a thread block, or of a cluster. A thread has 8 lanes of a chunk, or 4 or 2, in vectors of 16
+bytes if the layout allows them: it loads all of its elements at once, adds those of a lane in order and folds its
+lanes; shuffles fold those of the warp. Warps leave what they have found in shared memory (in that of every block of a
+cluster), meet at a barrier, and each folds all of it by itself: the sums of a chunk's parts are neighbours in the tree
+as chunks are, so that the upper levels are one fold.
+
+Rows that begin anywhere have vectors of one element, neighbours' side by side; the rest is the same. Several short rows
+share a warp, each with some neighbouring threads of it (`span`). Elements that a row does not have are loaded as what
+changes no result, or masked. `sum` and `mean` keep nothing, so a warp may have chunk after chunk (`streams`).
+
+What an operation computes is its formula. `plan` says which rows come here; all others are `reduction.py`'s.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from ...contract import ACCUMULATE, CANONICAL_NAN, EXP, ITEMSIZE, SUM_CHUNK, SUM_LANES
+from ...specs import REDUCTIONS, ReductionSpec
+from ...views import Device
+from .. import ReductionLaunch
+from .device import (
+    ALL_LANES,
+    MEMBER,
+    OPERATIONS,
+    STORAGE,
+    WARP,
+    Function,
+    cuda,
+    device,
+    folded,
+    instruction,
+    int64s,
+    larger,
+    mapped,
+    pack,
+    pointer,
+    shared_address,
+    store_in_cluster,
+    types,
+    writer,
+)
+from .formulas import BESIDE, OPERANDS, Formula, Pass, formula, numbers_of
+from .launch import Kernel, Launch, compute_capability, multiprocessors, on
+
+DTYPES = ("bfloat16", "float16", "float32")
+"""Those that come here; they accumulate in float32."""
+ACCUMULATED = ACCUMULATE[DTYPES[0]]
+assert {ACCUMULATE[dtype] for dtype in DTYPES} == {ACCUMULATED}
+ROW_OPERATIONS = tuple(name for name in REDUCTIONS if not name.endswith("weight_backward"))
+
+LANES = SUM_LANES // WARP
+"""Of the sum tree, that a thread has if a chunk is its warp's."""
+SHORT_LANES, FEWER_SHORT_LANES = 32, 16
+"""The same where several short rows share a warp, and what a row costs beside its elements: of 16-bit vectors; else."""
+STEPS = SUM_CHUNK // SUM_LANES
+"""Elements of a lane in a chunk."""
+VECTOR_BYTES = 16
+HELD = 32
+"""Registers for a thread's elements; so the threads of a multiprocessor have as many bytes on their way as it needs."""
+PLACES = SUM_LANES
+"""For sums of chunks, where warps have chunk after chunk."""
+
+
+def _short_lanes(dtype: str, width: int) -> int:
+    """Lanes of a thread where several rows share a warp."""
+    return SHORT_LANES if ITEMSIZE[dtype] == 2 and width > 1 else FEWER_SHORT_LANES
+
+
+class Variant(NamedTuple):
+    """What a kernel is compiled for."""
+
+    operation: str
+    dtype: str
+    """Of out, x and all operands but statistics."""
+    operands: tuple[str, ...]
+    """out, x, then those of the others that are there, in the order of the spec."""
+    width: int
+    """Elements of a vector: neighbouring lanes of the tree."""
+    parts: int
+    """Warps that share a chunk."""
+    steps: int
+    """Elements that a lane has, at most."""
+    warps: int
+    """Of a row, in a thread block."""
+    rows: int
+    """Of a thread block."""
+    ctas: int
+    """Thread blocks of a row, a cluster if there are several."""
+    streams: bool = False
+    """Whether warps have chunk after chunk."""
+    span: int = WARP
+    """Threads of a row in a warp: fewer of short rows, of which a thread then has more elements."""
+    overlaps: bool = False
+    """Whether it may be launched before the kernel in front has ended."""
+
+    @property
+    def formula(self) -> Formula:
+        return formula(self.operation, self.dtype, "weight" in self.operands, "bias" in self.operands)
+
+    @property
+    def lanes(self) -> int:
+        """Of a thread."""
+        return LANES // self.parts if self.span == WARP else _short_lanes(self.dtype, self.width)
+
+    @property
+    def team(self) -> int:
+        """Warps of a row."""
+        return self.warps * self.ctas
+
+    @property
+    def threads(self) -> int:
+        """Of a thread block."""
+        return self.span * self.warps * self.rows
+
+    @property
+    def places(self) -> int:
+        """For what the warps of a row leave."""
+        return PLACES if self.streams else 1 << (self.team - 1).bit_length()
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def _access(dtype: str, width: int) -> tuple[int, str]:
+    """The words of a vector and the type of an access to it."""
+    words = width * ITEMSIZE[dtype] // 4
+    return words, {1: "b32", 2: "v2.b32", 4: "v4.b32"}[words]
+
+
+@functools.cache
+def _load(dtype: str, width: int, absent: int, gap: int) -> Function:
+    """load(address, left, i): a vector as words, if left > i; else words that are all `absent`. A vector of one element
+    of 16 bits is two, a `gap` of elements apart, in a word.
+    """
+    if width * ITEMSIZE[dtype] == 2:
+        text = (
+            "{ .reg .pred is_low, is_high; .reg .s32 next; .reg .b32 low, high; "
+            f"add.s32 next, $3, {gap}; setp.gt.s32 is_low, $2, $3; setp.gt.s32 is_high, $2, next; "
+            f"mov.b32 low, {absent & 0xFFFF}; mov.b32 high, {absent & 0xFFFF}; @is_low ld.global.u16 low, [$1]; "
+            f"@is_high ld.global.u16 high, [$1+{2 * gap}]; prmt.b32 $0, low, high, 0x5410; }}"
+        )
+        words = 1
+    else:
+        words, kind = _access(dtype, width)
+        to = ", ".join(f"${i}" for i in range(words))
+        moves = " ".join(f"mov.b32 ${i}, {absent};" for i in range(words))
+        text = (
+            f"{{ .reg .pred there; setp.gt.s32 there, ${words + 1}, ${words + 2}; {moves} "
+            f"@there ld.global.{kind} {f'{{{to}}}' if words > 1 else to}, [${words}]; }}"
+        )
+    constraints = [*["=&r"] * words, "l", "r", "r"]
+    return instruction(text, constraints, types.UniTuple(types.uint32, words), types.int64, types.int32, types.int32)
+
+
+@functools.cache
+def _store(dtype: str, width: int, gap: int) -> Function:
+    """store(address, left, i, words): a vector, if left > i; as `_load`."""
+    if width * ITEMSIZE[dtype] == 2:
+        text = (
+            "{ .reg .pred is_low, is_high; .reg .s32 next; .reg .b16 low, high; "
+            f"add.s32 next, $2, {gap}; setp.gt.s32 is_low, $1, $2; setp.gt.s32 is_high, $1, next; "
+            "mov.b32 {low, high}, $3; @is_low st.global.b16 [$0], low; "
+            f"@is_high st.global.b16 [$0+{2 * gap}], high; }}"
+        )
+        words = 1
+    else:
+        words, kind = _access(dtype, width)
+        what = ", ".join(f"${i + 3}" for i in range(words))
+        text = (
+            "{ .reg .pred there; setp.gt.s32 there, $1, $2; "
+            f"@there st.global.{kind} [$0], {f'{{{what}}}' if words > 1 else what}; }}"
+        )
+    constraints = ["l", "r", "r", *["r"] * words, "~{memory}"]
+    kind_of_words = types.UniTuple(types.uint32, words)
+    return instruction(text, constraints, types.none, types.int64, types.int32, types.int32, kind_of_words)
+
+
+_MINUS_INFINITY = {"bfloat16": 0xFF80FF80, "float16": 0xFC00FC00, "float32": 0xFF800000}
+
+_floats_of_halves = instruction(
+    "{ .reg .b16 low, high; mov.b32 {low, high}, $2; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }",
+    ["=&f", "=f", "r"],
+    types.UniTuple(types.float32, 2),
+    types.uint32,
+    pure=True,
+)
+_from_bits, _to_bits = OPERATIONS[ACCUMULATED].from_bits, OPERATIONS[ACCUMULATED].to_bits
+
+
+@device
+def _float_of_word(more: Any, i: Any, word: Any) -> Any:
+    return _from_bits(types.int32(word))
+
+
+@device
+def _floats_of_bfloats(more: Any, i: Any, word: Any) -> Any:
+    low, high = types.uint32(word << types.uint32(16)), types.uint32(word & types.uint32(0xFFFF0000))
+    return _from_bits(types.int32(low)), _from_bits(types.int32(high))
+
+
+@device
+def _floats_of_float16s(more: Any, i: Any, word: Any) -> Any:
+    return _floats_of_halves(word)
+
+
+@functools.cache
+def _widen(dtype: str) -> Function:
+    """widen(more, words): the elements of some vectors."""
+    functions = {"bfloat16": _floats_of_bfloats, "float16": _floats_of_float16s, "float32": _float_of_word}
+    return mapped(functions[dtype], MEMBER)
+
+
+@functools.cache
+def _narrow(dtype: str) -> Function:
+    """narrow(more, elements): the words of vectors, each element rounded once."""
+    if dtype == "float32":
+        nan = CANONICAL_NAN[dtype]
+
+        @device
+        def word(more: Any, i: Any, value: Any) -> Any:
+            return types.uint32(_to_bits(value) if value == value else types.int32(nan))
+
+        return mapped(word, MEMBER)
+    two = pack(dtype)
+
+    @device
+    def pair(more: Any, i: Any, values: Any) -> Any:
+        return two(values[0], values[1])
+
+    return mapped(pair, 2)
+
+
+_opaque = instruction("", ["=r", "0"], types.uint32, types.uint32)
+
+
+@device
+def _forget(more: Any, i: Any, word: Any) -> Any:
+    return _opaque(word)
+
+
+forget_widened = mapped(_forget, MEMBER)
+"""forget_widened(more, words): the same words, so that NVVM widens them again and does not keep twice as many."""
+
+
+class Vectors(NamedTuple):
+    """How a thread has its elements."""
+
+    words: int
+    """Of a step, which is its elements of 256."""
+    load: Function
+    """load((address, left), i): the words of step i."""
+    store: Function
+    """store(address, left, i, words): the results of step i."""
+
+
+@functools.cache
+def _vectors(dtype: str, width: int, lanes: int, span: int, absent: int) -> Vectors:
+    itemsize, gap = ITEMSIZE[dtype], span * width
+    elements = max(width, 4 // itemsize)  # of an access, or of two
+    step, words = elements * span, elements * itemsize // 4
+    load, store = _load(dtype, width, absent, gap), _store(dtype, width, gap)
+
+    @device
+    def load_vector(more: Any, g: Any) -> Any:
+        address, left, i = more
+        place = types.int32(i * types.int32(SUM_LANES) + g * types.int32(step))
+        return load(address + place * itemsize, left, place)
+
+    load_vectors = mapped(load_vector, count=lanes // elements)
+
+    @device
+    def load_step(more: Any, i: Any) -> Any:
+        address, left = more
+        return load_vectors((address, left, i))
+
+    @device
+    def store_vector(state: Any, more: Any, g: Any, vector: Any) -> Any:
+        address, left, i = more
+        place = types.int32(i * types.int32(SUM_LANES) + g * types.int32(step))
+        store(address + place * itemsize, left, place, vector)
+        return state
+
+    store_vectors = folded(store_vector, words)
+
+    @device
+    def store_step(address: Any, left: Any, i: Any, results: Any) -> Any:
+        return store_vectors(types.int32(0), (address, left, i), results)
+
+    return Vectors(lanes * itemsize // 4, load_step, store_step)
+
+
+def _vectors_of(variant: Variant, absent: int = 0) -> Vectors:
+    return _vectors(variant.dtype, variant.width, variant.lanes, variant.span, absent)
+
+
+# -------------------------------------------------------------------------------------------------------------- folds
+
+_larger = larger(ACCUMULATED)
+_add = OPERATIONS[ACCUMULATED].add
+
+
+@device
+def _plus(a: Any, b: Any) -> Any:
+    return types.int32(a + b)
+
+
+@functools.cache
+def _fold(combine: Function, count: int) -> Function:
+    """fold(values): of `count` neighbours, a power of two."""
+
+    @device
+    def pair(more: Any, i: Any, values: Any) -> Any:
+        return combine(values[0], values[1])
+
+    pairs = mapped(pair, 2)
+
+    @device
+    def first(values: Any) -> Any:
+        return values[0]
+
+    if count == 1:
+        return first
+    rest = _fold(combine, count // 2)
+
+    @device
+    def fold(values: Any) -> Any:
+        return rest(pairs(0, values))
+
+    return fold
+
+
+@functools.cache
+def _shuffle(combine: Function, lanes: int) -> Function:
+    """shuffle(value): over neighbours, as many as `lanes`, in each of them."""
+    exchanges = lanes.bit_length() - 1
+
+    @device
+    def shuffle(value: Any) -> Any:
+        for d in range(exchanges):
+            value = combine(value, cuda.shfl_xor_sync(ALL_LANES, value, 1 << d))
+        return value
+
+    return shuffle
+
+
+@functools.cache
+def _warp_sum(width: int, lanes: int, span: int) -> Function:
+    """warp_sum(values): of the lanes of a row's threads, in each of them."""
+    fold, shuffle, fold_groups = _fold(_add, width), _shuffle(_add, span), _fold(_add, lanes // width)
+
+    @device
+    def group(more: Any, g: Any, values: Any) -> Any:
+        return shuffle(fold(values))
+
+    groups = mapped(group, width)
+
+    @device
+    def warp_sum(values: Any) -> Any:
+        return fold_groups(groups(0, values))
+
+    return warp_sum
+
+
+_add_warp = instruction("redux.sync.add.s32 $0, $1, 0xffffffff;", ["=r", "r"], types.int32, types.int32)
+"""The sum of a warp's counts."""
+
+
+@functools.cache
+def _extreme(dtype: str, name: str, start: float) -> Function:
+    """extreme(words): max.NaN of the elements, which is a NaN if one is, or min, which overlooks it; and of `start`."""
+    of_two = instruction(
+        f"{name}.f32 $0, $1, $2;", ["=f", "f", "f"], types.float32, types.float32, types.float32, pure=True
+    )
+    widen = _widen(dtype)
+
+    @device
+    def more_extreme(state: Any, more: Any, i: Any, value: Any) -> Any:
+        return of_two(state, value)
+
+    of_floats = folded(more_extreme, MEMBER)
+
+    @device
+    def extreme(words: Any) -> Any:
+        return of_floats(types.float32(start), 0, widen(0, words))
+
+    if dtype == "float32":
+        return extreme
+    kind, infinity = {"bfloat16": "bf16x2", "float16": "f16x2"}[dtype], _MINUS_INFINITY[dtype]
+    first = infinity if start < 0 else infinity & 0x7FFF7FFF
+    of_pairs = instruction(
+        f"{name}.{kind} $0, $1, $2;", ["=r", "r", "r"], types.uint32, types.uint32, types.uint32, pure=True
+    )
+
+    @device
+    def more_extreme_pair(state: Any, more: Any, i: Any, word: Any) -> Any:
+        return of_pairs(state, word)
+
+    of_words = folded(more_extreme_pair, MEMBER)
+
+    @device
+    def extreme_of_pairs(words: Any) -> Any:
+        return extreme((of_words(types.uint32(first), 0, words),))
+
+    return extreme_of_pairs
+
+
+# ------------------------------------------------------------------------------------------------- warps of one row
+
+
+_begin_in_cluster = instruction("barrier.cluster.arrive.relaxed.aligned;", [], types.none)
+_arrive_at_cluster = instruction("barrier.cluster.arrive.release.aligned;", ["~{memory}"], types.none)
+_wait_for_cluster = instruction("barrier.cluster.wait.acquire.aligned;", ["~{memory}"], types.none)
+
+
+class Meeting(NamedTuple):
+    """How the warps of a row share what each has found."""
+
+    begin: Function
+    """begin(): to be called first of all."""
+    ready: Function
+    """ready(): once all blocks of the row have begun, so that something can be left with them."""
+    leave: Function
+    """leave(table, row, place, lane, value): for the warps of the row, at a place that no other warp has."""
+    meet: Function
+    """meet(): what has been left can be read."""
+
+
+@functools.cache
+def _meeting(team: int, ctas: int, places: int, is_count: bool) -> Meeting:
+    to_cluster = store_in_cluster("int32" if is_count else ACCUMULATED)
+
+    @device
+    def nothing() -> None:
+        pass
+
+    @device
+    def leave(table: Any, row: Any, place: Any, lane: Any, value: Any) -> None:
+        if lane == 0:
+            table[row * places + place] = value
+
+    @device
+    def leave_in_cluster(table: Any, row: Any, place: Any, lane: Any, value: Any) -> None:
+        if lane < ctas:
+            to_cluster(types.uint32(shared_address(table) + 4 * place), types.uint32(lane), value)
+
+    @device
+    def meet() -> None:
+        cuda.syncthreads()
+
+    @device
+    def meet_in_cluster() -> None:
+        _arrive_at_cluster()
+        _wait_for_cluster()
+
+    @device
+    def begin() -> None:
+        _begin_in_cluster()
+
+    @device
+    def ready() -> None:
+        _wait_for_cluster()
+
+    if ctas > 1:
+        return Meeting(begin, ready, leave_in_cluster, meet_in_cluster)
+    return Meeting(nothing, nothing, leave, meet)
+
+
+@functools.cache
+def _table_fold(combine: Function, places: int) -> Function:
+    """fold(table, row, lane, count, absent): of the first `count` places of a row, in each thread of a warp."""
+    each = max(1, places // WARP)
+    fold, shuffle = _fold(combine, each), _shuffle(combine, min(places, WARP))
+
+    @device
+    def read(more: Any, i: Any) -> Any:
+        table, begin, place, count, absent = more
+        value = table[begin + place + i]
+        return value if place + i < count else absent
+
+    reads = mapped(read, count=each)
+
+    @device
+    def table_fold(table: Any, row: Any, lane: Any, count: Any, absent: Any) -> Any:
+        place = types.int32((lane & types.int32(min(places, WARP) - 1)) * types.int32(each))
+        return shuffle(fold(reads((table, types.int32(row * types.int32(places)), place, count, absent))))
+
+    return table_fold
+
+
+# ------------------------------------------------------------------------------------------------------------- passes
+# `where`: the table of floats and that of counts, the row's number in the block, the thread's lane, the place of the
+# warp in the row and the number of warps (or chunks) of the row, `left`: elements from the thread's first one on.
+# `beside`: addresses of the thread's first elements of weight and bias, then the row's mean and rstd. `sides`: words of
+# grad, weight and bias, or those of x in place of what is not there or read later.
+
+
+def _exchange(variant: Variant, combine: Function, neutral: float) -> Function:
+    """exchange(where, value): combine what the warps of a row have found, in each thread."""
+    if variant.team == 1:
+
+        @device
+        def alone(where: Any, table: Any, value: Any) -> Any:
+            return value
+
+        return alone
+    meeting = _meeting(variant.team, variant.ctas, variant.places, False)
+    leave, meet, table_fold = meeting.leave, meeting.meet, _table_fold(combine, variant.places)
+
+    @device
+    def exchange(where: Any, table: Any, value: Any) -> Any:
+        _, row, lane, place, count, _ = where
+        leave(table, row, place, lane, value)
+        meet()
+        return table_fold(table, row, lane, count, types.float32(neutral))
+
+    return exchange
+
+
+def _exchange_with_count(variant: Variant) -> Function:
+    """exchange(where, table, value, count): the sums of both."""
+    if variant.team == 1:
+
+        @device
+        def alone(where: Any, table: Any, value: Any, count: Any) -> Any:
+            return value, count
+
+        return alone
+    of_sums, of_counts = (_meeting(variant.team, variant.ctas, variant.places, is_count) for is_count in (False, True))
+    leave_sum, leave_count, meet = of_sums.leave, of_counts.leave, of_sums.meet
+    sums, counts = _table_fold(_add, variant.places), _table_fold(_plus, variant.places)
+
+    @device
+    def exchange(where: Any, table: Any, value: Any, count: Any) -> Any:
+        count_table, row, lane, place, number, _ = where
+        leave_sum(table, row, place, lane, value)
+        leave_count(count_table, row, place, lane, count)
+        meet()
+        total = sums(table, row, lane, number, types.float32(0))
+        return total, counts(count_table, row, lane, number, types.int32(0))
+
+    return exchange
+
+
+ABSENT_TERMS_ARE_ZERO = ("sum", "mean", "softmax", "log_softmax", "logsumexp", "rms_norm", "softmax_backward",
+                         "log_softmax_backward")  # fmt: skip
+"""The operations whose terms of elements that are not there are 0, as these are loaded; of others but in the last pass.
+"""
+
+
+def _absent(variant: Variant) -> int:
+    return _MINUS_INFINITY[variant.dtype] if variant.formula.passes[0].term is None else 0
+
+
+EARLY_HELD = 16
+"""Words of a thread: of so few elements, weight and bias are read while x is on its way."""
+
+
+def _are_early(variant: Variant) -> bool:
+    return variant.span == WARP and variant.steps * _vectors_of(variant).words <= EARLY_HELD
+
+
+def _elements(variant: Variant, names: tuple[str, ...]) -> tuple[Function, Function]:
+    """widen(more, words), and beside_of(x, grads, weights, biases, beside, left, i): the elements of grad, weight and
+    bias, given their words, or those of x in place of one that is not among `names`.
+    """
+    widen, load, are_late = _widen(variant.dtype), _vectors_of(variant).load, not _are_early(variant)
+    has_grad, has_weight, has_bias = (name in names for name in ("grad", "weight", "bias"))
+
+    @device
+    def beside_of(x: Any, grads: Any, weights: Any, biases: Any, beside: Any, left: Any, i: Any) -> Any:
+        weight_at, bias_at, _, _ = beside
+        g = w = b = x
+        if has_grad:
+            g = widen(0, grads)
+        if has_weight:
+            if are_late:
+                weights = load((weight_at, left), i)
+            w = widen(0, weights)
+        if has_bias:
+            if are_late:
+                biases = load((bias_at, left), i)
+            b = widen(0, biases)
+        return g, w, b
+
+    return widen, beside_of
+
+
+def _lane_sums(variant: Variant, one: Pass, masked: bool) -> Function:
+    """lane_sums(state, (beside, left, s), xs, grads, weights, biases): add the terms of some steps to the lanes and the
+    count; if `masked`, those of elements that are there.
+    """
+    widen, beside_of = _elements(variant, one.reads)
+    words, term, counts = _vectors_of(variant).words, one.term, one.counts
+    group, width = variant.span * variant.width, variant.width
+    assert term is not None
+
+    @device
+    def value_of(x: Any, g: Any, w: Any, m: Any, r: Any, s: Any) -> Any:
+        return term(x, g, w, x, m, r, s)
+
+    @device
+    def add_term(more: Any, j: Any, lane: Any, x: Any, g: Any, w: Any) -> Any:
+        i, left, m, r, s = more
+        value = value_of(x, g, w, m, r, s)[0] if counts else value_of(x, g, w, m, r, s)
+        if masked and left <= i * types.int32(SUM_LANES) + j // width * group:
+            value = types.float32(0)
+        return _add(lane, value)
+
+    @device
+    def add_count(count: Any, more: Any, j: Any, x: Any) -> Any:
+        _, _, m, r, s = more
+        return types.int32(count + value_of(x, x, x, m, r, s)[1])
+
+    add_terms, add_counts = mapped(add_term, MEMBER, MEMBER, MEMBER, MEMBER), folded(add_count, MEMBER)
+
+    @device
+    def add_step(state: Any, more: Any, i: Any, xs: Any, grads: Any, weights: Any, biases: Any) -> Any:
+        lanes, count = state
+        beside, left, s = more
+        _, _, m, r = beside
+        x = widen(0, xs)
+        g, w, _ = beside_of(x, grads, weights, biases, beside, left, i)
+        numbers = (i, left, m, r, s)
+        if counts:
+            count = add_counts(count, numbers, x)
+        return add_terms(numbers, lanes, x, g, w), count
+
+    return folded(add_step, words, words, words, words)
+
+
+def _all_lane_sums(variant: Variant, number: int) -> Function:
+    """As `_lane_sums`, of all that a thread has: masked only where an element is not there and its term is not 0."""
+    passes = variant.formula.passes
+    unmasked = _lane_sums(variant, passes[number], False)
+    if variant.operation in ABSENT_TERMS_ARE_ZERO or number + 1 < len(passes):
+        return unmasked
+    masked = _lane_sums(variant, passes[number], True)
+    vectors = variant.lanes // variant.width
+    reach = (variant.steps - 1) * SUM_LANES + (vectors - 1) * variant.span * variant.width + variant.width
+
+    @device
+    def lane_sums(state: Any, more: Any, xs: Any, grads: Any, weights: Any, biases: Any) -> Any:
+        _, left, _ = more
+        if left >= reach:
+            return unmasked(state, more, xs, grads, weights, biases)
+        return masked(state, more, xs, grads, weights, biases)
+
+    return lane_sums
+
+
+def _no_step(variant: Variant) -> Function:
+    @device
+    def step(xs: Any, sides: Any, beside: Any, where: Any, table: Any, numbers: Any, s: Any) -> Any:
+        return s
+
+    return step
+
+
+def _zeros(count: int) -> Function:
+    @device
+    def zero(more: Any, i: Any) -> Any:
+        return types.float32(0)
+
+    return mapped(zero, count=count)
+
+
+def _step(variant: Variant, number: int) -> Function:
+    """step(xs, sides, beside, where, table, numbers, s): what a pass finds, in each thread."""
+    passes = variant.formula.passes
+    if number >= len(passes):
+        return _no_step(variant)
+    one = passes[number]
+    if not one.is_sum:
+        maximum, shuffle = _extreme(variant.dtype, "max.NaN", -math.inf), _shuffle(_larger, variant.span)
+        exchange = _exchange(variant, _larger, -math.inf)
+
+        @device
+        def find_maximum(xs: Any, sides: Any, beside: Any, where: Any, table: Any, numbers: Any, s: Any) -> Any:
+            return exchange(where, table, shuffle(maximum(xs)))
+
+        return find_maximum
+    lane_sums, warp_sum = _all_lane_sums(variant, number), _warp_sum(variant.width, variant.lanes, variant.span)
+    count_warp = _add_warp if variant.span == WARP else _shuffle(_plus, variant.span)
+    zeros, counts, end = _zeros(variant.lanes), one.counts, one.end
+    exchange = _exchange_with_count(variant) if counts else _exchange(variant, _add, 0.0)
+    assert end is not None
+
+    @device
+    def find_sum(xs: Any, sides: Any, beside: Any, where: Any, table: Any, numbers: Any, s: Any) -> Any:
+        grads, weights, biases = sides
+        lanes, count = lane_sums((zeros(0), types.int32(0)), (beside, where[5], s), xs, grads, weights, biases)
+        total = warp_sum(lanes)
+        if counts:
+            total, count = exchange(where, table, total, count_warp(count))
+        else:
+            total = exchange(where, table, total)
+        return end(total, count, s, types.float32(numbers[number]), types.float32(numbers[2]))
+
+    return find_sum
+
+
+# ------------------------------------------------------------------------------------------------------------ results
+
+NEAR, NEAR_POWER = -68.0, 2.0**-98
+"""With exponentials of what lies from here to 0, which are no less than the second, and a divisor of 1 to SUM_CHUNK *
+PLACES, no quotient is subnormal, nor is what leads to it."""
+SCALE, UNSCALE, HALF = 2.0**64, 2.0**-64, 2.0**-86
+"""Makes all of them normal; undoes that; half of the least number, so scaled."""
+_arithmetic = OPERATIONS[ACCUMULATED]
+_multiply, _fma = _arithmetic.multiply, _arithmetic.fma
+_magnitude, _smaller = cuda.libdevice.fabsf, cuda.libdevice.fminf
+
+
+@device
+def _quotient(more: Any, i: Any, value: Any) -> Any:
+    """By the reciprocal and two corrections, the last of which rounds as a division does (Markstein 1990)."""
+    divisor, reciprocal = more
+    q = _multiply(value, reciprocal)
+    q = _fma(_fma(-divisor, q, value), reciprocal, q)
+    return _fma(_fma(-divisor, q, value), reciprocal, q)
+
+
+@device
+def _quotient_anywhere(more: Any, i: Any, value: Any) -> Any:
+    """The same of a scaled dividend. The product that undoes that rounds again, which is the same as rounding once
+    unless the first result lies in the middle between two numbers; the remainder then tells where the quotient lies.
+    """
+    divisor, _ = more
+    scaled = _multiply(value, types.float32(SCALE))
+    q = _quotient(more, i, scaled)
+    remainder = _fma(-divisor, q, scaled)
+    rounded = _multiply(q, types.float32(UNSCALE))
+    is_middle = _magnitude(_fma(-rounded, types.float32(SCALE), q)) == types.float32(HALF)
+    towards = types.float32(HALF) if remainder > types.float32(0) else types.float32(-HALF)
+    nearest = _multiply(_add(q, towards), types.float32(UNSCALE))
+    return nearest if is_middle & (remainder != types.float32(0)) else rounded
+
+
+_quotients, _quotients_anywhere = mapped(_quotient, MEMBER), mapped(_quotient_anywhere, MEMBER)
+
+
+@device
+def _least_of(state: Any, more: Any, i: Any, value: Any) -> Any:
+    return _smaller(state, value)
+
+
+_least = folded(_least_of, MEMBER)
+
+
+@device
+def _divide(dividends: Any, divisor: Any, reciprocal: Any) -> Any:
+    """Exponentials by one sum of them, correctly rounded."""
+    if _least(types.float32(1), 0, dividends) > types.float32(NEAR_POWER):
+        return _quotients((divisor, reciprocal), dividends)
+    return _quotients_anywhere((divisor, reciprocal), dividends)
+
+
+BELOW, ABOVE = 1 - 1.5 * 2.0**-21, 1 + 1.5 * 2.0**-21
+"""Factors: twelve times 2^-24, which is more than the hardware's power of two (2^-22), the contract's exp (2^-23), the
+reciprocal, the quotient and a product (2^-24 each) are off by together."""
+_exp = EXP[ACCUMULATED]
+_LOG2E, _LOG2E_LOW, _MAGIC = _exp.log2e, math.log2(math.e) - _exp.log2e, 1.5 * 2.0**23
+_power_of_two = instruction("ex2.approx.ftz.f32 $0, $1;", ["=f", "f"], types.float32, types.float32, pure=True)
+
+
+@device
+def _rough_exp(t: Any) -> Any:
+    """exp of a t between NEAR and 0, by the hardware's power of two."""
+    z = _fma(t, types.float32(_LOG2E), types.float32(_MAGIC))
+    below = _fma(t, types.float32(_LOG2E), _add(types.float32(_MAGIC), -z))
+    power = _power_of_two(_fma(t, types.float32(_LOG2E_LOW), below))
+    return _from_bits(types.int32(_to_bits(power) + types.int32(_to_bits(z) << types.int32(23))))
+
+
+@functools.cache
+def _exact_quotients(dtype: str, dividend: Function) -> Function:
+    """quotients(words, s, divisor, reciprocal): words of exp(x - s) / divisor."""
+    widen, narrow = _widen(dtype), _narrow(dtype)
+
+    @device
+    def power(s: Any, i: Any, x: Any) -> Any:
+        return dividend(x, s)
+
+    powers = mapped(power, MEMBER)
+
+    @device
+    def quotients(words: Any, s: Any, divisor: Any, reciprocal: Any) -> Any:
+        return narrow(0, _divide(powers(s, widen(0, words)), divisor, reciprocal))
+
+    return quotients
+
+
+@functools.cache
+def _rounded_quotients(dtype: str, dividend: Function) -> Function:
+    """quotients(words, s, divisor, reciprocal): the same in 16 bits. Whatever lies between two numbers that round alike
+    rounds as they do; where they do not, all is computed as the contract says.
+    """
+    widen, narrow, least = _widen(dtype), _narrow(dtype), _extreme(dtype, "min", math.inf)
+
+    @device
+    def rough(s: Any, i: Any, x: Any) -> Any:
+        return _rough_exp(_add(x, -s))
+
+    @device
+    def exactly(s: Any, i: Any, x: Any) -> Any:
+        return dividend(x, s)
+
+    @device
+    def scaled(factor: Any, i: Any, value: Any) -> Any:
+        return _multiply(value, factor)
+
+    @device
+    def differs(state: Any, more: Any, i: Any, a: Any, b: Any) -> Any:
+        return types.uint32(state | types.uint32(a ^ b))
+
+    roughs, exacts, products = mapped(rough, MEMBER), mapped(exactly, MEMBER), mapped(scaled, MEMBER)
+    difference = folded(differs, MEMBER, MEMBER)
+
+    @device
+    def quotients(words: Any, s: Any, divisor: Any, reciprocal: Any) -> Any:
+        x = widen(0, words)
+        if _add(least(words), -s) > types.float32(NEAR):
+            powers = roughs(s, x)
+            low = narrow(0, products(_multiply(reciprocal, types.float32(BELOW)), powers))
+            high = narrow(0, products(_multiply(reciprocal, types.float32(ABOVE)), powers))
+            if difference(types.uint32(0), 0, low, high) == types.uint32(0):
+                return low
+        return narrow(0, _quotients_anywhere((divisor, reciprocal), exacts(s, x)))
+
+    return quotients
+
+
+@device
+def _no_row(address: Any, xs: Any, sides: Any, beside: Any, left: Any, s: Any, t: Any) -> None:
+    pass
+
+
+def _row_writer(variant: Variant) -> Function:
+    """write_row(address, xs, sides, beside, left, s, t): the results of a thread's elements."""
+    plan, vectors = variant.formula, _vectors_of(variant)
+    if plan.element is None:
+        return _no_row
+    if plan.dividend is not None:
+        return _quotient_writer(variant, plan.dividend)
+    element, store, narrow = plan.element, vectors.store, _narrow(variant.dtype)
+    widen, beside_of = _elements(variant, plan.reads)
+
+    @device
+    def result(more: Any, j: Any, x: Any, g: Any, w: Any, b: Any) -> Any:
+        m, r, s, t = more
+        return element(x, g, w, b, m, r, s, t)
+
+    results = mapped(result, MEMBER, MEMBER, MEMBER, MEMBER)
+
+    @device
+    def write_step(state: Any, more: Any, i: Any, xs: Any, grads: Any, weights: Any, biases: Any) -> Any:
+        address, beside, left, s, t = more
+        x = widen(0, xs)
+        _, _, m, r = beside
+        g, w, b = beside_of(x, grads, weights, biases, beside, left, i)
+        store(address, left, i, narrow(0, results((m, r, s, t), x, g, w, b)))
+        return state
+
+    write_steps = folded(write_step, *[vectors.words] * 4)
+
+    @device
+    def write_row(address: Any, xs: Any, sides: Any, beside: Any, left: Any, s: Any, t: Any) -> None:
+        grads, weights, biases = sides
+        write_steps(types.int32(0), (address, beside, left, s, t), xs, grads, weights, biases)
+
+    return write_row
+
+
+def _quotient_writer(variant: Variant, dividend: Function) -> Function:
+    """As `_row_writer`, of exponentials by their sum."""
+    vectors, dtype = _vectors_of(variant), variant.dtype
+    store, one_by = vectors.store, _arithmetic.divide
+    quotients = (_exact_quotients if dtype == ACCUMULATED else _rounded_quotients)(dtype, dividend)
+
+    @device
+    def write_step(state: Any, more: Any, i: Any, words: Any) -> Any:
+        address, left, s, t, reciprocal = more
+        store(address, left, i, quotients(words, s, t, reciprocal))
+        return state
+
+    write_steps = folded(write_step, vectors.words)
+
+    @device
+    def write_row(address: Any, xs: Any, sides: Any, beside: Any, left: Any, s: Any, t: Any) -> None:
+        write_steps(types.int32(0), (address, left, s, t, one_by(types.float32(1), t)), xs)
+
+    return write_row
+
+
+def _number_writer(variant: Variant, written: str) -> Function:
+    """write_number(addresses, strides, row, value): what a pass has found, to the operand that it belongs to."""
+    if written not in variant.operands:
+
+        @device
+        def nothing(addresses: Any, strides: Any, row: Any, value: Any) -> None:
+            pass
+
+        return nothing
+    place, dtype = variant.operands.index(written), variant.dtype if written == "out" else ACCUMULATED
+    storage, write = STORAGE[dtype], writer(dtype, ACCUMULATED)
+
+    @device
+    def write_number(addresses: Any, strides: Any, row: Any, value: Any) -> None:
+        write(pointer(addresses[place], storage), row * strides[place], value)
+
+    return write_number
+
+
+# ------------------------------------------------------------------------------------------------------------ kernels
+
+
+def _beside(variant: Variant) -> Function:
+    """beside(addresses, strides, row, start): see the passes; 0 where there is no such operand."""
+    weight, bias, mean, rstd = (
+        variant.operands.index(name) if name in variant.operands else -1 for name in OPERANDS[2:]
+    )
+    itemsize, is_read = ITEMSIZE[variant.dtype], variant.operation.endswith("backward")
+    real = STORAGE[ACCUMULATED]
+
+    @device
+    def beside(addresses: Any, strides: Any, row: Any, start: Any) -> Any:
+        weight_at = bias_at = types.int64(0)
+        m = r = types.float32(0)
+        if weight >= 0:
+            weight_at = addresses[weight] + start * itemsize
+        if bias >= 0:
+            bias_at = addresses[bias] + start * itemsize
+        if is_read and mean >= 0:
+            m = pointer(addresses[mean], real)[row * strides[mean]]
+        if is_read and rstd >= 0:
+            r = pointer(addresses[rstd], real)[row * strides[rstd]]
+        return weight_at, bias_at, m, r
+
+    return beside
+
+
+@functools.cache
+def kernel(variant: Variant) -> Kernel:
+    """The kernel of a variant, not compiled yet."""
+    operands = len(variant.operands)
+    signature = types.void(
+        int64s(operands),  # addresses
+        int64s(operands),  # from row to row, in elements
+        int64s(2),  # rows, elements of a row
+        types.UniTuple(types.float64, 3),  # what divides the sums of both passes, eps
+    )
+    body = _stream if variant.streams else _reduce
+    return Kernel(
+        f"rows {variant}",
+        lambda: (body(variant), signature),
+        variant.threads,
+        max(1, _threads_of_a_multiprocessor(variant) // variant.threads),
+        older_blocks=max(1, LEAST_THREADS // variant.threads),
+        oldest=FIRST_WITH_CLUSTERS if variant.overlaps or variant.ctas > 1 else FIRST,
+        overlaps=variant.overlaps,
+    )
+
+
+MOST_THREADS, MORE_THREADS, MANY_THREADS, LEAST_THREADS = 1024, 768, 640, 512
+"""Of a multiprocessor: 64, 80, 96 and 128 registers for each."""
+
+
+def _threads_of_a_multiprocessor(variant: Variant) -> int:
+    """How many should fit, which bounds the registers of each: the more it keeps, the fewer, so that none spills."""
+    if "grad" in variant.operands:
+        return LEAST_THREADS
+    held = variant.steps * _vectors_of(variant).words
+    if held > HELD:
+        return MANY_THREADS
+    sides = sum(name in variant.operands for name in ("weight", "bias")) if _are_early(variant) else 0
+    return MORE_THREADS if variant.lanes > LANES or held * (1 + sides) > HELD else MOST_THREADS
+
+
+_launch_dependents = instruction("griddepcontrol.launch_dependents;", ["~{memory}"], types.none)
+_wait_for_predecessors = instruction("griddepcontrol.wait;", ["~{memory}"], types.none)
+
+
+def _overlap(variant: Variant) -> tuple[Function, Function]:
+    """Let the next kernel be launched; wait until those in front have ended and what they wrote is visible."""
+
+    @device
+    def nothing() -> None:
+        pass
+
+    return (_launch_dependents, _wait_for_predecessors) if variant.overlaps else (nothing, nothing)
+
+
+def _place(variant: Variant) -> Function:
+    """place(rows): the row that a thread reads and whether there is one to answer for, its number in the block, the
+    thread's lane, the place of its warp in the row.
+    """
+    span, warps, ctas, rows_of_block = variant.span, variant.warps, variant.ctas, variant.rows
+
+    @device
+    def place(rows: Any) -> Any:
+        thread = types.uint32(cuda.threadIdx.x)
+        lane, warp = types.int32(thread % types.uint32(span)), types.uint32(thread // types.uint32(span))
+        number = types.uint32(warp // types.uint32(warps))
+        member = types.uint32(warp - types.uint32(number * types.uint32(warps)))
+        block = types.uint32(cuda.blockIdx.x)
+        team = types.uint32(block // types.uint32(ctas))
+        rank = types.uint32(block - types.uint32(team * types.uint32(ctas)))
+        row = types.int64(team) * rows_of_block + types.int64(number)
+        mine = types.int32(rank * types.uint32(warps) + member)
+        return min(row, rows - 1), row < rows, types.int32(number), lane, mine
+
+    return place
+
+
+def _reduce(variant: Variant) -> Function:
+    """All passes over a row that is kept in registers, then the results."""
+    plan, operands = variant.formula, variant.operands
+    place, beside_row = _place(variant), _beside(variant)
+    parts, width, team = variant.parts, variant.width, variant.team
+    places, itemsize = variant.places * variant.rows, ITEMSIZE[variant.dtype]
+    load = mapped(_vectors_of(variant, _absent(variant)).load, count=variant.steps)
+    load_side = mapped(_vectors_of(variant).load, count=variant.steps)
+    grad = operands.index("grad") if "grad" in operands else -1
+    reads_weight, reads_bias = (name in operands and _are_early(variant) for name in ("weight", "bias"))
+    first, second = _step(variant, 0), _step(variant, 1)
+    write_row = _row_writer(variant)
+    write_first, write_second = (_number_writer(variant, one.written) for one in (*plan.passes, Pass(None, ()))[:2])
+    meeting = _meeting(team, variant.ctas, variant.places, False)
+    begin, ready = meeting.begin, meeting.ready
+    launch_dependents, wait_for_predecessors = _overlap(variant)
+
+    def reduce(addresses: Any, strides: Any, sizes: Any, numbers: Any) -> None:
+        begin()
+        tables = cuda.shared.array(places, types.float32), cuda.shared.array(places, types.float32)
+        counts = cuda.shared.array(places, types.int32)
+        row, is_there, number, lane, mine = place(sizes[0])
+        chunk = mine // types.int32(parts)
+        part = types.int32(mine - types.int32(chunk * types.int32(parts)))
+        start = types.int32(
+            chunk * types.int32(SUM_CHUNK) + part * types.int32(SUM_LANES // parts) + lane * types.int32(width)
+        )
+        left = types.int32(types.int32(sizes[1]) - start)
+        wait_for_predecessors()
+        xs = load((addresses[1] + (row * strides[1] + start) * itemsize, left))
+        grads = weights = biases = xs
+        if grad >= 0:
+            grads = load_side((addresses[grad] + (row * strides[grad] + start) * itemsize, left))
+        beside = beside_row(addresses, strides, row, start)
+        if reads_weight:
+            weights = load_side((beside[0], left))
+        if reads_bias:
+            biases = load_side((beside[1], left))
+        sides = grads, weights, biases
+        where = counts, number, lane, mine, types.int32(team), left
+        ready()
+        s = first(xs, sides, beside, where, tables[0], numbers, types.float32(0))
+        xs = forget_widened(0, xs)
+        t = second(xs, sides, beside, where, tables[1], numbers, s)
+        launch_dependents()  # not before: those that wait for this kernel would crowd some multiprocessors
+        # The same to all but the assembler, which would keep what was compared for the loads in registers.
+        left_again = cuda.shfl_sync(ALL_LANES, left, types.int32(cuda.laneid))
+        if is_there:
+            if mine == 0 and lane == 0:
+                write_first(addresses, strides, row, s)
+                write_second(addresses, strides, row, t)
+            out = addresses[0] + (row * strides[0] + start) * itemsize
+            write_row(out, forget_widened(0, xs), sides, beside, left_again, s, t)
+
+    return reduce
+
+
+def _stream(variant: Variant) -> Function:
+    """A sum over rows of which a warp has chunk after chunk."""
+    one, place, team = variant.formula.passes[0], _place(variant), variant.team
+    places, width, itemsize = variant.places * variant.rows, variant.width, ITEMSIZE[variant.dtype]
+    load, zeros = mapped(_vectors_of(variant).load, count=variant.steps), _zeros(LANES)
+    lane_sums, warp_sum = _lane_sums(variant, one, False), _warp_sum(width, LANES, WARP)
+    table_sum, loads, part = _table_fold(_add, variant.places), STEPS // variant.steps, variant.steps * SUM_LANES
+    begin, ready, leave, meet = _meeting(team, variant.ctas, variant.places, False)
+    launch_dependents, wait_for_predecessors = _overlap(variant)
+    end, write = one.end, _number_writer(variant, one.written)
+    assert end is not None
+
+    def stream(addresses: Any, strides: Any, sizes: Any, numbers: Any) -> None:
+        launch_dependents()
+        begin()
+        table = cuda.shared.array(places, types.float32)
+        n = types.int32(sizes[1])
+        row, is_there, number, lane, mine = place(sizes[0])
+        chunks = types.int32((n + types.int32(SUM_CHUNK - 1)) // types.int32(SUM_CHUNK))
+        beside = types.int64(0), types.int64(0), types.float32(0), types.float32(0)
+        x = addresses[1] + row * strides[1] * itemsize
+        wait_for_predecessors()
+        ready()
+        for chunk in range(mine, chunks, types.int32(team)):
+            start = types.int32(chunk * types.int32(SUM_CHUNK) + lane * types.int32(width))
+            state = zeros(0), types.int32(0)
+            for i in range(loads):
+                at = types.int32(start + types.int32(i) * types.int32(part))
+                left = types.int32(n - at)
+                xs = load((x + at * types.int64(itemsize), left))
+                state = lane_sums(state, (beside, left, types.float32(0)), xs, xs, xs, xs)
+            leave(table, number, chunk, lane, warp_sum(state[0]))
+        meet()
+        total = table_sum(table, number, lane, chunks, types.float32(0))
+        total = end(total, types.int32(0), types.float32(0), types.float32(numbers[0]), types.float32(numbers[2]))
+        if is_there and mine == 0 and lane == 0:
+            write(addresses, strides, row, total)
+
+    return stream
+
+
+# --------------------------------------------------------------------------------------------------------------- plans
+
+FIRST, FIRST_WITH_CLUSTERS = (8, 0), (9, 0)
+"""Compute capabilities: the first that has the instructions, the first that has clusters."""
+MOST_PARTS = 4
+WARPS, MOST_WARPS = 4, 20
+"""Of a thread block: several rows make up the first; the second is what it can have."""
+PREFERRED_WARPS, CLUSTER_WARPS = 16, 5
+"""Of a thread block that has a row, at most if there could be more of them; of one of several, if those are enough."""
+FEW_CHUNKS = 4
+"""Of 16-bit rows whose results are quotients, which take more instructions: those have two warps each, at least."""
+LONG_CHUNKS, MANY_HELD = 9, 64
+"""From so many chunks on, a thread has so many registers' worth of elements, so that fewer warps meet."""
+MOST_CTAS = 8
+"""Of a cluster, on every GPU that has them."""
+BUSY_WARPS = 8
+"""Of a multiprocessor: rows that have fewer are divided among more."""
+ROUNDS = 4
+"""Chunks of a warp that has several, if rows are many."""
+
+
+class Plan(NamedTuple):
+    """How a spec comes here."""
+
+    variant: Variant
+    grid: int
+    """Thread blocks, or clusters."""
+    arguments: tuple[int | float, ...]
+    """Those of a launch that follow the addresses."""
+    vectors: tuple[int, ...]
+    """Places of the operands whose addresses have to be multiples of `alignment`."""
+    alignment: int
+
+
+def prepare(spec: ReductionSpec, gpu: Device, otherwise: Callable[[], ReductionLaunch]) -> ReductionLaunch | None:
+    """The launch, if there is a plan; `otherwise` prepares what takes operands that are aligned for no other plan."""
+    chosen = plan(spec, compute_capability(gpu), multiprocessors(gpu))
+    if chosen is None:
+        return None
+    run, vectors, alignment = _launch(chosen, gpu), chosen.vectors, chosen.alignment
+    if alignment == ITEMSIZE[spec.out.dtype]:
+        return run
+
+    @functools.cache
+    def unaligned() -> ReductionLaunch:
+        other = plan(spec, compute_capability(gpu), multiprocessors(gpu), aligned=False)
+        return otherwise() if other is None else _launch(other, gpu)
+
+    def launch(stream: int, *addresses: int) -> None:
+        is_aligned = not any(addresses[place] % alignment for place in vectors)
+        (run if is_aligned else unaligned())(stream, *addresses)
+
+    return launch
+
+
+def _launch(chosen: Plan, gpu: Device) -> ReductionLaunch:
+    variant, arguments = chosen.variant, chosen.arguments
+    with on(gpu):
+        run = Launch(kernel(variant), gpu, (chosen.grid,), variant.ctas if variant.ctas > 1 else None)
+
+    def launch(stream: int, *addresses: int) -> None:
+        with on(gpu):
+            run(stream, *addresses, *arguments)
+
+    return launch
+
+
+def plan(spec: ReductionSpec, capability: tuple[int, int], processors: int, aligned: bool = True) -> Plan | None:
+    """The plan for a GPU of that compute capability and so many multiprocessors, for addresses that are aligned as far
+    as vectors need it, or not at all; None: not for here.
+    """
+    layouts = {name: layout for name in ("out", *OPERANDS) if (layout := getattr(spec, name)) is not None}
+    kept, shape, dtype = spec.kept, spec.x.shape, spec.out.dtype
+    rows, n = math.prod(shape[:kept]), math.prod(shape[kept:])
+    if capability < FIRST or spec.operation not in ROW_OPERATIONS or dtype not in DTYPES:
+        return None
+    if not (0 < rows < 2**31 and 1 < n < 2**31 and kept <= 1 and len(shape) == kept + 1):
+        return None
+    steps, vectors = [], []
+    for place, (name, layout) in enumerate(layouts.items()):
+        is_number = name in ("mean", "rstd") or (name == "out" and spec.one_for_a_row)
+        if layout.dtype != (ACCUMULATED if name in ("mean", "rstd") else dtype):
+            return None
+        if not is_number:
+            if layout.strides[kept] != 1:
+                return None
+            vectors.append(place)
+        elif layout.strides[kept:] not in ((), (0,)):
+            return None
+        steps.append(layout.strides[0] if kept else 0)
+    width = VECTOR_BYTES // ITEMSIZE[dtype] if aligned else 1
+    while any(number % width for number in (n, *(steps[place] for place in vectors))):
+        width //= 2
+    has_clusters = capability >= FIRST_WITH_CLUSTERS
+    variant = choose(spec.operation, dtype, tuple(layouts), rows, n, width, processors, has_clusters)
+    if variant is None:
+        return None
+    arguments = (*steps, rows, n, *numbers_of(spec, n))
+    return Plan(variant, -(-rows // variant.rows), arguments, tuple(vectors), variant.width * ITEMSIZE[dtype])
+
+
+def choose(
+    operation: str,
+    dtype: str,
+    operands: tuple[str, ...],
+    rows: int,
+    n: int,
+    width: int,
+    multiprocessors: int,
+    has_clusters: bool,
+) -> Variant | None:
+    """The variant for rows of n elements, in vectors of `width`; None if a row does not fit."""
+    chunks = -(-n // SUM_CHUNK)
+    steps = STEPS if chunks > 1 else 1 << (-(-n // SUM_LANES) - 1).bit_length()
+    registers = LANES * ITEMSIZE[dtype] // 4 * (1 + ("grad" in operands))  # for a step
+    busy = BUSY_WARPS * multiprocessors
+    one = Variant(operation, dtype, operands, width, 1, steps, 1, 1, 1, overlaps=has_clusters)
+    if n <= SUM_LANES and "grad" not in operands:
+        span = 1 << (-(-n // _short_lanes(dtype, width)) - 1).bit_length()
+        if rows * span >= busy * WARP:
+            return one._replace(span=span, rows=WARPS * WARP // span)
+    most_ctas = MOST_CTAS if has_clusters else 1
+    if operation in ("sum", "mean") and chunks > 1:
+        if chunks > PLACES:
+            return None
+        warps = min(-(-chunks // ROUNDS), PREFERRED_WARPS)
+        ctas = 1
+        if rows * warps < busy:
+            warps = min(chunks, PREFERRED_WARPS)
+            while rows * warps * ctas < busy and ctas < most_ctas and warps * ctas < chunks:
+                ctas *= 2
+            warps = min(warps, -(-chunks // ctas))
+        return _in_blocks(
+            one._replace(steps=min(STEPS, HELD // registers), streams=True), rows, warps, ctas, multiprocessors
+        )
+    parts, most = 1, HELD
+    if "grad" in operands:
+        most = HELD // 2 if width == 1 else HELD  # single elements take more registers
+    elif chunks >= LONG_CHUNKS and has_clusters:
+        most = MANY_HELD
+    while parts < MOST_PARTS and steps * registers // parts > most:
+        parts *= 2
+    while parts < MOST_PARTS and rows * chunks * parts < busy and 2 * parts * chunks <= PREFERRED_WARPS:
+        parts *= 2
+    if ITEMSIZE[dtype] == 2 and formula(operation, dtype).dividend is not None and chunks <= FEW_CHUNKS:
+        parts = max(parts, 2)
+    warps = chunks * parts
+    ctas = min(most_ctas, -(-warps // CLUSTER_WARPS)) if warps > PREFERRED_WARPS else 1
+    warps = -(-warps // ctas)
+    is_light = has_clusters and steps * registers // parts <= HELD
+    if warps > (MOST_WARPS if is_light else PREFERRED_WARPS):
+        return None
+    one = one._replace(parts=parts, width=min(width, LANES // parts))
+    return _in_blocks(one, rows, warps, ctas, multiprocessors)
+
+
+def _in_blocks(variant: Variant, rows: int, warps: int, ctas: int, multiprocessors: int) -> Variant:
+    """The variant with so many warps and thread blocks of a row, and as many rows in a block as are worth it."""
+    of_block = max(1, WARPS // warps) if ctas == 1 else 1
+    if rows < of_block * multiprocessors:
+        of_block = 1
+    return variant._replace(warps=warps, rows=of_block, ctas=ctas)
+
+
+EXAMPLES = ((2**16, 256, True), (2**16, 256, False), (2**13, 4096, True), (64, 8192, True), (64, 151936, True),
+            (2**12, 50257, True), (2**12, 25001, False))  # fmt: skip
+"""Rows, their length, whether the GPU has clusters: a share of a warp, warps of a block, a cluster, rows that begin
+anywhere."""
+
+
+def variants() -> Iterator[Variant]:
+    """What EXAMPLES become on a large GPU, for every operation; float16 is bfloat16 but for how it is widened."""
+    for operation in ROW_OPERATIONS:
+        operands = ("out", "x", *BESIDE.get(operation, ()))
+        for dtype in DTYPES:
+            for rows, n, has_clusters in EXAMPLES if dtype != "float16" else EXAMPLES[:1]:
+                width = VECTOR_BYTES // ITEMSIZE[dtype] if n % 2 == 0 else 1
+                variant = choose(operation, dtype, operands, rows, n, width, 132, has_clusters)
+                if variant is not None:
+                    yield variant
