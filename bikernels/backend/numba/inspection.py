@@ -59,9 +59,14 @@ def compile_one(variant: Variant, compute_capabilities: tuple[tuple[int, int], .
 
 def kernel_of(variant: Variant) -> Kernel:
     """The kernel of a variant, not compiled yet."""
-    if isinstance(variant, matmul.Variant):
-        return matmul.kernel(variant)
-    return columns.kernel(variant) if isinstance(variant, columns.Variant) else reduction.kernel(variant)
+    match variant:
+        case matmul.Variant():
+            return matmul.kernel(variant)
+        case rows.Variant():
+            return rows.kernel(variant)
+        case columns.Variant():
+            return columns.kernel(variant)
+    return reduction.kernel(variant)
 
 
 def compile_all(compute_capabilities: tuple[tuple[int, int], ...]) -> Iterator[Compiled]:
