@@ -2,8 +2,9 @@
 
 matmul.py, reduction.py, rows.py and columns.py (reductions of rows whose elements lie side by side, and of rows that do
 themselves) hold the kernels and how they are launched, formulas.py what the reductions compute; device.py is the
-vocabulary that they are written in, functions.py its exp and log, products.py the instructions that multiply tiles,
-schedules.py the tiles, launch.py the host's side. inspection.py shows what the compiler makes of them.
+vocabulary that they are written in, functions.py its exp and log, vectors.py and quotients.py what a thread does with
+the elements of a row, products.py the instructions that multiply tiles, schedules.py the tiles, launch.py the host's
+side. inspection.py shows what the compiler makes of them.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from ...contract import ACCUMULATE, CANONICAL_NAN, EXP, ITEMSIZE, SUM_CHUNK, SUM_LANES
+from ...contract import ITEMSIZE, SUM_CHUNK, SUM_LANES
 from ...specs import REDUCTIONS, ReductionSpec
 from ...views import Device
 from .. import ReductionLaunch
@@ -39,7 +39,6 @@ from .device import (
     int64s,
     larger,
     mapped,
-    pack,
     pointer,
     shared_address,
     store_in_cluster,
@@ -48,11 +47,19 @@ from .device import (
 )
 from .formulas import BESIDE, OPERANDS, Formula, Pass, formula, numbers_of
 from .launch import Kernel, Launch, compute_capability, multiprocessors, on
+from .quotients import exact_quotients, rounded_quotients
+from .vectors import (
+    ACCUMULATED,
+    DTYPES,
+    MINUS_INFINITY,
+    Vectors,
+    extreme_of,
+    forget_widened,
+    narrower,
+    vectors_of,
+    widener,
+)
 
-DTYPES = ("bfloat16", "float16", "float32")
-"""Those that come here; they accumulate in float32."""
-ACCUMULATED = ACCUMULATE[DTYPES[0]]
-assert {ACCUMULATE[dtype] for dtype in DTYPES} == {ACCUMULATED}
 ROW_OPERATIONS = tuple(name for name in REDUCTIONS if not name.endswith("weight_backward"))
 
 LANES = SUM_LANES // WARP
@@ -125,179 +132,8 @@ class Variant(NamedTuple):
         return PLACES if self.streams else 1 << (self.team - 1).bit_length()
 
 
-# ------------------------------------------------------------------------------------------------------------- memory
-
-
-def _access(dtype: str, width: int) -> tuple[int, str]:
-    """The words of a vector and the type of an access to it."""
-    words = width * ITEMSIZE[dtype] // 4
-    return words, {1: "b32", 2: "v2.b32", 4: "v4.b32"}[words]
-
-
-@functools.cache
-def _load(dtype: str, width: int, absent: int, gap: int) -> Function:
-    """load(address, left, i): a vector as words, if left > i; else words that are all `absent`. A vector of one element
-    of 16 bits is two, a `gap` of elements apart, in a word.
-    """
-    if width * ITEMSIZE[dtype] == 2:
-        text = (
-            "{ .reg .pred is_low, is_high; .reg .s32 next; .reg .b32 low, high; "
-            f"add.s32 next, $3, {gap}; setp.gt.s32 is_low, $2, $3; setp.gt.s32 is_high, $2, next; "
-            f"mov.b32 low, {absent & 0xFFFF}; mov.b32 high, {absent & 0xFFFF}; @is_low ld.global.u16 low, [$1]; "
-            f"@is_high ld.global.u16 high, [$1+{2 * gap}]; prmt.b32 $0, low, high, 0x5410; }}"
-        )
-        words = 1
-    else:
-        words, kind = _access(dtype, width)
-        to = ", ".join(f"${i}" for i in range(words))
-        moves = " ".join(f"mov.b32 ${i}, {absent};" for i in range(words))
-        text = (
-            f"{{ .reg .pred there; setp.gt.s32 there, ${words + 1}, ${words + 2}; {moves} "
-            f"@there ld.global.{kind} {f'{{{to}}}' if words > 1 else to}, [${words}]; }}"
-        )
-    constraints = [*["=&r"] * words, "l", "r", "r"]
-    return instruction(text, constraints, types.UniTuple(types.uint32, words), types.int64, types.int32, types.int32)
-
-
-@functools.cache
-def _store(dtype: str, width: int, gap: int) -> Function:
-    """store(address, left, i, words): a vector, if left > i; as `_load`."""
-    if width * ITEMSIZE[dtype] == 2:
-        text = (
-            "{ .reg .pred is_low, is_high; .reg .s32 next; .reg .b16 low, high; "
-            f"add.s32 next, $2, {gap}; setp.gt.s32 is_low, $1, $2; setp.gt.s32 is_high, $1, next; "
-            "mov.b32 {low, high}, $3; @is_low st.global.b16 [$0], low; "
-            f"@is_high st.global.b16 [$0+{2 * gap}], high; }}"
-        )
-        words = 1
-    else:
-        words, kind = _access(dtype, width)
-        what = ", ".join(f"${i + 3}" for i in range(words))
-        text = (
-            "{ .reg .pred there; setp.gt.s32 there, $1, $2; "
-            f"@there st.global.{kind} [$0], {f'{{{what}}}' if words > 1 else what}; }}"
-        )
-    constraints = ["l", "r", "r", *["r"] * words, "~{memory}"]
-    kind_of_words = types.UniTuple(types.uint32, words)
-    return instruction(text, constraints, types.none, types.int64, types.int32, types.int32, kind_of_words)
-
-
-_MINUS_INFINITY = {"bfloat16": 0xFF80FF80, "float16": 0xFC00FC00, "float32": 0xFF800000}
-
-_floats_of_halves = instruction(
-    "{ .reg .b16 low, high; mov.b32 {low, high}, $2; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }",
-    ["=&f", "=f", "r"],
-    types.UniTuple(types.float32, 2),
-    types.uint32,
-    pure=True,
-)
-_from_bits, _to_bits = OPERATIONS[ACCUMULATED].from_bits, OPERATIONS[ACCUMULATED].to_bits
-
-
-@device
-def _float_of_word(more: Any, i: Any, word: Any) -> Any:
-    return _from_bits(types.int32(word))
-
-
-@device
-def _floats_of_bfloats(more: Any, i: Any, word: Any) -> Any:
-    low, high = types.uint32(word << types.uint32(16)), types.uint32(word & types.uint32(0xFFFF0000))
-    return _from_bits(types.int32(low)), _from_bits(types.int32(high))
-
-
-@device
-def _floats_of_float16s(more: Any, i: Any, word: Any) -> Any:
-    return _floats_of_halves(word)
-
-
-@functools.cache
-def _widen(dtype: str) -> Function:
-    """widen(more, words): the elements of some vectors."""
-    functions = {"bfloat16": _floats_of_bfloats, "float16": _floats_of_float16s, "float32": _float_of_word}
-    return mapped(functions[dtype], MEMBER)
-
-
-@functools.cache
-def _narrow(dtype: str) -> Function:
-    """narrow(more, elements): the words of vectors, each element rounded once."""
-    if dtype == "float32":
-        nan = CANONICAL_NAN[dtype]
-
-        @device
-        def word(more: Any, i: Any, value: Any) -> Any:
-            return types.uint32(_to_bits(value) if value == value else types.int32(nan))
-
-        return mapped(word, MEMBER)
-    two = pack(dtype)
-
-    @device
-    def pair(more: Any, i: Any, values: Any) -> Any:
-        return two(values[0], values[1])
-
-    return mapped(pair, 2)
-
-
-_opaque = instruction("", ["=r", "0"], types.uint32, types.uint32)
-
-
-@device
-def _forget(more: Any, i: Any, word: Any) -> Any:
-    return _opaque(word)
-
-
-forget_widened = mapped(_forget, MEMBER)
-"""forget_widened(more, words): the same words, so that NVVM widens them again and does not keep twice as many."""
-
-
-class Vectors(NamedTuple):
-    """How a thread has its elements."""
-
-    words: int
-    """Of a step, which is its elements of 256."""
-    load: Function
-    """load((address, left), i): the words of step i."""
-    store: Function
-    """store(address, left, i, words): the results of step i."""
-
-
-@functools.cache
-def _vectors(dtype: str, width: int, lanes: int, span: int, absent: int) -> Vectors:
-    itemsize, gap = ITEMSIZE[dtype], span * width
-    elements = max(width, 4 // itemsize)  # of an access, or of two
-    step, words = elements * span, elements * itemsize // 4
-    load, store = _load(dtype, width, absent, gap), _store(dtype, width, gap)
-
-    @device
-    def load_vector(more: Any, g: Any) -> Any:
-        address, left, i = more
-        place = types.int32(i * types.int32(SUM_LANES) + g * types.int32(step))
-        return load(address + place * itemsize, left, place)
-
-    load_vectors = mapped(load_vector, count=lanes // elements)
-
-    @device
-    def load_step(more: Any, i: Any) -> Any:
-        address, left = more
-        return load_vectors((address, left, i))
-
-    @device
-    def store_vector(state: Any, more: Any, g: Any, vector: Any) -> Any:
-        address, left, i = more
-        place = types.int32(i * types.int32(SUM_LANES) + g * types.int32(step))
-        store(address + place * itemsize, left, place, vector)
-        return state
-
-    store_vectors = folded(store_vector, words)
-
-    @device
-    def store_step(address: Any, left: Any, i: Any, results: Any) -> Any:
-        return store_vectors(types.int32(0), (address, left, i), results)
-
-    return Vectors(lanes * itemsize // 4, load_step, store_step)
-
-
-def _vectors_of(variant: Variant, absent: int = 0) -> Vectors:
-    return _vectors(variant.dtype, variant.width, variant.lanes, variant.span, absent)
+def _vectors(variant: Variant, absent: int = 0) -> Vectors:
+    return vectors_of(variant.dtype, variant.width, variant.lanes, variant.span, absent)
 
 
 # -------------------------------------------------------------------------------------------------------------- folds
@@ -370,45 +206,6 @@ def _warp_sum(width: int, lanes: int, span: int) -> Function:
 
 _add_warp = instruction("redux.sync.add.s32 $0, $1, 0xffffffff;", ["=r", "r"], types.int32, types.int32)
 """The sum of a warp's counts."""
-
-
-@functools.cache
-def _extreme(dtype: str, name: str, start: float) -> Function:
-    """extreme(words): max.NaN of the elements, which is a NaN if one is, or min, which overlooks it; and of `start`."""
-    of_two = instruction(
-        f"{name}.f32 $0, $1, $2;", ["=f", "f", "f"], types.float32, types.float32, types.float32, pure=True
-    )
-    widen = _widen(dtype)
-
-    @device
-    def more_extreme(state: Any, more: Any, i: Any, value: Any) -> Any:
-        return of_two(state, value)
-
-    of_floats = folded(more_extreme, MEMBER)
-
-    @device
-    def extreme(words: Any) -> Any:
-        return of_floats(types.float32(start), 0, widen(0, words))
-
-    if dtype == "float32":
-        return extreme
-    kind, infinity = {"bfloat16": "bf16x2", "float16": "f16x2"}[dtype], _MINUS_INFINITY[dtype]
-    first = infinity if start < 0 else infinity & 0x7FFF7FFF
-    of_pairs = instruction(
-        f"{name}.{kind} $0, $1, $2;", ["=r", "r", "r"], types.uint32, types.uint32, types.uint32, pure=True
-    )
-
-    @device
-    def more_extreme_pair(state: Any, more: Any, i: Any, word: Any) -> Any:
-        return of_pairs(state, word)
-
-    of_words = folded(more_extreme_pair, MEMBER)
-
-    @device
-    def extreme_of_pairs(words: Any) -> Any:
-        return extreme((of_words(types.uint32(first), 0, words),))
-
-    return extreme_of_pairs
 
 
 # ------------------------------------------------------------------------------------------------- warps of one row
@@ -555,7 +352,7 @@ ABSENT_TERMS_ARE_ZERO = ("sum", "mean", "softmax", "log_softmax", "logsumexp", "
 
 
 def _absent(variant: Variant) -> int:
-    return _MINUS_INFINITY[variant.dtype] if variant.formula.passes[0].term is None else 0
+    return MINUS_INFINITY[variant.dtype] if variant.formula.passes[0].term is None else 0
 
 
 EARLY_HELD = 16
@@ -563,14 +360,14 @@ EARLY_HELD = 16
 
 
 def _are_early(variant: Variant) -> bool:
-    return variant.span == WARP and variant.steps * _vectors_of(variant).words <= EARLY_HELD
+    return variant.span == WARP and variant.steps * _vectors(variant).words <= EARLY_HELD
 
 
 def _elements(variant: Variant, names: tuple[str, ...]) -> tuple[Function, Function]:
     """widen(more, words), and beside_of(x, grads, weights, biases, beside, left, i): the elements of grad, weight and
     bias, given their words, or those of x in place of one that is not among `names`.
     """
-    widen, load, are_late = _widen(variant.dtype), _vectors_of(variant).load, not _are_early(variant)
+    widen, load, are_late = widener(variant.dtype), _vectors(variant).load, not _are_early(variant)
     has_grad, has_weight, has_bias = (name in names for name in ("grad", "weight", "bias"))
 
     @device
@@ -597,7 +394,7 @@ def _lane_sums(variant: Variant, one: Pass, masked: bool) -> Function:
     count; if `masked`, those of elements that are there.
     """
     widen, beside_of = _elements(variant, one.reads)
-    words, term, counts = _vectors_of(variant).words, one.term, one.counts
+    words, term, counts = _vectors(variant).words, one.term, one.counts
     group, width = variant.span * variant.width, variant.width
     assert term is not None
 
@@ -678,7 +475,7 @@ def _step(variant: Variant, number: int) -> Function:
         return _no_step(variant)
     one = passes[number]
     if not one.is_sum:
-        maximum, shuffle = _extreme(variant.dtype, "max.NaN", -math.inf), _shuffle(_larger, variant.span)
+        maximum, shuffle = extreme_of(variant.dtype, "max.NaN", -math.inf), _shuffle(_larger, variant.span)
         exchange = _exchange(variant, _larger, -math.inf)
 
         @device
@@ -708,134 +505,6 @@ def _step(variant: Variant, number: int) -> Function:
 
 # ------------------------------------------------------------------------------------------------------------ results
 
-NEAR, NEAR_POWER = -68.0, 2.0**-98
-"""With exponentials of what lies from here to 0, which are no less than the second, and a divisor of 1 to SUM_CHUNK *
-PLACES, no quotient is subnormal, nor is what leads to it."""
-SCALE, UNSCALE, HALF = 2.0**64, 2.0**-64, 2.0**-86
-"""Makes all of them normal; undoes that; half of the least number, so scaled."""
-_arithmetic = OPERATIONS[ACCUMULATED]
-_multiply, _fma = _arithmetic.multiply, _arithmetic.fma
-_magnitude, _smaller = cuda.libdevice.fabsf, cuda.libdevice.fminf
-
-
-@device
-def _quotient(more: Any, i: Any, value: Any) -> Any:
-    """By the reciprocal and two corrections, the last of which rounds as a division does (Markstein 1990)."""
-    divisor, reciprocal = more
-    q = _multiply(value, reciprocal)
-    q = _fma(_fma(-divisor, q, value), reciprocal, q)
-    return _fma(_fma(-divisor, q, value), reciprocal, q)
-
-
-@device
-def _quotient_anywhere(more: Any, i: Any, value: Any) -> Any:
-    """The same of a scaled dividend. The product that undoes that rounds again, which is the same as rounding once
-    unless the first result lies in the middle between two numbers; the remainder then tells where the quotient lies.
-    """
-    divisor, _ = more
-    scaled = _multiply(value, types.float32(SCALE))
-    q = _quotient(more, i, scaled)
-    remainder = _fma(-divisor, q, scaled)
-    rounded = _multiply(q, types.float32(UNSCALE))
-    is_middle = _magnitude(_fma(-rounded, types.float32(SCALE), q)) == types.float32(HALF)
-    towards = types.float32(HALF) if remainder > types.float32(0) else types.float32(-HALF)
-    nearest = _multiply(_add(q, towards), types.float32(UNSCALE))
-    return nearest if is_middle & (remainder != types.float32(0)) else rounded
-
-
-_quotients, _quotients_anywhere = mapped(_quotient, MEMBER), mapped(_quotient_anywhere, MEMBER)
-
-
-@device
-def _least_of(state: Any, more: Any, i: Any, value: Any) -> Any:
-    return _smaller(state, value)
-
-
-_least = folded(_least_of, MEMBER)
-
-
-@device
-def _divide(dividends: Any, divisor: Any, reciprocal: Any) -> Any:
-    """Exponentials by one sum of them, correctly rounded."""
-    if _least(types.float32(1), 0, dividends) > types.float32(NEAR_POWER):
-        return _quotients((divisor, reciprocal), dividends)
-    return _quotients_anywhere((divisor, reciprocal), dividends)
-
-
-BELOW, ABOVE = 1 - 1.5 * 2.0**-21, 1 + 1.5 * 2.0**-21
-"""Factors: twelve times 2^-24, which is more than the hardware's power of two (2^-22), the contract's exp (2^-23), the
-reciprocal, the quotient and a product (2^-24 each) are off by together."""
-_exp = EXP[ACCUMULATED]
-_LOG2E, _LOG2E_LOW, _MAGIC = _exp.log2e, math.log2(math.e) - _exp.log2e, 1.5 * 2.0**23
-_power_of_two = instruction("ex2.approx.ftz.f32 $0, $1;", ["=f", "f"], types.float32, types.float32, pure=True)
-
-
-@device
-def _rough_exp(t: Any) -> Any:
-    """exp of a t between NEAR and 0, by the hardware's power of two."""
-    z = _fma(t, types.float32(_LOG2E), types.float32(_MAGIC))
-    below = _fma(t, types.float32(_LOG2E), _add(types.float32(_MAGIC), -z))
-    power = _power_of_two(_fma(t, types.float32(_LOG2E_LOW), below))
-    return _from_bits(types.int32(_to_bits(power) + types.int32(_to_bits(z) << types.int32(23))))
-
-
-@functools.cache
-def _exact_quotients(dtype: str, dividend: Function) -> Function:
-    """quotients(words, s, divisor, reciprocal): words of exp(x - s) / divisor."""
-    widen, narrow = _widen(dtype), _narrow(dtype)
-
-    @device
-    def power(s: Any, i: Any, x: Any) -> Any:
-        return dividend(x, s)
-
-    powers = mapped(power, MEMBER)
-
-    @device
-    def quotients(words: Any, s: Any, divisor: Any, reciprocal: Any) -> Any:
-        return narrow(0, _divide(powers(s, widen(0, words)), divisor, reciprocal))
-
-    return quotients
-
-
-@functools.cache
-def _rounded_quotients(dtype: str, dividend: Function) -> Function:
-    """quotients(words, s, divisor, reciprocal): the same in 16 bits. Whatever lies between two numbers that round alike
-    rounds as they do; where they do not, all is computed as the contract says.
-    """
-    widen, narrow, least = _widen(dtype), _narrow(dtype), _extreme(dtype, "min", math.inf)
-
-    @device
-    def rough(s: Any, i: Any, x: Any) -> Any:
-        return _rough_exp(_add(x, -s))
-
-    @device
-    def exactly(s: Any, i: Any, x: Any) -> Any:
-        return dividend(x, s)
-
-    @device
-    def scaled(factor: Any, i: Any, value: Any) -> Any:
-        return _multiply(value, factor)
-
-    @device
-    def differs(state: Any, more: Any, i: Any, a: Any, b: Any) -> Any:
-        return types.uint32(state | types.uint32(a ^ b))
-
-    roughs, exacts, products = mapped(rough, MEMBER), mapped(exactly, MEMBER), mapped(scaled, MEMBER)
-    difference = folded(differs, MEMBER, MEMBER)
-
-    @device
-    def quotients(words: Any, s: Any, divisor: Any, reciprocal: Any) -> Any:
-        x = widen(0, words)
-        if _add(least(words), -s) > types.float32(NEAR):
-            powers = roughs(s, x)
-            low = narrow(0, products(_multiply(reciprocal, types.float32(BELOW)), powers))
-            high = narrow(0, products(_multiply(reciprocal, types.float32(ABOVE)), powers))
-            if difference(types.uint32(0), 0, low, high) == types.uint32(0):
-                return low
-        return narrow(0, _quotients_anywhere((divisor, reciprocal), exacts(s, x)))
-
-    return quotients
-
 
 @device
 def _no_row(address: Any, xs: Any, sides: Any, beside: Any, left: Any, s: Any, t: Any) -> None:
@@ -844,12 +513,12 @@ def _no_row(address: Any, xs: Any, sides: Any, beside: Any, left: Any, s: Any, t
 
 def _row_writer(variant: Variant) -> Function:
     """write_row(address, xs, sides, beside, left, s, t): the results of a thread's elements."""
-    plan, vectors = variant.formula, _vectors_of(variant)
+    plan, vectors = variant.formula, _vectors(variant)
     if plan.element is None:
         return _no_row
     if plan.dividend is not None:
         return _quotient_writer(variant, plan.dividend)
-    element, store, narrow = plan.element, vectors.store, _narrow(variant.dtype)
+    element, store, narrow = plan.element, vectors.store, narrower(variant.dtype)
     widen, beside_of = _elements(variant, plan.reads)
 
     @device
@@ -880,9 +549,9 @@ def _row_writer(variant: Variant) -> Function:
 
 def _quotient_writer(variant: Variant, dividend: Function) -> Function:
     """As `_row_writer`, of exponentials by their sum."""
-    vectors, dtype = _vectors_of(variant), variant.dtype
-    store, one_by = vectors.store, _arithmetic.divide
-    quotients = (_exact_quotients if dtype == ACCUMULATED else _rounded_quotients)(dtype, dividend)
+    vectors, dtype = _vectors(variant), variant.dtype
+    store, one_by = vectors.store, OPERATIONS[ACCUMULATED].divide
+    quotients = (exact_quotients if dtype == ACCUMULATED else rounded_quotients)(dtype, dividend)
 
     @device
     def write_step(state: Any, more: Any, i: Any, words: Any) -> Any:
@@ -976,7 +645,7 @@ def _threads_of_a_multiprocessor(variant: Variant) -> int:
     """How many should fit, which bounds the registers of each: the more it keeps, the fewer, so that none spills."""
     if "grad" in variant.operands:
         return LEAST_THREADS
-    held = variant.steps * _vectors_of(variant).words
+    held = variant.steps * _vectors(variant).words
     if held > HELD:
         return MANY_THREADS
     sides = sum(name in variant.operands for name in ("weight", "bias")) if _are_early(variant) else 0
@@ -1025,8 +694,8 @@ def _reduce(variant: Variant) -> Function:
     place, beside_row = _place(variant), _beside(variant)
     parts, width, team = variant.parts, variant.width, variant.team
     places, itemsize = variant.places * variant.rows, ITEMSIZE[variant.dtype]
-    load = mapped(_vectors_of(variant, _absent(variant)).load, count=variant.steps)
-    load_side = mapped(_vectors_of(variant).load, count=variant.steps)
+    load = mapped(_vectors(variant, _absent(variant)).load, count=variant.steps)
+    load_side = mapped(_vectors(variant).load, count=variant.steps)
     grad = operands.index("grad") if "grad" in operands else -1
     reads_weight, reads_bias = (name in operands and _are_early(variant) for name in ("weight", "bias"))
     first, second = _step(variant, 0), _step(variant, 1)
@@ -1080,7 +749,7 @@ def _stream(variant: Variant) -> Function:
     """A sum over rows of which a warp has chunk after chunk."""
     one, place, team = variant.formula.passes[0], _place(variant), variant.team
     places, width, itemsize = variant.places * variant.rows, variant.width, ITEMSIZE[variant.dtype]
-    load, zeros = mapped(_vectors_of(variant).load, count=variant.steps), _zeros(LANES)
+    load, zeros = mapped(_vectors(variant).load, count=variant.steps), _zeros(LANES)
     lane_sums, warp_sum = _lane_sums(variant, one, False), _warp_sum(width, LANES, WARP)
     table_sum, loads, part = _table_fold(_add, variant.places), STEPS // variant.steps, variant.steps * SUM_LANES
     begin, ready, leave, meet = _meeting(team, variant.ctas, variant.places, False)
