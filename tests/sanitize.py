@@ -59,7 +59,7 @@ def attend_both_ways(backend: BackendUnderTest) -> int:
 
 
 def main() -> None:
-    """Run the products and reductions that the arguments choose."""
+    """Run the products, reductions and attention that the arguments choose."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--racecheck", action="store_true", help="every thread arrives at barriers by itself")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="of schedules and operations one in N")

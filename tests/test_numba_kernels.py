@@ -27,7 +27,17 @@ except RuntimeError as error:  # the Python package is there, the library is not
 
 from numba import cuda, types  # noqa: E402
 
-from bikernels.backend.numba import columns, inspection, launch, matmul, reduction, rows, schedules  # noqa: E402
+from bikernels.backend.numba import (  # noqa: E402
+    columns,
+    device,
+    formulas,
+    inspection,
+    launch,
+    matmul,
+    reduction,
+    rows,
+    schedules,
+)
 
 GPUS = ((8, 0), (9, 0))
 """Compute capabilities, the oldest first."""
@@ -164,7 +174,7 @@ def test_rows_in_registers_have_the_bits_of_the_general_kernels(
     if backend.name != "numba":
         pytest.skip("the kernels are those of the backend 'numba'")
     gpu = Device("cuda", backend.xp.cuda.runtime.getDevice())
-    has_clusters = launch.compute_capability(gpu) >= rows.FIRST_WITH_CLUSTERS
+    has_clusters = launch.compute_capability(gpu) >= device.FIRST_WITH_CLUSTERS
     taken = set()
     for count, n in ROWS:
         x = draw(rng, (count, n), dtype, "wide")
@@ -172,7 +182,7 @@ def test_rows_in_registers_have_the_bits_of_the_general_kernels(
         x[-1, ::7] = 1000  # the maximum, many times
         row, arrays = Layout(dtype, x.shape, (n, 1)), [x]
         layouts = {"out": Layout(dtype, (count,), (1,)) if operation in ONE_FOR_A_ROW else row, "x": row}
-        for name in rows.BESIDE.get(operation, ()):
+        for name in formulas.BESIDE.get(operation, ()):
             if name == "grad":
                 layouts[name] = row
                 arrays.append(draw(rng, x.shape, dtype))
@@ -234,7 +244,7 @@ def test_every_tile_gives_the_same_bits(backend: Any, dtype: str, rng: np.random
 @pytest.mark.parametrize("operation", columns.OPERATIONS_TAKEN)
 def test_schedules_of_columns_fit(operation: str) -> None:
     for dtype, n in itertools.product(FLOATS, (2, 40, 256, 257, 1025, 2049, 8192, 16384, 70000, 262144)):
-        width, accumulate = columns.VECTOR_BYTES // ITEMSIZE[dtype], ITEMSIZE[ACCUMULATE[dtype]]
+        width, accumulate = device.VECTOR_BYTES // ITEMSIZE[dtype], ITEMSIZE[ACCUMULATE[dtype]]
         for clusters in (False, True):
             for plan in columns.schedules(operation, n, width, clusters):
                 assert plan.shared_bytes(n, operation, width, accumulate) <= SHARED_BYTES, (dtype, n, plan)
@@ -255,14 +265,14 @@ def test_every_schedule_of_columns_gives_the_same_bits(
     if backend.name != "numba":
         pytest.skip("the schedules are those of the backend 'numba'")
     gpu = Device("cuda", backend.xp.cuda.runtime.getDevice())
-    tried, width = set(), columns.VECTOR_BYTES // ITEMSIZE[dtype]
+    tried, width = set(), device.VECTOR_BYTES // ITEMSIZE[dtype]
     for n in (2, 33, 300, 2049, 5000, 17000):
         x = draw(rng, (n, 40), dtype, "special" if n < 5000 else "wide")
         source, results = backend.put(x), []
         spec = columns_spec(operation, dtype, x.shape)
         shape = (40,) if spec.one_for_a_row else x.shape
         plans = {plan for clusters in (False, True) for plan in columns.schedules(operation, n, width, clusters)}
-        if launch.compute_capability(gpu) < columns.CLUSTER_CAPABILITY:
+        if launch.compute_capability(gpu) < device.FIRST_WITH_CLUSTERS:
             plans = {plan for plan in plans if plan.blocks == 1}
         launches = {plan: columns.build(spec, gpu, plan, None) for plan in sorted(plans)}
         tried |= {(plan.at_once, plan.blocks > 1) for plan in plans}
@@ -271,7 +281,7 @@ def test_every_schedule_of_columns_gives_the_same_bits(
             run(0, out.data.ptr, source.data.ptr)
             results.append(backend.get(out))
             assert_same_bits(results[-1], results[0], f"{operation} of {n} elements, {name}")
-    assert len(tried) >= 4 or launch.compute_capability(gpu) < columns.CLUSTER_CAPABILITY
+    assert len(tried) >= 4 or launch.compute_capability(gpu) < device.FIRST_WITH_CLUSTERS
 
 
 def columns_spec(operation: str, dtype: str, shape: tuple[int, int]) -> ReductionSpec:

@@ -684,7 +684,7 @@ def choose_tile_schedule(
     if PASSES[operation] == 1 and size >= MOST_BYTES:
         return max(streaming, key=lambda one: _reading_speed(one, columns, times, device))
     across = columns * ITEMSIZE[element]
-    if operation in VARIANCES and size >= MOST_BYTES and across >= 60 * device.multiprocessors:
+    if operation in VARIANCES and size >= MOST_BYTES and across >= PAIRS_ACROSS * device.multiprocessors:
         return _read_twice(streaming, columns, n, device)
     if PASSES[operation] == 2 and across >= PREFERRED_BYTES_ACROSS * 4 * device.multiprocessors:
         return next(one for one in streaming if one.vectors * 16 <= PREFERRED_BYTES_ACROSS and one.ctas == 1)
@@ -741,6 +741,8 @@ STREAMING_CTAS = 2
 """Of a multiprocessor."""
 PREFERRED_BYTES_ACROSS = 128
 """Of a tile, of every element."""
+PAIRS_ACROSS = 60
+"""Of an element of all columns, for each multiprocessor: from which on pairs of CTAs with such tiles fill the GPU."""
 L2_BYTES, L2_ROUNDS = 36 * 2**20, 8
 """Of what CTAs read, that the L2 keeps for them, and tiles that they read one after the other meanwhile."""
 MANY_BYTES, MOST_BYTES = 2**22, 2**25

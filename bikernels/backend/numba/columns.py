@@ -30,8 +30,11 @@ from ...views import Device
 from .. import ReductionLaunch
 from .device import (
     ALL_LANES,
+    FIRST_WITH_CLUSTERS,
+    MOST_CTAS,
     OPERATIONS,
     STORAGE,
+    VECTOR_BYTES,
     WARP,
     Function,
     add_shared,
@@ -62,6 +65,7 @@ from .device import (
 )
 from .formulas import Formula, formula, numbers_of
 from .launch import Kernel, Launch, compute_capability, flat, multiprocessors, on
+from .vectors import MINUS_INFINITY
 
 MAX_COLUMNS = 2**31 // 8
 """So that they and thread blocks are counted in 32 bits."""
@@ -73,10 +77,6 @@ ROUNDS = SUM_CHUNK // SUM_LANES
 """Elements of a lane in a chunk."""
 MAX_PIECES, MAX_PIECE_VECTORS = 128, 512
 """Of a tile, and times its vectors: shared memory has a number for each column of each piece."""
-CLUSTER = 8
-"""Thread blocks that every GPU with clusters takes in one."""
-CLUSTER_CAPABILITY = (9, 0)
-VECTOR_BYTES = 16
 KEPT_VECTORS = 16
 """Of a thread, in shared memory."""
 BLOCKS = 3
@@ -342,7 +342,7 @@ def _maximum(variant: Variant) -> Function:
     meet, load = _meet_in_cluster if in_cluster else _meet_in_block, shared_access(accumulate)[0]
 
     if in_pairs:
-        lowest, larger_of_pairs = {"bfloat16": 0xFF80FF80, "float16": 0xFC00FC00}[variant.x], larger_pair(variant.x)
+        lowest, larger_of_pairs = MINUS_INFINITY[variant.x], larger_pair(variant.x)
 
         @device
         def work(words: Any, i: Any, best: Any, most: Any, unused: Any) -> None:
@@ -731,7 +731,7 @@ def kernel(variant: Variant) -> Kernel:
         THREADS,
         blocks,
         older_blocks=2,
-        oldest=CLUSTER_CAPABILITY if variant.in_cluster else (8, 0),
+        oldest=FIRST_WITH_CLUSTERS if variant.in_cluster else (8, 0),
     )
 
 
@@ -791,7 +791,7 @@ def schedules(operation: str, n: int, width: int, clusters: bool) -> Iterator[Sc
             pieces = -(-n // SUM_CHUNK) * parts
             if pieces > MAX_PIECES or pieces * across > MAX_PIECE_VECTORS:
                 continue
-            for blocks in sorted({min(pieces, most) for most in (1, 2, 4, CLUSTER)}) if clusters else (1,):
+            for blocks in sorted({min(pieces, most) for most in (1, 2, 4, MOST_CTAS)}) if clusters else (1,):
                 for at_once in _ways(operation):
                     one = Schedule(across, parts, lanes, blocks, at_once)
                     if one.kept_vectors(n) <= KEPT_VECTORS:
@@ -857,7 +857,7 @@ def prepare(spec: ReductionSpec, gpu: Device, otherwise: Callable[[], ReductionL
         return None
     n, inner, width = x.shape[-1], x.shape[kept - 1], VECTOR_BYTES // ITEMSIZE[x.dtype]
     rows = math.prod(x.shape[:kept])
-    clusters = compute_capability(gpu) >= CLUSTER_CAPABILITY
+    clusters = compute_capability(gpu) >= FIRST_WITH_CLUSTERS
     plan = choose(spec.operation, rows // inner, n, width, inner // width, clusters, multiprocessors(gpu))
     if plan is None:
         return None
@@ -880,7 +880,6 @@ def build(
         *(plan.lanes, rounds_of(n), plan.pieces(n), plan.blocks, plan.kept_vectors(n)),
         *flat((*numbers_of(spec, n), x.shape[:kept], out.strides[:kept], x.strides[:kept], steps)),
     )
-    unaligned: list[ReductionLaunch] = []
     with on(gpu):
         aligned = Launch(
             kernel(variant)._replace(shared_bytes=shared_bytes), gpu, (tiles,), plan.blocks if in_cluster else None
@@ -889,9 +888,7 @@ def build(
 
     def launch(stream: int, out: int, *others: int) -> None:
         if (others[0] | (0 if spec.one_for_a_row else out)) & needed:
-            if not unaligned:
-                unaligned.append(otherwise())
-            unaligned[0](stream, out, *others)
+            otherwise()(stream, out, *others)
             return
         with on(gpu):
             aligned(stream, out, others[0], *arguments)

@@ -28,6 +28,8 @@ libdevice, cgutils, intrinsic = cuda.libdevice, cuda.cgutils, cuda.extending.int
 Function = Callable[..., Any]
 
 WARP = 32
+VECTOR_BYTES = 16
+"""Of the widest access to memory."""
 ALL_LANES = 0xFFFFFFFF
 
 _OLDEST = (7, 5)
@@ -569,6 +571,9 @@ add_shared = instruction(
 
 # ----------------------------------------------------------------------------------- clusters (compute capability 9.0)
 
+FIRST_WITH_CLUSTERS = (9, 0)
+MOST_CTAS = 8
+"""Thread blocks of a cluster, on every GPU that has them."""
 
 cluster_number = instruction("mov.u32 $0, %clusterid.x;", ["=r"], types.int32, pure=True)
 """cluster_number(): which cluster of the grid, along x, this is."""

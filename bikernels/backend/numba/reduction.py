@@ -764,7 +764,7 @@ class _Step(NamedTuple):
 
 def prepare(spec: ReductionSpec, gpu: Device) -> ReductionLaunch:
     """Choose the kernels: those of rows whose elements lie side by side, those of rows that do, or these here."""
-    general = functools.partial(prepare_general, spec, gpu)
+    general = functools.cache(functools.partial(prepare_general, spec, gpu))
     return prepare_rows(spec, gpu, general) or prepare_columns(spec, gpu, general) or general()
 
 

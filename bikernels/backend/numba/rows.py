@@ -11,7 +11,8 @@ Rows that begin anywhere have vectors of one element, neighbours' side by side; 
 share a warp, each with some neighbouring threads of it (`span`). Elements that a row does not have are loaded as what
 changes no result, or masked. `sum` and `mean` keep nothing, so a warp may have chunk after chunk (`streams`).
 
-What an operation computes is its formula. `plan` says which rows come here; all others are `reduction.py`'s.
+What an operation computes is its formula. `plan` says which rows come here; others are for `columns.py` and
+`reduction.py`.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ from ...views import Device
 from .. import ReductionLaunch
 from .device import (
     ALL_LANES,
+    FIRST_WITH_CLUSTERS,
     MEMBER,
+    MOST_CTAS,
     OPERATIONS,
     STORAGE,
+    VECTOR_BYTES,
     WARP,
     Function,
     cuda,
@@ -68,7 +72,6 @@ SHORT_LANES, FEWER_SHORT_LANES = 32, 16
 """The same where several short rows share a warp, and what a row costs beside its elements: of 16-bit vectors; else."""
 STEPS = SUM_CHUNK // SUM_LANES
 """Elements of a lane in a chunk."""
-VECTOR_BYTES = 16
 HELD = 32
 """Registers for a thread's elements; so the threads of a multiprocessor have as many bytes on their way as it needs."""
 PLACES = SUM_LANES
@@ -788,8 +791,8 @@ def _stream(variant: Variant) -> Function:
 
 # --------------------------------------------------------------------------------------------------------------- plans
 
-FIRST, FIRST_WITH_CLUSTERS = (8, 0), (9, 0)
-"""Compute capabilities: the first that has the instructions, the first that has clusters."""
+FIRST = (8, 0)
+"""The first compute capability that has the instructions."""
 MOST_PARTS = 4
 WARPS, MOST_WARPS = 4, 20
 """Of a thread block: several rows make up the first; the second is what it can have."""
@@ -799,8 +802,6 @@ FEW_CHUNKS = 4
 """Of 16-bit rows whose results are quotients, which take more instructions: those have two warps each, at least."""
 LONG_CHUNKS, MANY_HELD = 9, 64
 """From so many chunks on, a thread has so many registers' worth of elements, so that fewer warps meet."""
-MOST_CTAS = 8
-"""Of a cluster, on every GPU that has them."""
 BUSY_WARPS = 8
 """Of a multiprocessor: rows that have fewer are divided among more."""
 ROUNDS = 4
