@@ -141,9 +141,6 @@ class AttentionSpec(NamedTuple):
     key_factor: float
 
 
-Spec = MatmulSpec | ReductionSpec | ElementwiseSpec | AttentionSpec
-
-
 def merge_dimensions(
     shape: tuple[int, ...], *strides: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:

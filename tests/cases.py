@@ -17,7 +17,9 @@ DISTRIBUTIONS = ("normal", "wide", "cancelling", "subnormal", "special")
 
 
 def draw(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, distribution: str = "normal") -> np.ndarray:
-    """Random values of a dtype. "special" mixes in NaN, infinities, zeros of both signs and the largest numbers."""
+    """Random values of a dtype. "special" mixes in NaN, infinities, zeros of both signs and the largest numbers;
+    "balanced" rows are those of whose softmax and log-softmax the last bits show in which order was added.
+    """
     x = rng.standard_normal(shape)
     if distribution == "wide":
         x = np.ldexp(x, rng.integers(-12, 12, shape))
@@ -29,6 +31,11 @@ def draw(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, distribut
             dtype
         ]
         x = np.ldexp(x, rng.integers(low, high, shape))
+    elif distribution == "balanced" and shape[-1] > 1:  # one exponential is as large as the sum of the others
+        exponentials, middle = np.exp(x), shape[-1] // 2
+        x[..., middle] = np.log(exponentials.sum(-1) - exponentials[..., middle])
+        every_other = x.reshape(-1, shape[-1])[::2]
+        every_other -= every_other[:, middle, None].copy()  # else logsumexp has the unit of the maximum
     elif distribution == "special":
         largest = float(np.finfo(NUMPY_DTYPE[dtype]).max) if dtype != "bfloat16" else 2.0**127
         values = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, largest, -largest, 2.0**-120])
@@ -36,6 +43,17 @@ def draw(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, distribut
         x[chosen] = rng.choice(values, int(chosen.sum()))
     with np.errstate(over="ignore", under="ignore"):
         return x.astype(NUMPY_DTYPE[dtype])
+
+
+def smallest(dtype: str) -> np.longdouble:
+    """The smallest subnormal number."""
+    return np.longdouble(2.0**-133 if dtype == "bfloat16" else np.finfo(NUMPY_DTYPE[dtype]).smallest_subnormal)
+
+
+def unit(x: np.ndarray, dtype: str) -> np.ndarray:
+    """The place of the last bit that a dtype has at |x|."""
+    fraction_bits = {"bfloat16": 7, "float16": 10, "float32": 23, "float64": 52}[dtype]
+    return np.maximum(np.ldexp(np.longdouble(1), np.frexp(x)[1] - 1 - fraction_bits), smallest(dtype))
 
 
 def bits(x: np.ndarray) -> np.ndarray:
@@ -131,6 +149,24 @@ ROW_LENGTHS = (1, 2, 7, 8, 9, 31, 255, 256, 257, 2047, 2048, 2049, 5000)
 SOFTMAXES = ("log_softmax", "softmax", "logsumexp")
 SUMS = ("mean", "sum", "var", "std")
 NORMS = ("rms_norm", "layer_norm")
+
+
+def rows_to_reduce(rng: np.random.Generator, operation: str, shape: tuple[int, int], dtype: str) -> np.ndarray:
+    """Rows that show the order of a reduction's additions; one each that is special, that has its maximum many times,
+    of which much cancels, and that has an element which is zero, or has no part in a softmax.
+    """
+    count, n = shape
+    is_softmax = operation in SOFTMAXES
+    x = draw(rng, shape, dtype, "balanced" if is_softmax else "wide")
+    if count > 3 and not is_softmax:
+        x[1] = draw(rng, (n,), dtype, "cancelling")
+    x[count // 2] = draw(rng, (n,), dtype, "special")
+    x[0, n // 3] = -np.inf if is_softmax else 0
+    if n > 20:
+        x[-1, ::7] = 1000
+    return x
+
+
 OF_ONE_ARRAY = ("mean", "log_softmax", "softmax", "sum", "var", "std", "logsumexp", *NORMS)
 """The reductions that x alone is enough for."""
 

@@ -13,9 +13,8 @@ from bikernels import contract, reference, reference_elementwise
 from bikernels.dtypes import NUMPY_DTYPE
 from bikernels.specs import ELEMENTWISE
 
-from .cases import FLOATS, assert_same_bits, bits, draw
+from .cases import FLOATS, assert_same_bits, bits, draw, smallest, unit
 from .elementwise import FUNCTIONS, IN_FLOAT64, LONG, is_backward, operands, public_name
-from .test_accuracy import smallest
 
 
 def expected(name: str, *arrays: np.ndarray, **options: Any) -> np.ndarray:
@@ -96,14 +95,6 @@ def test_an_element_has_the_same_bits_everywhere(rng: np.random.Generator) -> No
 
 
 # ----------------------------------------------------------------------------------------------------------- accuracy
-
-
-def unit(x: np.ndarray, dtype: str) -> np.ndarray:
-    """The place of the last bit that a dtype has at |x|."""
-    mantissa, least = {"bfloat16": (7, -133), "float16": (10, -24), "float32": (23, -149), "float64": (52, -1074)}[
-        dtype
-    ]
-    return np.maximum(np.ldexp(LONG(1), np.frexp(x)[1] - 1 - mantissa), LONG(2) ** least)
 
 
 @pytest.mark.skipif(np.finfo(LONG).nmant < 60, reason="longdouble is float64 here")

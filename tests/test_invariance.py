@@ -112,14 +112,22 @@ def test_graph_replay_on_a_side_stream(backend: Any, rng: np.random.Generator) -
     cp = backend.xp
     for dtype in FLOATS:
         a, b = backend.put(draw(rng, (65, 300), dtype)), backend.put(draw(rng, (300, 5000), dtype))
+        long = backend.put(draw(rng, (1, 600_000), dtype))  # what is divided between launches has a workspace
 
-        def compute(a: Any = a, b: Any = b) -> list[Any]:
+        def compute(a: Any = a, b: Any = b, long: Any = long) -> list[Any]:
             product = bikernels.matmul(a, b, backend=backend.name)
+            _, mean, rstd = bikernels.layer_norm_with_statistics(product, backend=backend.name)
             return [
                 product,
-                bikernels.log_softmax(product, backend=backend.name),
+                *(
+                    function(x, axis=axis, backend=backend.name)
+                    for function in (bikernels.softmax, bikernels.log_softmax, bikernels.std, bikernels.mean)
+                    for x, axis in ((product, 1), (long, 1), (long.reshape(200_000, 3), 0))
+                ),
+                bikernels.layer_norm_backward(product, product, mean, rstd, backend=backend.name),
+                bikernels.layer_norm_weight_backward(product, product, mean, rstd, backend=backend.name),
+                bikernels.log_softmax_backward(product, product, backend=backend.name),
                 bikernels.mean(product, axis=0, backend=backend.name),
-                bikernels.mean(product, axis=1, backend=backend.name),
                 bikernels.sum(product, axis=0, backend=backend.name),
                 bikernels.var(product, axis=1, backend=backend.name),
                 bikernels.logsumexp(product, axis=1, backend=backend.name),

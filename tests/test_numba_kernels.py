@@ -16,7 +16,7 @@ from bikernels.contract import ACCUMULATE, ARITHMETIC, ITEMSIZE, PORTABLE_ARITHM
 from bikernels.specs import ONE_FOR_A_ROW, REDUCTIONS, Layout, MatmulSpec, ReductionSpec
 from bikernels.views import Device, View
 
-from .cases import FLOATS, assert_same_bits, draw
+from .cases import FLOATS, assert_same_bits, draw, rows_to_reduce
 
 for package in ("numba_cuda", "cuda.core", "cuda.bindings.nvjitlink"):
     pytest.importorskip(package, reason=f'{package} is not installed; pip install "bikernels[cuda13]"')
@@ -161,7 +161,7 @@ def test_the_check_sees_spills() -> None:
     assert inspection.needs(ptx, kernel.architecture(GPUS[0])).spill_bytes > 0
 
 
-ROWS = ((9, 200), (5, 201), (2, 4096), (3, 9001), (2, 152000))
+ROWS = ((9, 200), (9, 201), (8, 4096), (9, 9001), (5, 152000))
 """Rows and their length. Of odd ones, rows begin anywhere in a vector."""
 
 
@@ -177,9 +177,7 @@ def test_rows_in_registers_have_the_bits_of_the_general_kernels(
     has_clusters = launch.compute_capability(gpu) >= device.FIRST_WITH_CLUSTERS
     taken = set()
     for count, n in ROWS:
-        x = draw(rng, (count, n), dtype, "wide")
-        x[0] = draw(rng, (n,), dtype, "special")
-        x[-1, ::7] = 1000  # the maximum, many times
+        x = rows_to_reduce(rng, operation, (count, n), dtype)
         row, arrays = Layout(dtype, x.shape, (n, 1)), [x]
         layouts = {"out": Layout(dtype, (count,), (1,)) if operation in ONE_FOR_A_ROW else row, "x": row}
         for name in formulas.BESIDE.get(operation, ()):
@@ -267,7 +265,7 @@ def test_every_schedule_of_columns_gives_the_same_bits(
     gpu = Device("cuda", backend.xp.cuda.runtime.getDevice())
     tried, width = set(), device.VECTOR_BYTES // ITEMSIZE[dtype]
     for n in (2, 33, 300, 2049, 5000, 17000):
-        x = draw(rng, (n, 40), dtype, "special" if n < 5000 else "wide")
+        x = np.ascontiguousarray(rows_to_reduce(rng, operation, (40, n), dtype).T)
         source, results = backend.put(x), []
         spec = columns_spec(operation, dtype, x.shape)
         shape = (40,) if spec.one_for_a_row else x.shape

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from bikernels import reference
-from bikernels.contract import ACCUMULATE, ITEMSIZE
+from bikernels.contract import ACCUMULATE, ITEMSIZE, SUM_CHUNK
 from bikernels.dtypes import NUMPY_DTYPE
 from bikernels.specs import REDUCTIONS, Layout, ReductionSpec
 from bikernels.views import Device
 
-from .cases import assert_same_bits, draw
+from .cases import assert_same_bits, draw, rows_to_reduce
 
 pytest.importorskip("cupy", reason='CuPy is not installed; pip install "bikernels[cuda13]"')
 
@@ -29,14 +29,14 @@ ROWS = (
     (9, 7),
     (70, 24),
     (300, 100),
-    (3, 257),
-    (9, 512),
-    (6, 2048),
-    (4, 2049),
-    (3, 9001),
-    (2, 33000),
-    (2, 152000),
-    (2, 262_200),
+    (13, 257),
+    (13, 512),
+    (13, 2048),
+    (13, 2049),
+    (13, 9001),
+    (9, 33000),
+    (7, 152000),
+    (6, 262_200),
 )
 """Rows and their length. Of odd ones, rows begin anywhere in a vector."""
 COLUMNS = ((13, 1), (24, 40), (2056, 8), (64, 300), (72, 2100), (33, 5000), (8, 9001), (16, 66000))
@@ -55,17 +55,15 @@ class Case(NamedTuple):
 
 
 @functools.cache
-def cases(operation: str, dtype: str, out_dtype: str) -> list[Case]:
-    rng, made = np.random.default_rng(9), []
-    for in_columns, shapes in ((False, ROWS), (True, COLUMNS)):
-        for count, n in shapes:
-            x = draw(rng, (count, n), dtype, "wide")
-            x[count // 2] = draw(rng, (n,), dtype, "special")
-            x[0, n // 3] = -np.inf if operation in schedules.EXPONENTIALS else 0
-            if n > 20:
-                x[-1, ::7] = 1000  # the maximum, many times
-            made.append(case(rng, operation, x, out_dtype, in_columns))
-    return made
+def cases(operation: str, dtype: str, out_dtype: str, most: float = np.inf) -> list[Case]:
+    """Those of rows and columns that have no more elements than that."""
+    return [
+        case(rng, operation, rows_to_reduce(rng, operation, shape, dtype), out_dtype, in_columns)
+        for in_columns, shapes in ((False, ROWS), (True, COLUMNS))
+        for shape in shapes
+        for rng in [np.random.default_rng(shape)]
+        if shape[0] * shape[1] <= most
+    ]
 
 
 def case(rng: np.random.Generator, operation: str, x: np.ndarray, out_dtype: str, in_columns: bool) -> Case:
@@ -254,6 +252,23 @@ def test_rows_of_one_element_are_kept_in_registers(kept: tuple[int, ...]) -> Non
     for operation in ("log_softmax", "softmax", "mean", "var"):
         rows = reductions._rows_of(ReductionSpec(operation, len(kept), x, x))
         assert (rows.n, rows.fits_registers, rows.in_columns) == (1, True, False)
+
+
+@pytest.mark.parametrize("operation", REDUCTIONS)
+def test_cases_show_the_order(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tree in which all elements are moved by a place changes bytes: of rows and of columns, short ones and long."""
+    expected, tree_sum = cases(operation, "float32", "float32", MOST), reference.tree_sum
+    monkeypatch.setattr(reference, "tree_sum", lambda rows: tree_sum(np.pad(rows, ((0, 0), (1, 0)))))
+    noticed = {
+        (one.in_columns, one.operands["x"].shape[1] > SUM_CHUNK)
+        for one, moved in zip(expected, cases.__wrapped__(operation, "float32", "float32", MOST), strict=True)
+        if any(moved.expected[name].tobytes() != result.tobytes() for name, result in one.expected.items())
+    }
+    assert len(noticed) == 4
+
+
+MOST = 2**18
+"""Elements that the reference computes soon enough."""
 
 
 @pytest.mark.parametrize("gpu", [H100, A100], ids=lambda gpu: gpu.name)

@@ -51,7 +51,7 @@ def _backward(operation: Operation, out_name: str) -> tuple[Callable[..., Any], 
         return (
             grad.dtype in core.FLOATS
             and grad.dtype is y.dtype
-            and dtype in core.FLOATS
+            and (dtype is y.dtype or (dtype is torch.float16 and y.dtype is torch.float32 and y.is_cuda))
             and grad.shape == y.shape
             and grad.device == y.device
             and -rank <= dim < rank

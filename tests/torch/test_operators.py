@@ -118,6 +118,9 @@ OUT_FORMS: dict[str, Callable[..., Any]] = {
     "_log_softmax_backward_data": lambda c, a, b, **out: torch.ops.aten._log_softmax_backward_data(
         a, a.log_softmax(1), 1, a.dtype, **out
     ),
+    "aten softmax": lambda c, a, b, **out: torch.ops.aten.softmax(a, 1, a.dtype, **out),
+    "aten mean": lambda c, a, b, **out: torch.ops.aten.mean(a, dtype=a.dtype, **out),
+    "aten sum": lambda c, a, b, **out: torch.ops.aten.sum(a, dtype=a.dtype, **out),
 }
 
 
@@ -141,10 +144,22 @@ def test_out(name: str, dtype: torch.dtype, device: str) -> None:
             assert same_bits(out, expected)
         out = torch.empty(3, dtype=dtype, device=device)
         # Through torch.ops the warning goes to stderr.
-        warns = not name.startswith(("linear", "_softmax", "_log_softmax"))
+        warns = not name.startswith(("linear", "_softmax", "_log_softmax", "aten"))
         with pytest.warns(UserWarning, match="was resized") if warns else contextlib.nullcontext():
             call(c, a, b, out=out)
         assert same_bits(out, expected)
+
+
+@pytest.mark.parametrize("name", ["var_mean", "std_mean"])
+def test_out_of_two_results(name: str, device: str) -> None:
+    x = random(5, 7, 33, device=device)
+    function = getattr(torch.ops.aten, name).correction
+    with set_batch_invariant_mode():
+        expected = function(x, [0, 2], correction=1)
+        outs = [torch.empty(7, 3, device=device)[:, 1] for _ in expected]
+        getattr(torch.ops.aten, name).correction_out(x, [0, 2], correction=1, out0=outs[0], out1=outs[1])
+    for out, one in zip(outs, expected, strict=True):
+        assert same_bits(out, one)
 
 
 @pytest.mark.parametrize("name", OUT_FORMS)
@@ -458,7 +473,8 @@ def test_norms(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: st
         check(lambda given=given: function(given, shape, eps=1e-3), on_numpy(core, given, **options))
     options.pop("eps")
     check(lambda: function(x, shape), on_numpy(core, x, **options))
-    check(lambda: function(x[:0], shape) if len(shape) < 3 else x)
+    empty = x[:0] if len(shape) < 3 else x[None, :0].reshape(0, *x.shape)
+    check(lambda: function(empty, shape))
 
 
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
@@ -501,6 +517,11 @@ def test_native_layer_norm(dtype: torch.dtype, device: str) -> None:
         torch.ops.aten.native_layer_norm.out(*arguments, out0=outs[0], out1=outs[1], out2=outs[2])
         assert same_bits(outs[0], y)
         assert same_bits(outs[1], mean.to(dtype))
+        outs = [torch.empty_like(one) for one in gradients]
+        torch.ops.aten.native_layer_norm_backward.out(
+            grad, x, [33], mean, rstd, weight, bias, [True] * 3, out0=outs[0], out1=outs[1], out2=outs[2]
+        )
+        assert all(map(same_bits, outs, gradients))
         for mask in ([True, False, False], [False, True, False], [False, False, True]):
             some = torch.ops.aten.native_layer_norm_backward(grad, x, [33], mean, rstd, weight, bias, mask)
             for one, whole, wanted in zip(some, gradients, mask, strict=True):
@@ -806,10 +827,17 @@ def test_wider_products(dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False")
-def test_half_to_float() -> None:
-    x = random(5, 300, dtype=torch.float16, device="cuda")
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+def test_half_to_float(name: str) -> None:
+    """Forward, and the gradient of float16 from one of float32."""
+    x = random(5, 300, dtype=torch.float16, device="cuda").requires_grad_()
+    function, backward = getattr(bikernels, name), getattr(bikernels, f"{name}_backward")
     with set_batch_invariant_mode():
-        assert same_bits(x.softmax(1, dtype=torch.float32), on_numpy(bikernels.softmax, x, axis=1, dtype="float32"))
+        y = getattr(x, name)(1, dtype=torch.float32)
+        grad = random(5, 300, device="cuda")
+        y.backward(grad)
+    assert same_bits(y.detach(), on_numpy(function, x.detach(), axis=1, dtype="float32"))
+    assert same_bits(x.grad, on_numpy(backward, grad, y.detach(), axis=1, dtype="float16"))
 
 
 @pytest.mark.gpu
