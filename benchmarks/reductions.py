@@ -6,8 +6,8 @@
 
 On a GPU all are captured in CUDA graphs over rotating operands, so that L2 is cold, and replayed in turn (see
 timing.py); every result has memory of its own. A time is the median of the samples; on a CPU, whose cores other
-programs use too, it is the least of many short ones. The floor is the time of the bytes that have to be read and
-written at the bandwidth of a copy, measured first, and TB/s are of those bytes; a CPU has none. Before a case is timed,
+programs use too, it is the least of many short ones. Beside it stands the time in which a large copy, measured first,
+moves as many bytes as have to be read and written, and TB/s are of those bytes; not on a CPU. Before a case is timed,
 its first and last row are compared with the reference, byte for byte; the exit status is 1 if one was wrong. The
 misses, listed last, are slower than PyTorch by more than a fifth and by more than a microsecond.
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import itertools
 import json
 import sys
 import time
@@ -31,7 +32,7 @@ import report
 import torch
 from machine import describe
 from records import spread
-from timing import alternate, capture, rotations, wall_samples
+from timing import ROTATED_BYTES, alternate, capture, rotations, wall_samples
 
 import bikernels
 from bikernels import reference
@@ -39,10 +40,9 @@ from bikernels.dtypes import NUMPY_DTYPE
 from bikernels_torch.core import view
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-BIKERNELS_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 COPIED_BYTES = 2**30
-MOST_BYTES = 4 * 2**30
-"""Of a case: read and written."""
+MOST_READ, MOST_WRITTEN = 32 * 2**30, 8 * 2**30
+"""Bytes of a case: of what is reduced, and of a result, of which there are three at a time."""
 MOST_RESERVED = 16 * 2**30
 MOST_ELEMENTS_ON_A_CPU = 2**24
 CPU_SAMPLES, CPU_SAMPLE = 9, 0.02
@@ -74,29 +74,68 @@ class Case(NamedTuple):
         return {"last": -1, "first": 0, "middle": 1}[self.axis]
 
     @property
+    def read(self) -> int:
+        """Bytes of the arrays that are reduced."""
+        arrays = 2 if "grad" in OPERATIONS[self.operation].operands else 1
+        return arrays * self.rows * self.n * DTYPES[self.dtype].itemsize
+
+    @property
+    def written(self) -> int:
+        """Bytes of the result."""
+        elements = {A_ROW: self.n, ONE_FOR_A_ROW: self.rows, ROWS_OF_N: self.rows * self.n}
+        return elements[OPERATIONS[self.operation].result] * DTYPES[self.dtype].itemsize
+
+    @property
     def moved(self) -> int:
         """Bytes that have to be read and written."""
-        results = self.rows if OPERATIONS[self.operation].one_for_a_row else self.rows * self.n
-        return (self.rows * self.n + results) * DTYPES[self.dtype].itemsize
+        return self.read + self.written
+
+
+ROWS_OF_N, ONE_FOR_A_ROW, A_ROW = "rows", "one for a row", "a row"
+"""What a result is."""
 
 
 class Operation(NamedTuple):
-    """The function of the core and that of PyTorch, each of an array, its weights (see `sides`) and an axis."""
+    """The function of the core and that of PyTorch, each of its operands in this order and an axis."""
 
     core: Callable[..., object]
     torch: Callable[..., torch.Tensor]
-    one_for_a_row: bool
-    sides: int = 0
-    """Arrays of the length of a row beside x."""
+    result: str = ROWS_OF_N
+    operands: tuple[str, ...] = ("x",)
+    """x and grad; mean and rstd, which have an element for a row; weight and bias, which have the elements of a row."""
 
-    def ours(self, x: torch.Tensor, *sides: torch.Tensor, axis: int, backend: str | None) -> torch.Tensor:
+    def ours(self, *operands: torch.Tensor, axis: int, backend: str | None) -> torch.Tensor:
         """What the core computes of tensors, on the current stream."""
+        x = operands[self.operands.index("x")]
         shape = list(x.shape)
-        if self.one_for_a_row:
+        if self.result == ONE_FOR_A_ROW:
             del shape[axis]
+        elif self.result == A_ROW:
+            shape = [x.shape[axis]]
         out = torch.empty(shape, dtype=x.dtype, device=x.device)
-        self.core(view(x), *map(view, sides), axis=axis, out=view(out), backend=backend)
+        self.core(*map(view, operands), axis=axis, out=view(out), backend=backend)
         return out
+
+    def draw(self, case: Case, device: str, number: int) -> list[tuple[torch.Tensor, ...]]:
+        """Random operands of so many calls; x and grad are each call's own."""
+        dtype = DTYPES[case.dtype]
+        of_rows = {"dtype": torch.promote_types(dtype, torch.float32), "device": device}
+        shape = [1 if i == case.dim % len(case.shape) else size for i, size in enumerate(case.shape)]
+        shared = {
+            "mean": torch.randn(shape, **of_rows),
+            "rstd": torch.rand(shape, **of_rows),
+            "weight": torch.randn(case.n, device=device).to(dtype),
+            "bias": torch.randn(case.n, device=device).to(dtype),
+        }
+
+        def operand(name: str) -> torch.Tensor:
+            if name in shared:
+                return shared[name]
+            x = torch.randn(case.shape, device=device, dtype=dtype)
+            is_logarithm = self.core is bikernels.log_softmax_backward and name == "x"
+            return x.abs_().neg_() if is_logarithm else x
+
+        return [tuple(map(operand, self.operands)) for _ in range(number)]
 
 
 def _layer_norm(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, dim: int) -> torch.Tensor:
@@ -107,18 +146,57 @@ def _rms_norm(x: torch.Tensor, w: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.nn.functional.rms_norm(x, x.shape[dim:], w)
 
 
+def _softmax_backward(name: str) -> Callable[..., torch.Tensor]:
+    backward = getattr(torch.ops.aten, f"_{name}_backward_data")
+    return lambda grad, y, dim: backward(grad, y, dim, y.dtype)
+
+
+def _norm_backward(name: str, of_weight: bool) -> Callable[..., torch.Tensor]:
+    """The gradient of x, or that of the weight, of which the shape is all that matters."""
+
+    def call(grad: torch.Tensor, x: torch.Tensor, *others: torch.Tensor, dim: int) -> torch.Tensor:
+        *statistics, weight = (*others, x[0]) if of_weight else others
+        arguments = (grad, x, x.shape[dim:], *statistics, weight)
+        if name == "rms_norm":
+            return torch.ops.aten._fused_rms_norm_backward(*arguments, [not of_weight, of_weight])[of_weight]
+        mask = [not of_weight, of_weight, False]
+        return torch.ops.aten.native_layer_norm_backward(*arguments, None, mask)[of_weight]
+
+    return call
+
+
 OPERATIONS = {
-    "log_softmax": Operation(bikernels.log_softmax, torch.log_softmax, False),
-    "softmax": Operation(bikernels.softmax, torch.softmax, False),
-    "mean": Operation(bikernels.mean, torch.mean, True),
-    "sum": Operation(bikernels.sum, torch.sum, True),
-    "var": Operation(functools.partial(bikernels.var, correction=1), torch.var, True),
-    "logsumexp": Operation(bikernels.logsumexp, torch.logsumexp, True),
-    "rms_norm": Operation(bikernels.rms_norm, _rms_norm, False, 1),
-    "layer_norm": Operation(bikernels.layer_norm, _layer_norm, False, 2),
+    "log_softmax": Operation(bikernels.log_softmax, torch.log_softmax),
+    "softmax": Operation(bikernels.softmax, torch.softmax),
+    "mean": Operation(bikernels.mean, torch.mean, ONE_FOR_A_ROW),
+    "sum": Operation(bikernels.sum, torch.sum, ONE_FOR_A_ROW),
+    "var": Operation(functools.partial(bikernels.var, correction=1), torch.var, ONE_FOR_A_ROW),
+    "logsumexp": Operation(bikernels.logsumexp, torch.logsumexp, ONE_FOR_A_ROW),
+    "rms_norm": Operation(bikernels.rms_norm, _rms_norm, operands=("x", "weight")),
+    "layer_norm": Operation(bikernels.layer_norm, _layer_norm, operands=("x", "weight", "bias")),
+    "log_softmax_backward": Operation(
+        bikernels.log_softmax_backward, _softmax_backward("log_softmax"), operands=("grad", "x")
+    ),
+    "softmax_backward": Operation(bikernels.softmax_backward, _softmax_backward("softmax"), operands=("grad", "x")),
+    "rms_norm_backward": Operation(
+        bikernels.rms_norm_backward, _norm_backward("rms_norm", False), operands=("grad", "x", "rstd", "weight")
+    ),
+    "layer_norm_backward": Operation(
+        bikernels.layer_norm_backward,
+        _norm_backward("layer_norm", False),
+        operands=("grad", "x", "mean", "rstd", "weight"),
+    ),
+    "rms_norm_weight_backward": Operation(
+        bikernels.rms_norm_weight_backward, _norm_backward("rms_norm", True), A_ROW, ("grad", "x", "rstd")
+    ),
+    "layer_norm_weight_backward": Operation(
+        bikernels.layer_norm_weight_backward, _norm_backward("layer_norm", True), A_ROW, ("grad", "x", "mean", "rstd")
+    ),
 }
 REFERENCE = {"var": functools.partial(reference.var, correction=1)}
 NORMS = ("rms_norm", "layer_norm")
+FORWARD = tuple(name for name in OPERATIONS if not name.endswith("backward"))
+BACKWARD = tuple(name for name in OPERATIONS if name.endswith("backward"))
 
 SHAPES = ((1024, 151936), (8192, 32000), (8192, 4096), (1, 151936), (8, 151936), (64, 151936))
 """Those that the goals name."""
@@ -127,7 +205,7 @@ SHAPES = ((1024, 151936), (8192, 32000), (8192, 4096), (1, 151936), (8, 151936),
 def cpu_cases(quick: bool) -> Iterator[Case]:
     """Shapes that fit a cache and one that does not; without `quick` a sweep as well."""
     for dtype in ("bf16", "fp32"):
-        for operation in OPERATIONS:
+        for operation in FORWARD:
             yield Case(operation, 512, 4096, dtype, "last")
             yield Case(operation, 4096, 256, dtype, "last")
             yield Case(operation, 16, 151936, dtype, "last")
@@ -159,6 +237,8 @@ def _cases(quick: bool) -> Iterator[Case]:
             yield Case(operation, 8192, 4096, dtype, "last")
             yield Case(operation, 1024, 151936, dtype, "last")
             yield Case(operation, 4096, 8192, dtype, "first")
+        for operation in BACKWARD:
+            yield Case(operation, 8192, 4096, dtype, "last")
     if not quick:
         yield from sweep()
 
@@ -167,16 +247,14 @@ ROWS, LENGTHS = (1, 16, 256, 4096, 65536), (1, 16, 256, 1024, 4096, 16384, 65536
 
 
 def sweep() -> Iterator[Case]:
-    """All operations, dtypes and axes over rows and lengths."""
+    """All operations, dtypes and axes over rows and lengths; backward passes in those that models are trained in."""
     for operation in OPERATIONS:
-        for dtype in DTYPES:
-            for axis in ("last", "first", "middle"):
-                for rows in ROWS:
-                    for n in LENGTHS:
-                        case = Case(operation, rows, n, dtype, axis)
-                        has_axis = axis == "last" or operation not in NORMS
-                        if case.moved <= MOST_BYTES and has_axis and (axis != "middle" or rows >= 64):
-                            yield case
+        axes = ("last",) if operation.startswith(NORMS) else ("last", "first", "middle")
+        dtypes = ("bf16", "fp32") if operation in BACKWARD else tuple(DTYPES)
+        for dtype, axis, rows, n in itertools.product(dtypes, axes, ROWS, LENGTHS):
+            case = Case(operation, rows, n, dtype, axis)
+            if case.read <= MOST_READ and case.written <= MOST_WRITTEN and (axis != "middle" or rows >= 64):
+                yield case
 
 
 class Result(NamedTuple):
@@ -185,7 +263,8 @@ class Result(NamedTuple):
     case: Case
     us: dict[str, float]
     """Microseconds of a call, ours and the others'."""
-    floor: float | None
+    copy: float | None
+    """Microseconds in which a copy moves as many bytes."""
     is_right: bool
     """Whether the bytes are those of the reference."""
 
@@ -260,7 +339,8 @@ def measure(case: Case, backend: str | None, copied: float | None) -> Result:
         if torch.cuda.memory_reserved() > MOST_RESERVED:
             torch.cuda.empty_cache()  # the memory of graphs that are gone
         with torch.cuda.stream(torch.cuda.Stream()):
-            return _time(case, candidates, device, rotations(case.moved), case.moved / (copied or 1.0))
+            rotated = rotations(case.moved) if case.moved < ROTATED_BYTES else 1  # L2 is cold
+            return _time(case, candidates, device, rotated, case.moved / (copied or 1.0))
     return _time(case, candidates, device, 1, None)
 
 
@@ -269,15 +349,13 @@ def _time(
     candidates: dict[str, Callable[..., torch.Tensor]],
     device: str,
     rotated: int,
-    floor: float | None,
+    copy: float | None,
 ) -> Result:
-    dtype, sides_of = DTYPES[case.dtype], OPERATIONS[case.operation].sides
-    operands = [torch.randn(case.shape, device=device).to(dtype) for _ in range(rotated)]
-    sides = [torch.randn(case.n, device=device).to(dtype) for _ in range(sides_of)]
-    is_right = check(case, operands[0], candidates[OURS](operands[0], *sides), sides)
+    operands = OPERATIONS[case.operation].draw(case, device, rotated)
+    is_right = check(case, operands[0], candidates[OURS](*operands[0]))
     if device == "cpu":
         samples = wall_samples(
-            {name: functools.partial(call, operands[0], *sides) for name, call in candidates.items()},
+            {name: functools.partial(call, *operands[0]) for name, call in candidates.items()},
             CPU_SAMPLES,
             CPU_SAMPLE,
         )
@@ -285,42 +363,48 @@ def _time(
         results: list[torch.Tensor] = []  # so that each has its memory
         graphs = {}
         for name, call in list(candidates.items()):
-            call(operands[0], *sides)
-            graphs[name] = capture(functools.partial(_keep, results, call, x, *sides) for x in operands)
+            call(*operands[0])
+            graphs[name] = capture(functools.partial(_keep, results, call, *given) for given in operands)
         samples = alternate(graphs, len(operands))
     one = min if device == "cpu" else lambda times: spread(times).median
-    return Result(case, {name: one(times) for name, times in samples.items()}, floor, is_right)
+    return Result(case, {name: one(times) for name, times in samples.items()}, copy, is_right)
 
 
 def _keep(results: list[torch.Tensor], call: Callable[..., torch.Tensor], *operands: torch.Tensor) -> None:
     results.append(call(*operands))
 
 
-def check(case: Case, x: torch.Tensor, out: torch.Tensor, sides: Sequence[torch.Tensor] = ()) -> bool:
-    """Whether the first and the last row of a result are the reference's, byte for byte."""
-    rows = x.movedim(case.dim, -1).reshape(-1, case.n) if case.axis == "last" else _edges(case, x)
+def check(case: Case, operands: Sequence[torch.Tensor], out: torch.Tensor) -> bool:
+    """Whether the first and the last row of a result are the reference's, byte for byte; of a row, its two ends."""
+    operation = OPERATIONS[case.operation]
+
+    def part(operand: torch.Tensor) -> torch.Tensor:
+        """What they are computed from."""
+        if operation.result == A_ROW:
+            return operand[:, [0, -1]] if operand.shape[1] > 1 else operand
+        return operand if operand.dim() == 1 else _ends(case, operand)
+
     compute = REFERENCE.get(case.operation, getattr(reference, case.operation))
-    expected = compute(*(_to_numpy(operand, case.dtype) for operand in (rows[[0, -1]], *sides)), kept=1)
-    if OPERATIONS[case.operation].one_for_a_row:
-        actual = out.reshape(-1)[[0, -1]]
-    else:
-        actual = (out if case.axis == "last" else _edges(case, out)).reshape(-1, case.n)[[0, -1]]
-    return bool(_to_numpy(actual, case.dtype).tobytes() == expected.tobytes())
+    expected = compute(*(_to_numpy(part(operand)) for operand in operands), kept=1)
+    actual = _ends(case, out) if operation.result == ROWS_OF_N else out.reshape(-1)[[0, -1]]
+    return bool(_to_numpy(actual).tobytes() == expected.tobytes())
 
 
-def _edges(case: Case, x: torch.Tensor) -> torch.Tensor:
-    """The first and the last row of an array that is reduced along another axis than the last."""
+def _ends(case: Case, x: torch.Tensor) -> torch.Tensor:
+    """The first and the last row of an array."""
+    if case.axis == "last":
+        return x[[0, -1]]
     if case.axis == "first":
         return x[:, [0, -1]].T
     return torch.stack([x[0, :, 0], x[-1, :, -1]])
 
 
-def _to_numpy(x: torch.Tensor, dtype: str) -> Any:
+def _to_numpy(x: torch.Tensor) -> Any:
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    return x.contiguous().view(words).cpu().numpy().view(NUMPY_DTYPE[BIKERNELS_DTYPES[dtype]])
+    return x.contiguous().view(words).cpu().numpy().view(NUMPY_DTYPE[str(x.dtype).removeprefix("torch.")])
 
 
-HEADER = ("operation", "rows", "n", "dtype", "axis", "us", "torch us", "floor us", "TB/s", "torch TB/s", "x torch")
+HEADER = ("operation", "rows", "n", "dtype", "axis", "us", "torch us", "copy us", "TB/s", "torch TB/s", "x torch")
 
 
 def fields(result: Result) -> tuple[str, ...]:
@@ -329,7 +413,7 @@ def fields(result: Result) -> tuple[str, ...]:
         *map(str, result.case),
         f"{result.us[OURS]:.1f}",
         f"{result.us[TORCH]:.1f}",
-        "" if result.floor is None else f"{result.floor:.1f}",
+        "" if result.copy is None else f"{result.copy:.1f}",
         f"{result.bandwidth():.2f}",
         f"{result.bandwidth(TORCH):.2f}",
         f"{result.ratio:.2f}",
@@ -344,7 +428,7 @@ def line(result: Result) -> str:
 
 def columns(texts: tuple[str, ...]) -> str:
     """Texts in columns."""
-    return f"{texts[0]:14}" + "".join(f"{text:>11}" for text in texts[1:])
+    return f"{texts[0]:26}" + "".join(f"{text:>11}" for text in texts[1:])
 
 
 def table(results: Sequence[Result]) -> str:

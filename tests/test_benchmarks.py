@@ -290,20 +290,23 @@ def test_the_child_refuses_a_process_with_other_settings() -> None:
 def test_reductions_are_checked(module: Any) -> None:
     """The first and the last row of a result, whatever the axis; an error in either is seen."""
     torch, reductions = pytest.importorskip("torch"), module("reductions")
+    every = [(operation, "last", 5) for operation in reductions.OPERATIONS]
     for operation, axis, rows in (
-        ("mean", "last", 7),
+        *every,
         ("sum", "first", 9),
+        ("softmax_backward", "first", 9),
         ("mean", "middle", 128),
-        ("var", "last", 5),
     ):
         case = reductions.Case(operation, rows, 20, "bf16", axis)
-        x = torch.randn(case.shape).to(torch.bfloat16)
-        out = reductions.OPERATIONS[operation].ours(x, axis=case.dim, backend="cpu")
-        assert reductions.check(case, x, out)
+        function = reductions.OPERATIONS[operation]
+        (operands,) = function.draw(case, "cpu", 1)
+        out = function.ours(*operands, axis=case.dim, backend="cpu")
+        assert out.nbytes == case.written
+        assert reductions.check(case, operands, out)
         for place in (0, -1):
             wrong = out.clone()
-            wrong.view(-1)[place] += 1
-            assert not reductions.check(case, x, wrong)
+            wrong.view(torch.int16).view(-1)[place] ^= 1
+            assert not reductions.check(case, operands, wrong)
 
 
 def test_reductions_table(module: Any) -> None:
