@@ -1,4 +1,4 @@
-"""Sessions: demo, inference, replay, tests, kernels, tests_gpu, sanitize, lint, bench.
+"""Sessions: demo, inference, replay, tests, kernels, tests_gpu, sanitize, exhaustive, lint, bench.
 
 With `nox --no-venv -s NAME` in the current environment.
 """
@@ -106,6 +106,14 @@ def sanitize(session: nox.Session) -> None:
         command = ["compute-sanitizer", "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "1"]
         options = ["--racecheck"] if tool == "racecheck" else []
         session.run(*command, "python", "-m", "tests.sanitize", *options, *session.posargs, external=True)
+
+
+@nox.session
+def exhaustive(session: nox.Session) -> None:
+    """exp and log of every float32 on this machine's GPU and CPU, in every form that the reductions have."""
+    install(session, *group("test"), *group("docs"), extras=("cuda13",))
+    session.run("python", "docs/polynomials.py", "check")
+    session.run("python", "-m", "tests.exhaustive", *session.posargs)
 
 
 @nox.session
