@@ -53,15 +53,16 @@ class Form(NamedTuple):
 
 
 FORMS = (
-    Form("exp"),
-    Form("log"),
+    *(Form(function) for function in ("exp", "log")),
     *(
         Form(function, n, is_column)
-        for function in ("softmax", "log_softmax", "logsumexp", "log_softmax_backward")
-        for n, is_column in ((2, False), (256, False), (4096, False), (20000, False), (2, True), (300, True))
+        for function in ("softmax", "log_softmax")
+        for n, is_column in ((2, False), (300, False), (4096, False), (20000, False), (300, True))
     ),
+    *(Form("logsumexp", n, is_column) for n, is_column in ((2, False), (300, True))),
+    *(Form("log_softmax_backward", n, is_column) for n, is_column in ((2, False), (4096, False), (300, True))),
 )
-"""A row (0, t) has the sum 1 + exp(t), so of these log takes every number from 1 to 2; and its gradient from (1, 0) is
+"""A row (0, t) has the sum 1 + exp(t), so of these log takes every number from 1 to 2; and the gradient from (1, 0) is
 -exp(t) alone."""
 
 
@@ -86,15 +87,26 @@ def call(form: Form, first: int, backend: str) -> Any:
     return function(*operands, axis=0 if form.is_column else 1, backend=backend)
 
 
-def error(results: Any, exact: Any) -> float:
+EXACT: dict[str, Callable[[Any], Any]] = {"exp": np.exp, "log": np.log}
+
+
+def call_cpu(form: Form, first: int) -> tuple[np.ndarray, float]:
+    """The results for a block on a CPU, and how far they are from those in float64, of the functions in EXACT."""
+    results = call(form, first, "cpu")
+    if form.function not in EXACT:
+        return results, 0.0
+    numbers = np.arange(first, first + BLOCK, dtype=np.uint32).view(np.float32)
+    with np.errstate(all="ignore"):
+        return results, error(results, EXACT[form.function](numbers.astype(np.float64)))
+
+
+def error(results: np.ndarray, exact: np.ndarray) -> float:
     """The largest |result - exact| in units in the last place of float32; an infinite result stands for 2^128."""
-    values = cupy.where(cupy.isinf(results), 2.0**128, results.astype(np.float64))
-    is_counted = cupy.isfinite(exact) & ~((values == 2.0**128) & (exact >= 2.0**128))
+    values = np.where(np.isinf(results), 2.0**128, results.astype(np.float64))
+    is_counted = np.isfinite(exact) & ~((values == 2.0**128) & (exact >= 2.0**128))
     values, exact = values[is_counted], exact[is_counted]
-    if not exact.size:
-        return 0.0
-    exponent = cupy.clip(cupy.frexp(exact)[1] - 1, -126, 127)
-    return float(cupy.max(cupy.abs(values - exact) / cupy.ldexp(1.0, exponent - 23)))
+    exponent = np.clip(np.frexp(exact)[1] - 1, -126, 127)
+    return float(np.max(np.abs(values - exact) / np.ldexp(1.0, exponent - 23), initial=0))
 
 
 def bounds() -> dict[str, float]:
@@ -110,22 +122,20 @@ def bounds() -> dict[str, float]:
 def run(every: int, threads: ThreadPoolExecutor) -> Iterator[tuple[str, bool]]:
     """A line for each form, and whether it is as it should be."""
     stated = bounds()
-    exact: dict[str, Callable[[Any], Any]] = {"exp": cupy.exp, "log": cupy.log}
     for form in FORMS:
         taken = form.patterns[::every]
         differences, largest = dict.fromkeys(form.backends, 0), 0.0
-        for first, on_cpu in zip(taken, threads.map(functools.partial(call, form, backend="cpu"), taken), strict=True):
-            expected = cupy.asarray(on_cpu)
+        on_cpu = threads.map(functools.partial(call_cpu, form), taken)
+        for first, (results, furthest) in zip(taken, on_cpu, strict=True):
+            expected, largest = cupy.asarray(results).view(np.uint32), max(largest, furthest)
             for backend in form.backends:
-                actual = call(form, first, backend)
-                differences[backend] += int(cupy.count_nonzero(actual.view(np.uint32) != expected.view(np.uint32)))
-            if form.function in exact:
-                numbers = cupy.arange(first, first + BLOCK, dtype=np.uint32).view(np.float32)
-                largest = max(largest, error(expected, exact[form.function](numbers.astype(np.float64))))
+                actual = call(form, first, backend).view(np.uint32)
+                differences[backend] += int(cupy.count_nonzero(actual != expected))
         found = ", ".join(f"{number} differ on {name}" for name, number in differences.items())
-        is_right = not any(differences.values()) and largest <= stated.get(form.function, 0)
-        if form.function in exact:
+        is_right = not any(differences.values())
+        if form.function in EXACT:
             found += f", at most {largest:.4f} units in the last place ({stated[form.function]} stated)"
+            is_right &= largest <= stated[form.function]
         yield f"{form}: {len(taken) * BLOCK} numbers, {found}{'' if is_right else '  WRONG'}", is_right
 
 
