@@ -69,7 +69,9 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def kernels(session: nox.Session) -> None:
-    """Every GPU kernel compiled, without a GPU; `tests` compiles a share."""
+    """GPU kernels compiled without a GPU: all that may be launched, but examples of those that Numba has for rows and
+    columns; `tests` compiles a share.
+    """
     install(session, *group("test"), extras=("cuda13",))
     files = ("tests/test_cuda_kernels.py", "tests/test_numba_kernels.py")
     session.run("pytest", "-n", "auto", "--every-kernel", *files, *session.posargs)

@@ -256,13 +256,11 @@ def _norms(centred: bool, accumulate: str, weight: bool, bias: bool) -> Formula:
     def square(x: Any, g: Any, w: Any, b: Any, m: Any, r: Any, s: Any) -> Any:
         return multiply(x, x)
 
-    @device
-    def normalised(x: Any, s: Any, t: Any) -> Any:
-        return multiply(add(x, -s), t) if centred else multiply(x, s)
+    normalised = _normalised(centred, accumulate)
 
     @device
     def element(x: Any, g: Any, w: Any, b: Any, m: Any, r: Any, s: Any, t: Any) -> Any:
-        h = normalised(x, s, t)
+        h = normalised(x, s, t if centred else s)
         if weight:
             return fma(h, w, b) if bias else multiply(h, w)
         return add(h, b) if bias else h
@@ -276,7 +274,7 @@ def _norms(centred: bool, accumulate: str, weight: bool, bias: bool) -> Formula:
 
 
 def _normalised(centred: bool, accumulate: str) -> Function:
-    """normalised(x, m, r): from the statistics of the forward pass."""
+    """normalised(x, m, r), of a row's mean, if it is centred, and the reciprocal of its root."""
     add, multiply = OPERATIONS[accumulate].add, OPERATIONS[accumulate].multiply
 
     @device

@@ -38,7 +38,9 @@ class Compiled(NamedTuple):
 
 
 def variants() -> Iterator[Variant]:
-    """Every kernel once for every way in which its code differs; `compile_one` takes any other variant, too."""
+    """Kernels of products and the general ones of reductions, once for every way in which their code differs, and
+    examples of those of rows and columns, which have thousands of layouts; `compile_one` takes any other one, too.
+    """
     return itertools.chain(matmul.variants(), reduction.variants(), rows.variants(), columns.variants())
 
 

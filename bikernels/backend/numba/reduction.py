@@ -374,23 +374,33 @@ def _readers(variant: Variant, names: tuple[str, ...]) -> list[Function]:
     return found
 
 
-def _term(variant: Variant, one: Pass) -> Function:
-    """The term of a pass, as `_chunk_sum` calls it."""
-    x, grad, weight, bias, mean, rstd = _readers(variant, one.reads)
-    term, counts, real = one.term, one.counts, OPERATIONS[variant.accumulate].type
-    assert term is not None
+def _elements(variant: Variant, names: tuple[str, ...]) -> Function:
+    """elements(source, shape, strides, i): element i of every operand as the accumulate dtype, 0 of those not named."""
+    x, grad, weight, bias, mean, rstd = _readers(variant, names)
+    real = OPERATIONS[variant.accumulate].type
 
     @device
-    def value(source: Any, shape: Any, strides: Any, s: Any, i: Any) -> Any:
-        return term(
+    def elements(source: Any, shape: Any, strides: Any, i: Any) -> Any:
+        return (
             real(x(source, shape, strides, i)),
             real(grad(source, shape, strides, i)),
             real(weight(source, shape, strides, i)),
             real(bias(source, shape, strides, i)),
             real(mean(source, shape, strides, i)),
             real(rstd(source, shape, strides, i)),
-            s,
         )
+
+    return elements
+
+
+def _term(variant: Variant, one: Pass) -> Function:
+    """The term of a pass, as `_chunk_sum` calls it."""
+    elements, term, counts = _elements(variant, one.reads), one.term, one.counts
+    assert term is not None
+
+    @device
+    def value(source: Any, shape: Any, strides: Any, s: Any, i: Any) -> Any:
+        return term(*elements(source, shape, strides, i), s)
 
     @device
     def uncounted(source: Any, shape: Any, strides: Any, s: Any, i: Any) -> Any:
@@ -622,9 +632,9 @@ def _no_row(source: Any, shape: Any, strides: Any, where: Any, s: Any, t: Any) -
 
 def _row_writer(variant: Variant) -> Function:
     """write_row(source, shape, strides, where, s, t): a part of a row of results."""
-    plan, walk, real = variant.formula, _walk(variant.mode), OPERATIONS[variant.accumulate].type
+    plan, walk = variant.formula, _walk(variant.mode)
     element, storage, write = plan.element, STORAGE[variant.out], writer(variant.out, variant.accumulate)
-    x, grad, weight, bias, mean, rstd = _readers(variant, plan.reads)
+    elements = _elements(variant, plan.reads)
     assert element is not None
 
     @device
@@ -634,17 +644,7 @@ def _row_writer(variant: Variant) -> Function:
         start, stride = walk()
         begin = part * part_chunks * SUM_CHUNK
         for i in range(begin + start, min(n, begin + part_chunks * SUM_CHUNK), stride):
-            value = element(
-                real(x(source, shape, strides, i)),
-                real(grad(source, shape, strides, i)),
-                real(weight(source, shape, strides, i)),
-                real(bias(source, shape, strides, i)),
-                real(mean(source, shape, strides, i)),
-                real(rstd(source, shape, strides, i)),
-                s,
-                t,
-            )
-            write(out, offset(i, shape, strides[0]), value)
+            write(out, offset(i, shape, strides[0]), element(*elements(source, shape, strides, i), s, t))
 
     return write_row
 
@@ -763,7 +763,7 @@ class _Step(NamedTuple):
 
 
 def prepare(spec: ReductionSpec, gpu: Device) -> ReductionLaunch:
-    """Choose the kernels: those of rows whose elements lie side by side, those of rows that do, or these here."""
+    """Choose kernels: of rows whose elements lie side by side, of rows that do themselves, or those of this file."""
     general = functools.cache(functools.partial(prepare_general, spec, gpu))
     return prepare_rows(spec, gpu, general) or prepare_columns(spec, gpu, general) or general()
 
