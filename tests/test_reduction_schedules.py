@@ -115,7 +115,11 @@ def forced(case: Case, operation: str, element: str, out_dtype: str, gpu: launch
     count, n = case.operands["x"].shape
     accumulate = ACCUMULATE[out_dtype]
     no_registers = {"choose_register_schedule": None}
-    elsewhere = no_registers | {"choose_ring_schedule": None, "choose_long_schedule": None}
+    elsewhere = no_registers | {
+        "choose_ring_schedule": None,
+        "choose_long_schedule": None,
+        "choose_spread_schedule": None,
+    }
     if case.in_columns and operation in schedules.COLUMN_OPERATIONS:
         vector = schedules.vector_width(element)
         has_choice = operation not in schedules.WEIGHT_GRADIENTS
@@ -125,6 +129,14 @@ def forced(case: Case, operation: str, element: str, out_dtype: str, gpu: launch
                     for tiles in schedules.tile_schedules(n, element, operation, gpu, keeps):
                         patches = elsewhere | {"choose_tile_schedule": tiles, "splits_columns": False}
                         yield str(tiles), patches | {"choose_columns": schedules.TILES}
+                    if schedules.PASSES[operation] > 1:
+                        for tiles in schedules.spread_schedules(n, element, operation, gpu, keeps):
+                            for most in (1, 2):  # teams, of which each takes tile after tile
+                                patches = elsewhere | {
+                                    "choose_spread_schedule": tiles,
+                                    "choose_columns": schedules.TILES,
+                                }
+                                yield f"{tiles}, {most}", patches | {"teams": functools.partial(min, most)}
             elif n <= schedules.MAX_COLUMN_CHUNKS * schedules.SUM_CHUNK:
                 for column_schedule in schedules.column_schedules(n, width, gpu):
                     patches = elsewhere | {"choose_column_schedule": column_schedule, "splits_columns": False}
@@ -305,6 +317,12 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
                 tiles = schedules.choose_tile_schedule(rows, n, element, operation, gpu)
                 assert tiles in schedules.tile_schedules(n, element, operation, gpu, tiles.keeps)
                 assert tiles.ctas <= tiles.parts * schedules.chunks_of(n)
+                assert tiles.ctas <= (schedules.MAX_RING_CTAS if gpu is H100 else 1)
+                spread = schedules.choose_spread_schedule(rows, n, element, operation, gpu)
+                if spread is not None:
+                    assert spread in schedules.spread_schedules(n, element, operation, gpu, spread.keeps)
+                    assert spread.ctas <= min(spread.parts * schedules.chunks_of(n), 3 * gpu.multiprocessors)
+                    assert spread.bytes(n, ACCUMULATE[element]) <= gpu.shared_bytes
             short = schedules.short_schedule(rows, n)
             assert short.groups * schedules.GROUP_LANES >= min(n, schedules.SUM_LANES)
             assert n > schedules.SUM_LANES or short.threads <= schedules.SHORT_THREADS
@@ -322,6 +340,15 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
                 assert one.threads % one.groups == 0
                 if schedules.chunks_of(n) <= schedules.MAX_COLUMN_CHUNKS:
                     assert one.bytes(n, accumulate) <= 48 * 1024
+
+
+def test_few_long_columns_are_spread() -> None:
+    few = schedules.choose_spread_schedule(16, 262_144, "bfloat16", "var", H100)
+    assert few is not None and few.keeps and few.ctas > schedules.MAX_CTAS
+    many = schedules.choose_spread_schedule(256, 262_144, "float32", "var", H100)
+    assert many is not None and not many.keeps  # which read them twice
+    for columns, n, operation in ((4096, 262_144, "var"), (16, 2048, "softmax"), (16, 262_144, "mean")):
+        assert schedules.choose_spread_schedule(columns, n, "bfloat16", operation, H100) is None
 
 
 def test_long_rows_go_to_the_ring() -> None:

@@ -162,7 +162,7 @@ class _Attribute(ctypes.Structure):
     _fields_ = (("id", ctypes.c_uint64), ("value", ctypes.c_uint * 16))  # 32 bits and padding
 
 
-_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
+_COOPERATIVE, _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 2, 4, 6
 _ALIGNMENT = 64
 """Of arguments in memory: enough for a tensor map."""
 
@@ -233,6 +233,7 @@ def shaped(
     *,
     cluster: int = 1,
     overlapping: bool = False,
+    cooperative: bool = False,
 ) -> Launch:
     """A launch of a function of `load`, on its device.
 
@@ -246,6 +247,7 @@ def shaped(
         cluster: neighbouring CTAs that form a cluster (from compute capability 9.0 on).
         overlapping: the kernel may start before the stream's previous one has ended (programmatic dependent launch); it
             waits itself (griddepcontrol.wait) before it touches memory that others write or still read.
+        cooperative: all CTAs are on the device at once, and may wait for one another; no more than `resident_ctas`.
 
     Raises:
         ValueError: the arguments do not have the sizes of the function's parameters.
@@ -260,6 +262,8 @@ def shaped(
         attributes.append(_Attribute(_CLUSTER_DIMENSION, (cluster, 1, 1)))
     if overlapping:
         attributes.append(_Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, (1,)))
+    if cooperative:
+        attributes.append(_Attribute(_COOPERATIVE, (1,)))
     ctas = min(grid, MAX_GRID // cluster * cluster)
     blocks = _Blocks(_Config((ctas, 1, 1), (block, 1, 1), shared_bytes), attributes, values)
 

@@ -17,7 +17,15 @@ from . import schedules
 from .compile import Kernel
 from .launch import ADDRESS, PORTABLE_CTAS, Argument, Launch, gpu, load, resident_ctas, shaped, workspace
 from .parameters import DTYPE_CODE, OPERANDS, REDUCTION, divisor, fill_dims
-from .schedules import GROUP_LANES, ColumnSchedule, LongSchedule, RegisterSchedule, RingSchedule, RowSchedule
+from .schedules import (
+    GROUP_LANES,
+    ColumnSchedule,
+    LongSchedule,
+    RegisterSchedule,
+    RingSchedule,
+    RowSchedule,
+    TileSchedule,
+)
 
 SIDES = OPERANDS[2:]
 """Operands that an operation may have beside x and out."""
@@ -203,11 +211,21 @@ class _Plan:
         arguments: Sequence[Argument],
         cluster: int = 1,
         overlapping: bool = False,
+        cooperative: bool = False,
     ) -> Launch:
         """See `launch.shaped`."""
         function = load(kernel, name, self.index, shared_bytes, cluster)
         overlapping = overlapping and self.gpu.compute_capability >= schedules.FIRST_WITH_CLUSTERS
-        return shaped(function, grid, block, shared_bytes, arguments, cluster=cluster, overlapping=overlapping)
+        return shaped(
+            function,
+            grid,
+            block,
+            shared_bytes,
+            arguments,
+            cluster=cluster,
+            overlapping=overlapping,
+            cooperative=cooperative,
+        )
 
     def launch(self) -> ReductionLaunch:
         """The launch of all of them."""
@@ -231,7 +249,10 @@ def prepare(spec: ReductionSpec, device: Device) -> ReductionLaunch:
     elif rows.in_columns and operation in schedules.TERMS:
         _plan_column_tree(plan, rows, operation)
     elif rows.in_columns and operation in schedules.COLUMN_OPERATIONS and rows.chunks <= rows.max_column_chunks:
-        _plan_single(plan, _column_launch(plan, rows, operation))
+        if (spread := _choose_spread(plan, rows, operation)) is not None:
+            _plan_spread_tiles(plan, rows, operation, spread)
+        else:
+            _plan_single(plan, _column_launch(plan, rows, operation))
     elif (long := _choose_long(plan, rows, operation)) is not None:
         _plan_single(plan, _long_launch(plan, rows, operation, long))
     elif (ring := _choose_ring(plan, rows, operation)) is not None:
@@ -264,6 +285,18 @@ def _choose_long(plan: _Plan, rows: _Rows, operation: str) -> LongSchedule | Non
     if not rows.fits_registers:
         return None
     return schedules.choose_long_schedule(operation, rows.number, rows.n, rows.element, plan.gpu)
+
+
+def _choose_spread(plan: _Plan, rows: _Rows, operation: str) -> TileSchedule | None:
+    """The schedule of column_tiles.cu whose CTAs meet in global memory; None if there is none, or others are better."""
+    if operation in schedules.WEIGHT_GRADIENTS:
+        return None
+    if schedules.choose_columns(operation, rows.number, rows.n, rows.element, rows.width) != schedules.TILES:
+        return None
+    chosen = schedules.choose_spread_schedule(rows.number, rows.n, rows.element, operation, plan.gpu)
+    if chosen is not None and _resident_tiles(plan, rows, operation, chosen, rows.n) < chosen.ctas:
+        return None
+    return chosen
 
 
 def _choose_rows(plan: _Plan, rows: _Rows, operation: str) -> RowSchedule | None:
@@ -442,19 +475,68 @@ def _tile_launch(plan: _Plan, rows: _Rows, operation: str, of_chunks: bool = Fal
     """A launch of column_tiles.cu, given the addresses of out and x. `of_chunks`: each chunk is summed apart."""
     times, n = (rows.chunks, SUM_CHUNK) if of_chunks else (1, rows.n)
     computed = "chunks" if of_chunks else operation
-    schedule = schedules.choose_tile_schedule(rows.number, n, rows.element, computed, plan.gpu, times)
+    shape = rows.number, n, rows.element, computed, plan.gpu, times
+    schedule = schedules.choose_tile_schedule(*shape)
+    if schedule.ctas > PORTABLE_CTAS and _resident_tiles(plan, rows, computed, schedule, n) == 0:
+        schedule = schedules.choose_tile_schedule(*shape, PORTABLE_CTAS)
     items = -(-rows.number // schedule.tile) * times
     begun = schedules.tile_items(schedule, items, plan.gpu)
+    kernel, name = schedules.tile_kernel(computed, rows.element, rows.out_dtype, schedule), "reduce_column_tiles"
+    phase = schedules.tile_phase(schedule, items, plan.gpu)
     return plan.shape(
-        schedules.tile_kernel(computed, rows.element, rows.out_dtype),
-        "reduce_column_tiles",
+        kernel,
+        name,
         begun * schedule.ctas,
         schedules.TILE_THREADS,
         schedule.bytes(n, rows.accumulate, begun < items),
-        (rows.parameters(operation), *map(np.int32, schedule.arguments(n, begun < items)), ADDRESS, ADDRESS),
+        _tile_arguments(rows, operation, schedule, n, begun < items, phase, _NULL),
         cluster=schedule.ctas,
         overlapping=True,
     )
+
+
+def _resident_tiles(plan: _Plan, rows: _Rows, operation: str, schedule: TileSchedule, n: int) -> int:
+    """CTAs that the GPU holds at a time."""
+    kernel, cluster = schedules.tile_kernel(operation, rows.element, rows.out_dtype, schedule), schedule.ctas
+    shared_bytes = schedule.bytes(n, rows.accumulate)
+    if schedule.spread:
+        cluster = 1
+    function = load(kernel, "reduce_column_tiles", plan.index, shared_bytes, cluster)
+    return resident_ctas(function, schedules.TILE_THREADS, shared_bytes, cluster)
+
+
+def _tile_arguments(
+    rows: _Rows, operation: str, schedule: TileSchedule, n: int, goes_on: bool, phase: int, meeting: Argument
+) -> tuple[Argument, ...]:
+    """Those of column_tiles.cu."""
+    numbers = (*schedule.arguments(n, goes_on), schedule.ctas, phase)
+    return rows.parameters(operation), *map(np.int32, numbers), ADDRESS, ADDRESS, meeting
+
+
+def _plan_spread_tiles(plan: _Plan, rows: _Rows, operation: str, schedule: TileSchedule) -> None:
+    """column_tiles.cu with CTAs that meet in the workspace, all on the GPU at once."""
+    tiles = -(-rows.number // schedule.tile)
+    kernel, name = schedules.tile_kernel(operation, rows.element, rows.out_dtype, schedule), "reduce_column_tiles"
+    shared_bytes = schedule.bytes(rows.n, rows.accumulate)
+    resident = _resident_tiles(plan, rows, operation, schedule, rows.n)
+    zeros = tiles * schedule.meeting_bytes(rows.n, operation, rows.accumulate)
+    meeting = plan.reserve(zeros, "uint8")
+    phase = schedules.tile_phase(schedule, tiles, plan.gpu)
+    run = plan.shape(
+        kernel,
+        name,
+        schedules.teams(tiles, resident // schedule.ctas) * schedule.ctas,
+        schedules.TILE_THREADS,
+        shared_bytes,
+        _tile_arguments(rows, operation, schedule, rows.n, True, phase, ADDRESS),
+        cooperative=True,
+    )
+
+    def reduce(stream: int, out: int, x: int, sides: Addresses, workspace: int) -> None:
+        cupy.cuda.runtime.memsetAsync(workspace + meeting, 0, zeros, stream)
+        run(stream, out, x, workspace + meeting)
+
+    plan.steps.append(reduce)
 
 
 # ------------------------------------------------------------------------------------------------- levels of the tree

@@ -582,8 +582,6 @@ PASSES = {"sum": 1, "mean": 1, "chunks": 1, "var": 2, "std": 2, "logsumexp": 2, 
 
 TILE_THREADS = 256
 """Of a CTA."""
-MAX_LANES = 8
-"""Of a thread, in a piece."""
 AT_ONCE, DEPTH = 4, 6
 """Elements of a lane that are one group of copies, and groups that are on their way."""
 
@@ -611,14 +609,21 @@ class TileSchedule(NamedTuple):
     parts: int
     """Of a chunk: each has as many of its lanes."""
     ctas: int
-    """That share a tile."""
+    """That share a tile: a cluster, or a team that meets in global memory."""
     keeps: bool
     """Whether elements are read once, if an operation has several passes."""
+    spread: bool = False
+    """Whether the CTAs are no cluster."""
 
     @property
     def tile(self) -> int:
         """Columns."""
         return self.vectors * self.width
+
+    @property
+    def levels(self) -> int:
+        """Of the tree, that a thread adds: more take registers, of which three CTAs have few."""
+        return (1 if self.width == 8 else 2) if self.keeps else 3
 
     @property
     def lanes(self) -> int:
@@ -628,7 +633,7 @@ class TileSchedule(NamedTuple):
     @property
     def is_possible(self) -> bool:
         lanes_of_tile = self.lanes * self.parts * TILE_THREADS
-        return lanes_of_tile == SUM_LANES * self.vectors and 1 <= self.lanes <= MAX_LANES
+        return lanes_of_tile == SUM_LANES * self.vectors and 1 <= self.lanes <= 1 << self.levels
 
     def arguments(self, n: int, goes_on: bool = True) -> tuple[int, int, int]:
         """Of the kernel, besides its operands."""
@@ -643,70 +648,160 @@ class TileSchedule(NamedTuple):
     def bytes(self, n: int, accumulate: str, goes_on: bool = True) -> int:
         """Of shared memory: elements, two times the sums of each warp, those of pieces, maxima, values, counts."""
         elements = self.room(n, goes_on) * min(AT_ONCE, _ceil(n, SUM_LANES)) * TILE_THREADS * 16
-        values = 2 * TILE_THREADS // 32 + chunks_of(n) * self.parts + self.ctas + 1
-        return elements + self.tile * (values * ITEMSIZE[accumulate] + self.ctas * 4)
+        ctas = 1 if self.spread else self.ctas
+        pieces = chunks_of(n) * self.parts
+        sums = 2 * (_ceil(pieces, 8) if self.spread else pieces)  # of two passes
+        values = 2 * TILE_THREADS // 32 + sums + ctas + 1
+        return elements + self.tile * (values * ITEMSIZE[accumulate] + ctas * 4)
+
+    def resident(self, n: int, element: str, operation: str, device: GPU) -> int:
+        """CTAs that the GPU holds, at least."""
+        bytes_ = self.bytes(n, ACCUMULATE[element]) + CTA_BYTES
+        ctas = min(tile_ctas(operation, element, self.keeps, self.spread), (device.shared_bytes + CTA_BYTES) // bytes_)
+        return ctas * device.multiprocessors
+
+    def meeting_bytes(self, n: int, operation: str, accumulate: str) -> int:
+        """Of global memory, where a team meets, for each tile: sums of two passes; or maxima, sums and counts."""
+        pieces = chunks_of(n) * self.parts
+        return self.tile * (2 * pieces if operation in VARIANCES else pieces + 2 * self.ctas) * ITEMSIZE[accumulate]
 
 
-def tile_ctas(operation: str, element: str) -> int:
+def tile_ctas(operation: str, element: str, keeps: bool, spread: bool) -> int:
     """CTAs whose registers a multiprocessor has, as far as nothing else limits them."""
-    return 3 if PASSES[operation] == 3 and element == "float32" else 2
+    if keeps:
+        return 2 if element == "float64" and operation in EXPONENTIALS else KEEPING_CTAS
+    return 3 if PASSES[operation] == 3 and element == "float32" and not spread else 2
 
 
 def tile_schedules(n: int, element: str, operation: str, device: GPU, keeps: bool) -> list[TileSchedule]:
     """The schedules for columns of n elements, which they keep or not, as far as they fit."""
     found = []
     width = vector_width(element)
-    sizes = (1, 2, 4, MAX_CTAS) if device.compute_capability >= FIRST_WITH_CLUSTERS else (1,)
+    sizes = _cluster_sizes(device)
+    if keeps and device.compute_capability == RING_CAPABILITY:
+        sizes = (*sizes, MAX_RING_CTAS)
     for vectors in (16, 8, 4, 2, 1):
         for ctas in sizes:
             parts = 1
-            while chunks_of(n) * parts < ctas or SUM_LANES * vectors > MAX_LANES * TILE_THREADS * parts:
-                parts *= 2
             one = TileSchedule(width, vectors, parts, ctas, keeps)
+            while chunks_of(n) * parts < ctas or SUM_LANES * vectors > TILE_THREADS * parts << one.levels:
+                parts *= 2
+            one = one._replace(parts=parts)
             if one.is_possible and one.bytes(n, ACCUMULATE[element]) <= device.shared_bytes:
                 found.append(one)
     return found
 
 
+def spread_schedules(n: int, element: str, operation: str, device: GPU, keeps: bool) -> list[TileSchedule]:
+    """The schedules of teams that meet in global memory, for columns of n elements."""
+    found: list[TileSchedule] = []
+    for vectors in (16, 8, 4, 2, 1):
+        for parts in (1, 2, 4, 8):
+            pieces = chunks_of(n) * parts
+            for rounds in (1, 2, 4):
+                team = _ceil(pieces, rounds)
+                one = TileSchedule(vector_width(element), vectors, parts, team, keeps, True)
+                is_new = team > 1 and (not found or one != found[-1])
+                if is_new and one.is_possible and 0 < team <= one.resident(n, element, operation, device):
+                    found.append(one)
+    return found
+
+
+def choose_spread_schedule(columns: int, n: int, element: str, operation: str, device: GPU) -> TileSchedule | None:
+    """A schedule of teams that meet in global memory; None if there is none, or clusters do as well.
+
+    Of few columns, what a multiprocessor has to read decides, and how often teams meet. Of many that no cluster keeps,
+    the widest tiles of which the GPU keeps several, one for each CTA of a multiprocessor, and of which a CTA has not
+    many sums to read.
+    """
+    across, passes = columns * ITEMSIZE[element], PASSES[operation]
+    if passes == 1 or chunks_of(n) <= MAX_CTAS:
+        return None
+    if _ceil(across, PREFERRED_BYTES_ACROSS // 2) * MAX_CTAS >= device.multiprocessors:
+        for one in spread_schedules(n, element, operation, device, True):
+            sums = one.tile * one.parts * chunks_of(n)
+            is_wide = PREFERRED_BYTES_ACROSS // 2 <= one.vectors * 16 <= PREFERRED_BYTES_ACROSS
+            holds_several = one.resident(n, element, operation, device) == KEEPING_CTAS * device.multiprocessors
+            is_much = _ceil(columns, one.tile) * one.ctas >= 2 * KEEPING_CTAS * device.multiprocessors
+            fits_once = holds_several and one.ctas <= device.multiprocessors
+            if is_wide and is_much and fits_once and one.ctas > MAX_RING_CTAS and sums <= MAX_TEAM_SUMS:
+                return one
+        return None
+    row = max(16, _power_of_two(across))
+
+    def us(one: TileSchedule) -> float:
+        tiles, pieces = _ceil(columns, one.tile), chunks_of(n) * one.parts
+        teams = min(tiles, one.resident(n, element, operation, device) // one.ctas)
+        turns = _ceil(tiles, teams)
+        of_cta = turns * _ceil(pieces, one.ctas) * (one.vectors * 16 * SUM_CHUNK // one.parts)
+        of_multiprocessor = of_cta * _ceil(teams * one.ctas, device.multiprocessors)
+        speed = 1.0 if one.vectors * 16 == row else OF_WIDTH[one.vectors]
+        read = of_multiprocessor * device.multiprocessors / (device.bytes_per_us * speed)
+        return read * (1 if one.keeps else passes) + MEETING_US * turns + pieces * PIECE_US
+
+    found = [
+        one
+        for keeps in (True, False)
+        for one in spread_schedules(n, element, operation, device, keeps)
+        if one.vectors * 16 <= min(row, PREFERRED_BYTES_ACROSS)
+    ]
+    return min(found, key=us, default=None)
+
+
 def choose_tile_schedule(
-    columns: int, n: int, element: str, operation: str, device: GPU, times: int = 1
+    columns: int, n: int, element: str, operation: str, device: GPU, times: int = 1, most_ctas: int = MAX_RING_CTAS
 ) -> TileSchedule:
     """A schedule that fits; `times`: how often there are as many columns.
 
-    Sums of much are as `_reading_speed` has it, variances, if pairs of CTAs fill the GPU, as `_read_twice`. Two passes
-    over columns that fill the GPU without clusters read them twice. Else columns that are read again are kept, two
-    tiles to a multiprocessor if possible. Of such schedules, the one with as few CTAs as fill the GPU: if elements are
-    many, of the widest tile, else of the smallest cluster.
+    Sums are as `_reading_speed` has it. Columns that are read again are kept, if tiles that are wide enough fit,
+    several to a multiprocessor; of such schedules, the one with as few CTAs as fill the GPU. Else variances of much, if
+    pairs of CTAs fill the GPU, are as `_read_twice` has it, and two passes over columns that fill the GPU without
+    clusters read them twice. `most_ctas`: of a cluster.
     """
     size = columns * n * ITEMSIZE[element] * times
     row = max(16, _power_of_two(columns * ITEMSIZE[element]))
     streaming = [one for one in tile_schedules(n, element, operation, device, False) if one.vectors * 16 <= row]
-    if PASSES[operation] == 1 and size >= MOST_BYTES:
-        return max(streaming, key=lambda one: _reading_speed(one, columns, times, device))
-    across = columns * ITEMSIZE[element]
-    if operation in VARIANCES and size >= MOST_BYTES and across >= PAIRS_ACROSS * device.multiprocessors:
+    if PASSES[operation] == 1:
+        read = size / device.bytes_per_us
+
+        def us(one: TileSchedule) -> float:
+            return read / _reading_speed(one, columns, times, device) + (CLUSTER_US if one.ctas > 1 else 0)
+
+        return min(streaming, key=us)
+    wide = min(PREFERRED_BYTES_ACROSS // 2, row)
+    if size < MOST_BYTES:
+        most_ctas = min(most_ctas, MAX_CTAS)
+    narrowest = wide if size >= MOST_BYTES else min(32, row)
+    keeping = [
+        one
+        for one in tile_schedules(n, element, operation, device, True)
+        if narrowest <= one.vectors * 16 <= min(PREFERRED_BYTES_ACROSS, row) and one.ctas <= most_ctas
+    ]
+
+    def order(one: TileSchedule) -> tuple[int, ...]:
+        """The best first."""
+        ctas, across = _ceil(columns, one.tile) * one.ctas * times, one.vectors * 16
+        missing, few = (max(0, enough * device.multiprocessors // 10 - ctas) for enough in (9, 19))
+        if one.keeps:
+            return missing, int(across < wide), one.ctas, few, -one.vectors
+        return few, *((-one.vectors, one.ctas) if size >= MOST_BYTES else (one.ctas, -one.vectors))
+
+    def kept(ctas: int) -> TileSchedule | None:
+        """The best of which a multiprocessor holds so many CTAs."""
+        most = (device.shared_bytes + CTA_BYTES) // ctas - CTA_BYTES
+        found = (one for one in keeping if one.bytes(n, ACCUMULATE[element]) <= most)
+        return min(found, key=order, default=None)
+
+    across, many = columns * ITEMSIZE[element], kept(KEEPING_CTAS)
+    in_pairs = operation in VARIANCES and size >= MOST_BYTES and across >= PAIRS_ACROSS * device.multiprocessors
+    if many is not None and not (in_pairs and size <= L2_BYTES):
+        return many
+    if in_pairs:
         return _read_twice(streaming, columns, n, device)
     if PASSES[operation] == 2 and across >= PREFERRED_BYTES_ACROSS * 4 * device.multiprocessors:
         return next(one for one in streaming if one.vectors * 16 <= PREFERRED_BYTES_ACROSS and one.ctas == 1)
-    for keeps, most in ((True, device.shared_bytes // 2), (True, device.shared_bytes), (False, device.shared_bytes)):
-        if keeps and PASSES[operation] == 1:
-            continue
-        narrowest = 64 if keeps and size >= MOST_BYTES else 32
-        found = [
-            one
-            for one in tile_schedules(n, element, operation, device, keeps)
-            if one.bytes(n, ACCUMULATE[element]) <= most
-            and min(narrowest, row) <= one.vectors * 16 <= min(PREFERRED_BYTES_ACROSS, row)
-        ]
-
-        def order(one: TileSchedule) -> tuple[int, ...]:
-            ctas = _ceil(columns, one.tile) * one.ctas * times
-            missing = max(0, 19 * device.multiprocessors // 10 - ctas)
-            return missing, *((-one.vectors, one.ctas) if size >= MOST_BYTES else (one.ctas, -one.vectors))
-
-        if found:
-            return min(found, key=order)
-    raise AssertionError("a schedule that keeps nothing always fits")
+    narrow = (one for one in streaming if one.vectors * 16 <= PREFERRED_BYTES_ACROSS)
+    return kept(2) or kept(1) or min(narrow, key=order)
 
 
 def _read_twice(streaming: list[TileSchedule], columns: int, n: int, device: GPU) -> TileSchedule:
@@ -724,12 +819,11 @@ def _read_twice(streaming: list[TileSchedule], columns: int, n: int, device: GPU
 
 def _reading_speed(one: TileSchedule, columns: int, times: int, device: GPU) -> float:
     """Relative to the fastest: the share of multiprocessors that have work to the end, and what an H200 has shown."""
-    of_width = {16: 1.06, 8: 1.0, 4: 0.85, 2: 0.7, 1: 0.5}[one.vectors]
     of_cluster = {1: 1.0, 2: 0.93, 4: 0.72, 8: 0.6}[one.ctas]
     ctas = _ceil(columns, one.tile) * one.ctas * times
     is_alone = ctas <= device.multiprocessors
     places = device.multiprocessors * (1 if is_alone else STREAMING_CTAS)
-    return of_width * of_cluster * (0.92 if is_alone else 1.0) * ctas / (_ceil(ctas, places) * places)
+    return OF_WIDTH[one.vectors] * of_cluster * (0.9 if is_alone else 1.0) * ctas / (_ceil(ctas, places) * places)
 
 
 def tile_items(one: TileSchedule, items: int, device: GPU) -> int:
@@ -737,7 +831,19 @@ def tile_items(one: TileSchedule, items: int, device: GPU) -> int:
     return items if one.keeps else min(items, max(1, STREAMING_CTAS * device.multiprocessors // one.ctas))
 
 
-STREAMING_CTAS = 2
+def tile_phase(one: TileSchedule, items: int, device: GPU) -> int:
+    """CTAs that begin to read at the same time, one of each multiprocessor, if tiles are kept and many; or 0: all."""
+    is_much = one.keeps and items * one.ctas >= 2 * KEEPING_CTAS * device.multiprocessors
+    return device.multiprocessors // one.ctas * one.ctas if is_much else 0
+
+
+OF_WIDTH = {16: 1.06, 8: 1.0, 4: 0.85, 2: 0.7, 1: 0.5}
+"""How fast tiles of so many vectors are read, relative to those of 8."""
+MAX_TEAM_SUMS = 4096
+"""That a CTA reads where a team meets, if columns are many."""
+CLUSTER_US, MEETING_US, PIECE_US = 0.5, 10, 0.01
+"""That a cluster takes to begin and to meet, and a team anywhere on the GPU; and that each of its pieces does."""
+STREAMING_CTAS, KEEPING_CTAS = 2, 3
 """Of a multiprocessor."""
 PREFERRED_BYTES_ACROSS = 128
 """Of a tile, of every element."""
@@ -897,17 +1003,21 @@ def column_kernel(operation: str, element: str, accumulate: str, width: int, in_
     )
 
 
-def tile_kernel(operation: str, element: str, out_dtype: str) -> Kernel:
+def tile_kernel(operation: str, element: str, out_dtype: str, schedule: TileSchedule) -> Kernel:
     """The kernel of column_tiles.cu; operation "chunks" sums chunks."""
     return Kernel(
         "column_tiles.cu",
         (
             *_typed_macros(operation, element, out_dtype),
             ("PASSES", PASSES[operation]),
+            ("SUMS", 2 if operation in VARIANCES else 1),
             ("IS_OF_CHUNKS", str(operation == "chunks").lower()),
+            ("KEPT", str(schedule.keeps).lower()),
+            ("SPREAD", str(schedule.spread).lower()),
             ("DEPTH", DEPTH),
+            ("LEVELS", schedule.levels),
             ("THREADS", TILE_THREADS),
-            ("CTAS", tile_ctas(operation, element)),
+            ("CTAS", tile_ctas(operation, element, schedule.keeps, schedule.spread)),
         ),
     )
 
@@ -968,10 +1078,13 @@ def reduction_kernels(compute_capability: int) -> Iterator[Kernel]:
         if has_clusters and element in LONG_ELEMENTS:
             found[long_kernel("var", element)] = None
         if element != ANY:
-            found[tile_kernel("chunks", element, accumulate)] = None
+            one = TileSchedule(vector_width(element), 1, 1, 1, False)
+            ways = [one._replace(keeps=keeps, spread=spread) for keeps in (False, True) for spread in (False, True)]
+            found[tile_kernel("chunks", element, accumulate, ways[0])] = None
             for operation in filter((COLUMN_OPERATIONS - WEIGHT_GRADIENTS).__contains__, OPERATIONS):
                 for out_dtype in (element, accumulate):
-                    found[tile_kernel(operation, element, out_dtype)] = None
+                    for way in ways if PASSES[operation] > 1 else ways[:1]:
+                        found[tile_kernel(operation, element, out_dtype, way)] = None
                     found[short_kernel(operation, element, out_dtype)] = None
                 if operation in SHORT_TILE_OPERATIONS:
                     found[short_tile_kernel(operation, element, accumulate)] = None

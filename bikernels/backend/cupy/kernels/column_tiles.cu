@@ -1,15 +1,18 @@
 // Reductions along a strided axis, of columns that lie side by side in whole 16-byte vectors: a tile of them per CTA, or
-// per cluster (sm_90 on), whose CTAs share its pieces: its chunks, or equal shares of the lanes of each chunk.
+// per team of CTAs, which share its pieces: its chunks, or equal shares of the lanes of each chunk. A team is a cluster
+// (sm_90 on), or as many CTAs as there are pieces, anywhere on the GPU, which meet in global memory.
 //
 // A thread has the columns of one vector and some neighbouring lanes of a piece. It copies its elements to shared memory
-// (cp.async), where it alone reads them: always some ahead of those that it works on, and all of them are kept where they
-// fit. A lane's elements are added one after the other, the lanes by a stack of partial sums, those of the threads by
+// (cp.async), where it alone reads them: all at once, if they are kept there, or always some ahead of those that it works
+// on. A lane's elements are added one after the other, the lanes by a stack of partial sums, those of the threads by
 // shuffles and through shared memory; the pieces are the lowest levels of a tree that chunks continue.
 //
 // OPERATION: a struct below. ELEMENT: the dtype of x; ACCUMULATE: float or double. RESULT: the dtype of softmax's results,
-// that of x or the accumulate dtype. PASSES: how often it uses each element.
-// DEPTH: groups of copies on their way. THREADS: of a CTA; CTAS: of a multiprocessor. IS_OF_CHUNKS: whether each chunk is
-// reduced apart.
+// that of x or the accumulate dtype. PASSES: how often it uses each element; SUMS: how many of them are sums. KEPT:
+// whether shared memory holds all of a tile from its first pass to its last. SPREAD: whether a team meets in global
+// memory; all teams are on the GPU at once then. DEPTH: groups of copies on their way, if they are not kept. LEVELS: of
+// the tree, in a thread: it has at most 2^LEVELS lanes of a piece. THREADS: of a CTA; CTAS: of a multiprocessor.
+// IS_OF_CHUNKS: whether each chunk is reduced apart.
 #include "hopper.cuh"
 #include "softmax.cuh"
 
@@ -22,7 +25,27 @@ constexpr bool PRECISE = is_same<RESULT, A>::value;
 constexpr int VECTOR = 16, WIDTH = VECTOR / sizeof(X);  // bytes and columns of a thread
 constexpr int AT_ONCE = 4;                 // elements of a lane that are one group of copies
 constexpr int WARPS = THREADS / WARP;
-constexpr int LEVELS = 3;                  // of the tree, in a thread: it has at most 8 lanes of a piece
+constexpr int FEW_CTAS = 512;              // of a launch: they all begin at once
+constexpr int BYTES_OF_A_CYCLE = 13;       // that a multiprocessor reads if all do, roughly
+
+// What CTAs that meet in global memory share, one word for each number. A word is 0 until it has been written, so that
+// who reads it knows; it is the complement of the number's bits, of which no number has only ones.
+template <class T>
+struct WordOf {
+    using Type = unsigned;
+};
+template <>
+struct WordOf<double> {
+    using Type = unsigned long long;
+};
+using Word = WordOf<A>::Type;
+
+__device__ __forceinline__ Word word_of(float x) { return ~to_float32_bits(x); }
+__device__ __forceinline__ Word word_of(double x) { return ~to_float64_bits(x); }
+__device__ __forceinline__ Word word_of(unsigned x) { return ~static_cast<Word>(x); }
+__device__ __forceinline__ void of_word(Word word, float& x) { x = __uint_as_float(~word); }
+__device__ __forceinline__ void of_word(Word word, double& x) { x = __longlong_as_double(~word); }
+__device__ __forceinline__ void of_word(Word word, unsigned& x) { x = ~word; }
 
 template <class T>
 struct Add {
@@ -35,6 +58,7 @@ struct Larger {
 struct Tile {
     const Reduction& p;
     const void* const all;
+    Word* const meeting;          // of teams that meet in global memory
     const int bits;               // the logarithm of the vectors of a tile
     const int part_bits;          // the logarithm of the pieces of a chunk
     const int columns;            // of a tile
@@ -44,30 +68,33 @@ struct Tile {
     const int together;           // elements of a lane in a group
     const int round_bits;         // the logarithm of a lane's groups in a piece
     const int room;               // groups in shared memory
-    int rank, ctas;               // of this CTA, of the cluster
-    bool is_kept;                 // whether all elements of a tile stay there
+    int rank, ctas;               // of this CTA, of the team
     uint4* const slots;             // of this thread; every THREADS of them one more
-    A *partial, *sums, *maxima, *values;  // of two folds, every warp; of the pieces; of every CTA; anything
+    // Of two folds, every warp; of the pieces, in two passes; of every CTA; anything.
+    A *partial, *sums, *other_sums, *maxima, *values;
     unsigned* counts;             // of every CTA
     int folds = 0;
     // The item that is reduced, and the next group of it to use.
     long long first;  // column
     int only, n;      // the chunk, or -1; elements of this thread's columns
     int out_place;
+    Word* words;  // of a team that meets in global memory: what it shares next of the item
     // The item that is copied, and the next group of it.
     long long in_item;
     const X* in_x;
     int in_n;  // -1: none
     int in_pass, in_piece, in_group, in_place;
-    bool has_vectors, is_copying;
+    bool has_vectors;
 
+    static constexpr int EIGHT = 8;  // sums that a thread folds at once
     static_assert(SUM_CHUNK / SUM_LANES <= 2 * AT_ONCE, "a lane has one group in a piece, or two");
 
     // `shared` has the bytes of TileSchedule (schedules.py).
-    __device__ __forceinline__ Tile(const Reduction& p, int bits, int part_bits, int room, const void* all,
-                                    unsigned char* shared)
+    __device__ __forceinline__ Tile(const Reduction& p, int bits, int part_bits, int room, int team, const void* all,
+                                    void* meeting, unsigned char* shared)
         : p(p),
           all(all),
+          meeting(static_cast<Word*>(meeting)),
           bits(bits),
           part_bits(part_bits),
           columns(WIDTH << bits),
@@ -82,15 +109,21 @@ struct Tile {
           rank(0),
           ctas(1),
           slots(reinterpret_cast<uint4*>(shared) + threadIdx.x) {
+        if constexpr (SPREAD) {
+            rank = blockIdx.x % team;
+            ctas = team;
+        } else {
 #if __CUDA_ARCH__ >= 900
-        rank = cluster_rank();
-        ctas = cluster_size();
+            rank = cluster_rank();
+            ctas = cluster_size();
 #endif
-        is_kept = PASSES > 1 && (pieces + ctas - 1) / ctas * (lanes << round_bits) == room;
+        }
         partial = reinterpret_cast<A*>(shared + room * together * THREADS * VECTOR);
         sums = partial + 2 * WARPS * columns;
-        maxima = sums + pieces * columns;
-        values = maxima + ctas * columns;
+        const int of_sums = (SPREAD ? (pieces + EIGHT - 1) / EIGHT : pieces) * columns;
+        other_sums = sums + (SUMS > 1 || SPREAD ? of_sums : 0);
+        maxima = other_sums + of_sums;
+        values = maxima + (SPREAD ? 1 : ctas) * columns;
         counts = reinterpret_cast<unsigned*>(values + columns);
     }
 
@@ -108,6 +141,10 @@ struct Tile {
     // Go to an item.
     __device__ __forceinline__ void move(long long item) {
         place(item, first, only, n);
+        if constexpr (SPREAD) {
+            const int places = PASSES == SUMS ? SUMS * pieces : 2 * ctas + pieces;  // of variances, or exponentials
+            words = meeting + item * places * columns;
+        }
     }
 
     // ---------------------------------------------------------------------------------------------------------- copies
@@ -118,16 +155,39 @@ struct Tile {
         out_place = in_pass = in_group = in_place = 0;
         in_piece = rank;
         copy_from(item);
-        is_copying = true;
 #pragma unroll 1
-        for (int group = 0; group < DEPTH; group++) copy_group<AHEAD>();
+        for (int group = 0; group < (KEPT ? room : DEPTH); group++) {
+            copy_group<AHEAD>();
+            if (!AHEAD) commit_copies();
+        }
     }
 
-    // Calls work(i, raw) for the elements of the next group, of which the first is `first`.
-    template <bool UNROLLED, class Work>
+    // Before the last pass over what is kept: of many CTAs, the last ones let the next kernel begin.
+    __device__ __forceinline__ void before_last_pass() const {
+        if (KEPT && gridDim.x > FEW_CTAS) launch_dependents();
+    }
+
+    // Wait for a group that is kept, which so many others have followed.
+    static __device__ __forceinline__ void await_kept(int later) {
+        switch (min(later, 5)) {
+            case 0: return wait_for_copies<0>();
+            case 1: return wait_for_copies<1>();
+            case 2: return wait_for_copies<2>();
+            case 3: return wait_for_copies<3>();
+            case 4: return wait_for_copies<4>();
+            default: return wait_for_copies<5>();
+        }
+    }
+
+    // Calls work(i, vector) for the elements of the next group, of which the first is `first`.
+    template <bool UNROLLED, bool FIRST_PASS, class Work>
     __device__ __forceinline__ void use_group(int first, Work work) {
-        if (is_copying) wait_for_copies<DEPTH - 1>();
-        const uint4* const from = slots + out_place * together * THREADS;
+        if constexpr (!KEPT) {
+            wait_for_copies<DEPTH - 1>();
+        } else if (FIRST_PASS) {
+            await_kept(room - 1 - out_place);
+        }
+        uint4* const from = slots + out_place * together * THREADS;
         if (UNROLLED && together == AT_ONCE && first + (AT_ONCE - 1) * SUM_LANES < n) {
             uint4 raw[AT_ONCE];
 #pragma unroll
@@ -140,22 +200,26 @@ struct Tile {
                 work(first + j * SUM_LANES, from[j * THREADS]);
         }
         out_place = out_place + 1 == room ? 0 : out_place + 1;
-        if (is_copying) copy_group<false>();
+        if constexpr (!KEPT) {
+            copy_group<false>();
+            commit_copies();
+        }
     }
 
-    // Calls work(i, raw) for all elements of the thread.
-    template <bool UNROLLED, class Work>
+    // Calls work(i, vector) for all elements of the thread.
+    template <bool UNROLLED, bool FIRST_PASS, class Work>
     __device__ __forceinline__ void for_elements(Work work) {
 #pragma unroll 1
         for (int piece = rank; piece < pieces; piece += ctas) {
 #pragma unroll 1
-            for (int group = 0; group < lanes << round_bits; group++) use_group<UNROLLED>(position(piece, group), work);
+            for (int group = 0; group < lanes << round_bits; group++)
+                use_group<UNROLLED, FIRST_PASS>(position(piece, group), work);
         }
         end_pass();
     }
 
-    // The sum of each piece, of what add(i, raw, lane) adds of element i to a lane, to `sums` of every CTA.
-    template <bool UNROLLED, class Term>
+    // Share the sum of each piece, of what add(i, vector, lane) adds of element i to a lane.
+    template <bool UNROLLED, bool FIRST_PASS, class Term>
     __device__ __forceinline__ void sum_pieces(Term add) {
 #pragma unroll 1
         for (int piece = rank; piece < pieces; piece += ctas) {
@@ -166,20 +230,27 @@ struct Tile {
                 for (int w = 0; w < WIDTH; w++) sum[w] = 0;
 #pragma unroll 1
                 for (int round = 0; round <= round_bits; round++)
-                    use_group<UNROLLED>(position(piece, (lane << round_bits) + round),
-                                        [&](int i, uint4 raw) { add(i, raw, sum); });
+                    use_group<UNROLLED, FIRST_PASS>(position(piece, (lane << round_bits) + round),
+                                                    [&](int i, uint4& raw) { add(i, raw, sum); });
                 push<0>(lane, sum, waiting);
             }
-            fold(sum, sums + piece * columns, Add<A>());
+            const A of_piece = fold(sum, Add<A>());
+            if (threadIdx.x < columns) {
+                if constexpr (SPREAD) {
+                    show(piece, of_piece);
+                } else {
+                    share(sums + piece * columns + threadIdx.x, of_piece);
+                }
+            }
         }
         end_pass();
     }
 
     // ----------------------------------------------------------------------------------------------------------- folds
 
-    // Fold the threads' values, as neighbours, and write them to `array` of every CTA.
+    // Fold the threads' values, as neighbours: each of the first threads gets that of one column.
     template <class T, class Fold>
-    __device__ __forceinline__ void fold(T (&value)[WIDTH], T* array, Fold fold) {
+    __device__ __forceinline__ T fold(T (&value)[WIDTH], Fold fold) {
 #pragma unroll 1
         for (int mask = 1 << bits; mask < WARP; mask *= 2) {
 #pragma unroll
@@ -191,23 +262,28 @@ struct Tile {
             for (int w = 0; w < WIDTH; w++) of_warps[warp_id() * columns + left + w] = value[w];
         }
         __syncthreads();
-        if (threadIdx.x < columns) {
-            share(array + threadIdx.x, fold_warps<WARPS>(of_warps + threadIdx.x, fold));
-        }
+        return threadIdx.x < columns ? fold_warps<WARPS>(of_warps + threadIdx.x, fold) : T(0);
     }
 
-    // The sum of the pieces, to the first one; all have met.
-    __device__ __forceinline__ void fold_pieces() const {
-#pragma unroll 1
-        for (int apart = 1; apart < pieces; apart *= 2) {
-            const int pairs = (pieces - apart + 2 * apart - 1) / (2 * apart);
-#pragma unroll 1
-            for (int item = threadIdx.x; item < pairs * columns; item += THREADS) {
-                const int at = item & (columns - 1), piece = (item >> bits) / WIDTH * 2 * apart;
-                sums[piece * columns + at] += sums[(piece + apart) * columns + at];
-            }
-            __syncthreads();
+    // sums[at] becomes the sum of all pieces of each column. FOR_ALL: in every CTA; else in the first, and the others get
+    // false.
+    template <bool FOR_ALL>
+    __device__ __forceinline__ bool collect() {
+        if (!SPREAD) sync_ctas(ctas);
+        if (!FOR_ALL && rank > 0) return false;
+        if constexpr (SPREAD) {
+            collect_words(pieces, sums, Add<A>(), A(0));
+        } else {
+            fold_arrays(pieces, sums, Add<A>());
         }
+        return true;
+    }
+
+    // Let the next sums have a place of their own; some CTAs may still be reading these.
+    __device__ __forceinline__ void turn() {
+        A* const others = other_sums;
+        other_sums = sums;
+        sums = others;
     }
 
     // values[at] = value(at) of each column, then of[w] those of the thread's.
@@ -218,6 +294,119 @@ struct Tile {
 #pragma unroll
         for (int w = 0; w < WIDTH; w++) of[w] = values[left + w];
     }
+
+    // Share the maximum of column threadIdx.x; then maximum_of(at) is that of each column.
+    __device__ __forceinline__ void share_maximum(A maximum) {
+        if constexpr (SPREAD) {
+            if (threadIdx.x < columns) show(rank, maximum);
+            collect_words(ctas, sums, Larger(), lowest<A>());
+            if (threadIdx.x < columns) maxima[threadIdx.x] = sums[threadIdx.x];
+            __syncthreads();
+        } else {
+            if (threadIdx.x < columns) share(maxima + rank * columns + threadIdx.x, maximum);
+            sync_ctas(ctas);
+        }
+    }
+    __device__ __forceinline__ A maximum_of(int at) const {
+        A maximum = maxima[at];
+        if (SPREAD) return maximum;
+        for (int cta = 1; cta < ctas; cta++) maximum = larger_nan(maximum, maxima[cta * columns + at]);
+        return maximum;
+    }
+
+    // What this CTA counts of each column. They are shared before the sums are collected; then count_of(at) is that of
+    // each column, of CTAs that have collected the counts, too.
+    __device__ __forceinline__ unsigned* own_counts() const { return counts + (SPREAD ? 0 : rank * columns); }
+    __device__ __forceinline__ void share_counts() const {
+        if (!SPREAD && ctas == 1) return;
+        __syncthreads();
+        if (threadIdx.x >= columns) return;
+        const unsigned own = own_counts()[threadIdx.x];
+        if constexpr (SPREAD) {
+            show(pieces + rank, own);
+        } else {
+            share(own_counts() + threadIdx.x, own);
+        }
+    }
+    __device__ __forceinline__ void collect_counts() {
+        if constexpr (SPREAD) {
+            unsigned* const all = reinterpret_cast<unsigned*>(other_sums);
+            collect_words(ctas, all, Add<unsigned>(), 0u);
+            if (threadIdx.x < columns) counts[threadIdx.x] = all[threadIdx.x];
+            __syncthreads();
+        }
+    }
+    __device__ __forceinline__ unsigned count_of(int at) const {
+        if (SPREAD) return counts[at];
+        unsigned all = 0;
+        for (int cta = 0; cta < ctas; cta++) all += counts[cta * columns + at];
+        return all;
+    }
+
+    // No CTA of a cluster writes to another that has not started.
+    __device__ __forceinline__ void arrive_at_start() const {
+#if __CUDA_ARCH__ >= 900
+        if (!SPREAD && ctas > 1) arrive_at_cluster();
+#endif
+    }
+    __device__ __forceinline__ void await_start() const {
+#if __CUDA_ARCH__ >= 900
+        if (!SPREAD && ctas > 1) wait_for_cluster();
+#endif
+    }
+
+    // Between items: shared memory is free.
+    __device__ __forceinline__ void part() const {
+        if constexpr (SPREAD) {
+            __syncthreads();
+        } else {
+            sync_ctas(ctas);
+        }
+    }
+
+  private:
+    // Fold `count` numbers of each column that the team shares, to array[at]; `nothing` changes no number.
+    template <class T, class Fold>
+    __device__ __forceinline__ void collect_words(int count, T* array, Fold fold, T nothing) {
+        const int groups = (count + EIGHT - 1) / EIGHT;
+#pragma unroll 1
+        for (int item = threadIdx.x; item < groups * columns; item += THREADS) {
+            const int at = item & (columns - 1), first = (item >> bits) / WIDTH * EIGHT;
+            Word read[EIGHT];
+            bool are_there;
+            do {
+                are_there = true;
+#pragma unroll
+                for (int j = 0; j < EIGHT; j++) {
+                    read[j] = 1;
+                    if (first + j < count) read[j] = seen(words + (first + j) * columns + at);
+                    are_there &= read[j] != 0;
+                }
+            } while (!are_there);
+            T of[EIGHT];
+#pragma unroll
+            for (int j = 0; j < EIGHT; j++) {
+                of_word(read[j], of[j]);
+                if (first + j >= count) of[j] = nothing;
+            }
+#pragma unroll
+            for (int half = EIGHT / 2; half > 0; half /= 2) {
+#pragma unroll
+                for (int j = 0; j < half; j++) of[j] = fold(of[2 * j], of[2 * j + 1]);
+            }
+            array[item] = of[0];
+        }
+        __syncthreads();
+        fold_arrays(groups, array, fold);
+        words += count * columns;  // what is shared next
+    }
+
+    // Let the team see a number of column threadIdx.x.
+    template <class T>
+    __device__ __forceinline__ void show(int place, T number) const {
+        *const_cast<volatile Word*>(words + place * columns + threadIdx.x) = word_of(number);
+    }
+    static __device__ __forceinline__ Word seen(const Word* word) { return *const_cast<const volatile Word*>(word); }
 
     template <class T>
     __device__ __forceinline__ void share(T* at, T value) const {
@@ -230,10 +419,22 @@ struct Tile {
         *at = value;
     }
 
-    // Wait for all; what they shared before can then be read.
-    __device__ __forceinline__ void meet() const { sync_ctas(ctas); }
+    // Fold `count` arrays of a number for each column, as neighbours, to the first one.
+    template <class T, class Fold>
+    __device__ __forceinline__ void fold_arrays(int count, T* array, Fold fold) const {
+#pragma unroll 1
+        for (int apart = 1; apart < count; apart *= 2) {
+            const int pairs = (count - apart + 2 * apart - 1) / (2 * apart);
+#pragma unroll 1
+            for (int item = threadIdx.x; item < pairs * columns; item += THREADS) {
+                const int at = item & (columns - 1), first = (item >> bits) / WIDTH * 2 * apart;
+                T& left = array[first * columns + at];
+                left = fold(left, array[(first + apart) * columns + at]);
+            }
+            __syncthreads();
+        }
+    }
 
-  private:
     __device__ __forceinline__ void place(long long item, long long& column, int& chunk, int& length) const {
         chunk = -1;
         long long n = p.n;
@@ -260,51 +461,47 @@ struct Tile {
 
     template <bool AHEAD>
     __device__ __forceinline__ void copy_group() {
-        if (in_n >= 0) {
-            const int first = position(in_piece, in_group);
-            const long long step = p.step[OF_X];
-            uint4* to = slots + in_place * together * THREADS;
-            const X* from = in_x + first * step;
+        if (in_n < 0) return;
+        const int first = position(in_piece, in_group);
+        const long long step = p.step[OF_X];
+        uint4* to = slots + in_place * together * THREADS;
+        const X* from = in_x + first * step;
 #pragma unroll
-            for (int j = 0; j < AT_ONCE; j++) {
-                if (j < together && first + j * SUM_LANES < in_n) {
-                    if (AHEAD) {
-                        prefetch_line(from + j * SUM_LANES * step);
-                    } else if (has_vectors) {
-                        copy_vector_async(shared_address(to + j * THREADS), from + j * SUM_LANES * step);
-                    } else {
-                        X* const one = reinterpret_cast<X*>(to + j * THREADS);
+        for (int j = 0; j < AT_ONCE; j++) {
+            if (j < together && first + j * SUM_LANES < in_n) {
+                if (AHEAD) {
+                    prefetch_line(from + j * SUM_LANES * step);
+                } else if (has_vectors) {
+                    copy_vector_async(shared_address(to + j * THREADS), from + j * SUM_LANES * step);
+                } else {
+                    X* const one = reinterpret_cast<X*>(to + j * THREADS);
 #pragma unroll 1
-                        for (int w = 0; w < WIDTH; w++) one[w] = from[j * SUM_LANES * step + w];
-                    }
+                    for (int w = 0; w < WIDTH; w++) one[w] = from[j * SUM_LANES * step + w];
                 }
             }
-            in_place = in_place + 1 == room ? 0 : in_place + 1;
-            if (++in_group == lanes << round_bits) {
-                in_group = 0;
-                in_piece += ctas;
-                if (in_piece >= pieces) next_pass();
-            }
         }
-        if (!AHEAD) commit_copies();
+        in_place = in_place + 1 == room ? 0 : in_place + 1;
+        if (++in_group == lanes << round_bits) {
+            in_group = 0;
+            in_piece += ctas;
+            if (in_piece >= pieces) next_pass();
+        }
     }
 
     // Elements that are not kept are copied once more in each pass, and after the last one those of the next item.
     __device__ __forceinline__ void next_pass() {
         in_piece = rank;
-        if (is_kept) {
+        if constexpr (KEPT) {
             in_n = -1;
         } else if (++in_pass == PASSES) {
             in_pass = 0;
             copy_from(in_item + gridDim.x / ctas);
+            if (in_n < 0) launch_dependents();  // which bring what they begin with to the L2
         }
     }
 
     __device__ __forceinline__ void end_pass() {
-        if (is_kept) {
-            is_copying = false;
-            out_place = 0;
-        }
+        if constexpr (KEPT) out_place = 0;
     }
 
     // Add lane number `lane` to the sums that wait: afterwards `sum` is the last neighbours' sum.
@@ -340,20 +537,19 @@ __device__ __forceinline__ void add_elements(uint4 raw, A (&lane)[WIDTH]) {
     for (int w = 0; w < WIDTH; w++) lane[w] += v[w];
 }
 
-// Write result(at) for each column of the tile.
+// Write result(at) for each column of the tile, by one CTA.
 template <class Result>
 __device__ __forceinline__ void write_columns(const Tile& tile, void* out, Result result) {
     const Reduction& p = tile.p;
     const int at = threadIdx.x;
-    if (tile.rank == 0 && at < tile.columns && tile.first + at < p.rows)
+    if (at < tile.columns && tile.first + at < p.rows)
         store(out, p.row_offset<OF_OUT>(tile.first + at), p.out_dtype(), result(at));
 }
 
 struct Mean {
     static __device__ __forceinline__ void run(Tile& tile, const Reduction& p, void* out) {
-        tile.sum_pieces<true>([](int, uint4 raw, A(&lane)[WIDTH]) { add_elements(raw, lane); });
-        tile.meet();
-        tile.fold_pieces();
+        tile.sum_pieces<true, true>([](int, uint4 raw, A(&lane)[WIDTH]) { add_elements(raw, lane); });
+        if (!tile.collect<false>()) return;
         write_columns(tile, out, [&](int at) { return tile.sums[at] / static_cast<A>(p.divisor); });
     }
 };
@@ -361,24 +557,23 @@ struct Mean {
 // Of one chunk: an element of the tree's next level, sums[chunk][column].
 struct ChunkSum {
     static __device__ __forceinline__ void run(Tile& tile, const Reduction& p, void* out) {
-        tile.sum_pieces<true>([](int, uint4 raw, A(&lane)[WIDTH]) { add_elements(raw, lane); });
-        tile.meet();
-        tile.fold_pieces();
+        tile.sum_pieces<true, true>([](int, uint4 raw, A(&lane)[WIDTH]) { add_elements(raw, lane); });
+        if (!tile.collect<false>()) return;
         const int at = threadIdx.x;
-        if (tile.rank == 0 && at < tile.columns && tile.first + at < p.rows)
+        if (at < tile.columns && tile.first + at < p.rows)
             static_cast<A*>(out)[tile.only * p.rows + tile.first + at] = tile.sums[at];
     }
 };
 
 struct Variance {
     static __device__ __forceinline__ void run(Tile& tile, const Reduction& p, void* out) {
-        tile.sum_pieces<true>([](int, uint4 raw, A(&lane)[WIDTH]) { add_elements(raw, lane); });
-        tile.meet();
-        tile.fold_pieces();
+        tile.sum_pieces<true, true>([](int, uint4 raw, A(&lane)[WIDTH]) { add_elements(raw, lane); });
+        tile.collect<true>();
         A mean[WIDTH];
         tile.column_values(mean, [&](int at) { return tile.sums[at] / static_cast<A>(p.n); });
-        tile.meet();  // every CTA has read what the next sums overwrite
-        tile.sum_pieces<true>([&](int, uint4 raw, A(&lane)[WIDTH]) {
+        tile.turn();
+        tile.before_last_pass();
+        tile.sum_pieces<true, false>([&](int, uint4 raw, A(&lane)[WIDTH]) {
             A v[WIDTH];
             unpack(raw, static_cast<X*>(nullptr), v);
 #pragma unroll
@@ -387,8 +582,7 @@ struct Variance {
                 lane[w] += y * y;
             }
         });
-        tile.meet();
-        tile.fold_pieces();
+        if (!tile.collect<false>()) return;
         write_columns(tile, out, [&](int at) {
             const A variance = tile.sums[at] / static_cast<A>(p.divisor);
             return p.logarithm ? root(variance) : variance;
@@ -398,162 +592,220 @@ struct Variance {
 
 // --------------------------------------------------------------------------------------------------------- exponentials
 
-// The maxima of the thread's columns; a NaN where there is one.
+// The largest elements of the thread's columns, a NaN where there is one, and the smallest, of float; a NaN is overlooked.
 template <class T>
-struct Maxima {
-    A maximum[WIDTH];
+struct Extremes {
+    A largest[WIDTH], smallest[WIDTH];
 
-    __device__ __forceinline__ Maxima() {
+    __device__ __forceinline__ Extremes() {
 #pragma unroll
-        for (int w = 0; w < WIDTH; w++) maximum[w] = lowest<A>();
+        for (int w = 0; w < WIDTH; w++) {
+            largest[w] = lowest<A>();
+            smallest[w] = -lowest<A>();
+        }
     }
     __device__ __forceinline__ void add(uint4 raw) {
         A v[WIDTH];
         unpack(raw, static_cast<X*>(nullptr), v);
 #pragma unroll
-        for (int w = 0; w < WIDTH; w++) maximum[w] = larger_nan(maximum[w], v[w]);
+        for (int w = 0; w < WIDTH; w++) {
+            largest[w] = larger_nan(largest[w], v[w]);
+            if constexpr (is_same<A, float>::value) smallest[w] = fminf(smallest[w], v[w]);
+        }
     }
-    __device__ __forceinline__ void get(A (&v)[WIDTH]) const {
+    __device__ __forceinline__ void get_largest(A (&v)[WIDTH]) const {
 #pragma unroll
-        for (int w = 0; w < WIDTH; w++) v[w] = maximum[w];
+        for (int w = 0; w < WIDTH; w++) v[w] = largest[w];
+    }
+    __device__ __forceinline__ void get_smallest(A (&v)[WIDTH]) const {
+#pragma unroll
+        for (int w = 0; w < WIDTH; w++) v[w] = smallest[w];
     }
 };
 #if __CUDA_ARCH__ >= 800
 template <class T>
-struct PairMaxima {
-    uint4 pairs;
+struct PairExtremes {
+    uint4 largest, smallest;
 
-    __device__ __forceinline__ PairMaxima(unsigned lowest) : pairs(make_uint4(lowest, lowest, lowest, lowest)) {}
+    __device__ __forceinline__ PairExtremes(unsigned low, unsigned high)
+        : largest(make_uint4(low, low, low, low)), smallest(make_uint4(high, high, high, high)) {}
     __device__ __forceinline__ void add(uint4 raw) {
         T* const x = nullptr;
-        pairs = make_uint4(max_nan_pair(pairs.x, raw.x, x), max_nan_pair(pairs.y, raw.y, x),
-                           max_nan_pair(pairs.z, raw.z, x), max_nan_pair(pairs.w, raw.w, x));
+        largest = make_uint4(max_nan_pair(largest.x, raw.x, x), max_nan_pair(largest.y, raw.y, x),
+                             max_nan_pair(largest.z, raw.z, x), max_nan_pair(largest.w, raw.w, x));
+        smallest = make_uint4(min_pair(smallest.x, raw.x, x), min_pair(smallest.y, raw.y, x),
+                              min_pair(smallest.z, raw.z, x), min_pair(smallest.w, raw.w, x));
     }
     template <class V>
-    __device__ __forceinline__ void get(V (&v)[8]) const {
-        unpack(pairs, static_cast<T*>(nullptr), v);
+    __device__ __forceinline__ void get_largest(V (&v)[8]) const {
+        unpack(largest, static_cast<T*>(nullptr), v);
+    }
+    template <class V>
+    __device__ __forceinline__ void get_smallest(V (&v)[8]) const {
+        unpack(smallest, static_cast<T*>(nullptr), v);
     }
 };
 template <>
-struct Maxima<bfloat16> : PairMaxima<bfloat16> {
-    __device__ __forceinline__ Maxima() : PairMaxima(0xFF80FF80u) {}
+struct Extremes<bfloat16> : PairExtremes<bfloat16> {
+    __device__ __forceinline__ Extremes() : PairExtremes(0xFF80FF80u, 0x7F807F80u) {}
 };
 template <>
-struct Maxima<float16> : PairMaxima<float16> {
-    __device__ __forceinline__ Maxima() : PairMaxima(0xFC00FC00u) {}
+struct Extremes<float16> : PairExtremes<float16> {
+    __device__ __forceinline__ Extremes() : PairExtremes(0xFC00FC00u, 0x7C007C00u) {}
 };
 #endif
 
-// t[w] = x - maximum of the thread's columns, and the errors of these differences. Returns whether all lie near enough
-// for exponential_near(); `most` becomes the largest.
-template <class T>
-__device__ __forceinline__ bool differences(uint4 raw, const T (&maximum)[WIDTH], T (&t)[WIDTH], T (&error)[WIDTH],
-                                            T& most) {
-    unpack(raw, static_cast<X*>(nullptr), t);
-#pragma unroll
-    for (int w = 0; w < WIDTH; w++) {
-        error[w] = 0;
-        t[w] = PRECISE ? difference(t[w], maximum[w], error[w]) : t[w] - maximum[w];
-    }
-    if constexpr (is_same<T, float>::value) {
-        float least = t[0];
-        most = t[0];
-#pragma unroll
-        for (int w = 1; w < WIDTH; w++) {
-            least = smaller_nan(least, t[w]);
-            most = fmaxf(most, t[w]);
-        }
-        return least > NEAR;
-    } else {
-        return false;
-    }
+__device__ __forceinline__ uint4 packed(const float (&v)[4]) {
+    return make_uint4(to_float32_bits(v[0]), to_float32_bits(v[1]), to_float32_bits(v[2]), to_float32_bits(v[3]));
+}
+__device__ __forceinline__ uint4 packed(const double (&v)[2]) {
+    union {
+        unsigned long long bits[2];
+        uint4 raw;
+    } all;
+    all.bits[0] = to_float64_bits(v[0]);
+    all.bits[1] = to_float64_bits(v[1]);
+    return all.raw;
 }
 
 enum class Form { SOFTMAX, LOG_SOFTMAX, LOGSUMEXP };
 
+// Where the elements of a warp lie: near enough to their maxima for exponential_near(), and whether some are the maximum.
+enum class Where { BELOW, AT_MAXIMUM, ANYWHERE };
+
 template <Form FORM>
 struct SoftmaxFamily {
+    // Exponentials that have room in the place of elements are kept there.
+    static constexpr bool KEEPS_EXPONENTIALS = KEPT && FORM == Form::SOFTMAX && is_same<X, A>::value;
+
     static __device__ __forceinline__ void run(Tile& tile, const Reduction& p, void* out) {
         A maximum[WIDTH];  // it is exact, so its order is free
+        Where where;
         {
-            Maxima<X> maxima;
-            tile.for_elements<true>([&](int, uint4 raw) { maxima.add(raw); });
-            maxima.get(maximum);
+            Extremes<X> extremes;
+                tile.for_elements<true, true>([&](int, uint4 raw) { extremes.add(raw); });
+            A own[WIDTH];
+            extremes.get_largest(own);
+            if (threadIdx.x < tile.columns) tile.own_counts()[threadIdx.x] = 0;
+            tile.share_maximum(tile.fold(own, Larger()));
+            tile.column_values(maximum, [&](int at) { return tile.maximum_of(at); });
+            where = find(extremes, maximum);
         }
-        tile.fold(maximum, tile.maxima + tile.rank * tile.columns, Larger());
-        if (threadIdx.x < tile.columns) tile.counts[tile.rank * tile.columns + threadIdx.x] = 0;
-        tile.meet();
-        const auto maximum_of = [&](int at) {
-            A m = tile.maxima[at];
-            for (int cta = 1; cta < tile.ctas; cta++) m = larger_nan(m, tile.maxima[cta * tile.columns + at]);
-            return m;
-        };
-#pragma unroll
-        for (int w = 0; w < WIDTH; w++) maximum[w] = maximum_of(tile.left + w);
 
         unsigned count[WIDTH / 2] = {};  // of two columns, in 16 bits each: a thread has fewer elements of a column
-        tile.sum_pieces<false>([&](int, uint4 raw, A(&lane)[WIDTH]) { add_terms(raw, maximum, lane, count); });
-        unsigned* const counts = tile.counts + tile.rank * tile.columns;
+        if (FORM == Form::LOGSUMEXP) tile.before_last_pass();
+        tile.sum_pieces<false, false>(
+            [&](int, uint4& raw, A(&lane)[WIDTH]) { add_terms(raw, maximum, where, lane, count); });
+        if (where != Where::BELOW) {
 #pragma unroll
-        for (int w = 0; w < WIDTH; w++) {
-            const unsigned one = count[w / 2] >> w % 2 * 16 & 0xFFFF;
-            if (one > 0) atomicAdd(counts + tile.left + w, one);
+            for (int w = 0; w < WIDTH; w++) {
+                const unsigned one = count[w / 2] >> w % 2 * 16 & 0xFFFF;
+                if (one > 0) atomicAdd(tile.own_counts() + tile.left + w, one);
+            }
         }
-        if (tile.ctas > 1) {
-            __syncthreads();
-            if (threadIdx.x < tile.columns) tile.share(counts + threadIdx.x, counts[threadIdx.x]);
-        }
-        tile.meet();
-        tile.fold_pieces();
+        tile.share_counts();
+        if (!tile.collect<FORM != Form::LOGSUMEXP>()) return;
+        tile.collect_counts();
         const auto normaliser_of = [&](int at) {
-            unsigned all = 0;
-            for (int cta = 0; cta < tile.ctas; cta++) all += tile.counts[cta * tile.columns + at];
-            return softmax_normaliser(static_cast<A>(all), tile.sums[at], FORM != Form::SOFTMAX);
+            return softmax_normaliser(static_cast<A>(tile.count_of(at)), tile.sums[at], FORM != Form::SOFTMAX);
         };
         if constexpr (FORM == Form::LOGSUMEXP) {
             write_columns(tile, out, [&](int at) {
-                const A m = maximum_of(at);
+                const A m = tile.maximum_of(at);
                 return m - m != 0 && m == m ? m : m + normaliser_of(at);
             });
-            return;
+        } else {
+            A normaliser[WIDTH];
+            tile.column_values(normaliser, normaliser_of);
+            // Rarely needed for results of 16 bits: they stay in shared memory.
+            if constexpr (FORM == Form::SOFTMAX && sizeof(RESULT) == 2) {
+                write(tile, p, out, maximum, normaliser, tile.values + tile.left, where);
+            } else {
+                write(tile, p, out, maximum, normaliser, normaliser, where);
+            }
         }
-        A normaliser[WIDTH];
-        tile.column_values(normaliser, normaliser_of);
-        write(tile, p, out, maximum, normaliser);
     }
 
   private:
-    static __device__ __forceinline__ void add_terms(uint4 raw, const A (&maximum)[WIDTH], A (&lane)[WIDTH],
-                                                     unsigned (&count)[WIDTH / 2]) {
-        A t[WIDTH], error[WIDTH], most;
-        if (differences(raw, maximum, t, error, most)) {
-            if constexpr (is_same<A, float>::value) {
-                float e[WIDTH];
+    static __device__ __forceinline__ Where find(const Extremes<X>& extremes, const A (&maximum)[WIDTH]) {
+        if constexpr (is_same<A, float>::value) {
+            A own[WIDTH], smallest[WIDTH];
+            extremes.get_largest(own);
+            extremes.get_smallest(smallest);
+            bool are_near = true, has_maximum = false;
 #pragma unroll
-                for (int w = 0; w < WIDTH; w++) e[w] = exponential_near<PRECISE>(t[w], error[w]);
-                if (most == 0) {
-#pragma unroll
-                    for (int w = 0; w < WIDTH; w++) {
-                        count[w / 2] += t[w] == 0 ? 1u << w % 2 * 16 : 0u;
-                        e[w] = t[w] == 0 ? 0.0f : e[w];
-                    }
-                }
-#pragma unroll
-                for (int w = 0; w < WIDTH; w++) lane[w] += e[w];
+            for (int w = 0; w < WIDTH; w++) {
+                are_near &= smallest[w] - maximum[w] > NEAR;
+                has_maximum |= own[w] == maximum[w];
             }
-            return;
+            if (__all_sync(~0u, are_near)) return __any_sync(~0u, has_maximum) ? Where::AT_MAXIMUM : Where::BELOW;
         }
+        return Where::ANYWHERE;
+    }
+
+    // t[w] = x - maximum of the thread's columns, and the errors of these differences.
+    static __device__ __forceinline__ void differences(uint4 raw, const A (&maximum)[WIDTH], A (&t)[WIDTH],
+                                                       A (&error)[WIDTH]) {
+        unpack(raw, static_cast<X*>(nullptr), t);
 #pragma unroll
         for (int w = 0; w < WIDTH; w++) {
-            count[w / 2] += t[w] == 0 ? 1u << w % 2 * 16 : 0u;
-            const A e = exponential(t[w], error[w]);
-            lane[w] += t[w] == 0 ? A(0) : e;
+            error[w] = 0;
+            t[w] = PRECISE ? difference(t[w], maximum[w], error[w]) : t[w] - maximum[w];
         }
     }
 
+    // e[w] = the exponentials of the thread's columns.
+    static __device__ __forceinline__ void exponentials_of(const A (&t)[WIDTH], const A (&error)[WIDTH], Where where,
+                                                           A (&e)[WIDTH]) {
+        if constexpr (is_same<A, float>::value) {
+            if (where != Where::ANYWHERE) {
+#pragma unroll
+                for (int w = 0; w < WIDTH; w++) e[w] = exponential_near<PRECISE>(t[w], error[w]);
+                return;
+            }
+        }
+#pragma unroll
+        for (int w = 0; w < WIDTH; w++) e[w] = exponential(t[w], error[w]);
+    }
+
+    static __device__ __forceinline__ void add_terms(uint4& raw, const A (&maximum)[WIDTH], Where where,
+                                                     A (&lane)[WIDTH], unsigned (&count)[WIDTH / 2]) {
+        A t[WIDTH], error[WIDTH], e[WIDTH];
+        differences(raw, maximum, t, error);
+        exponentials_of(t, error, where, e);
+        if constexpr (KEEPS_EXPONENTIALS) {
+            union {
+                A e[WIDTH];
+                uint4 raw;
+            } kept;
+#pragma unroll
+            for (int w = 0; w < WIDTH; w++) kept.e[w] = e[w];
+            raw = kept.raw;
+        }
+        bool has_maximum = where == Where::ANYWHERE;
+        if (where == Where::AT_MAXIMUM) {
+            A most = t[0];
+#pragma unroll
+            for (int w = 1; w < WIDTH; w++) most = larger_nan(most, t[w]);
+            has_maximum = most == 0;
+        }
+        if (has_maximum) {
+#pragma unroll
+            for (int w = 0; w < WIDTH; w++) {
+                count[w / 2] += t[w] == 0 ? 1u << w % 2 * 16 : 0u;
+                e[w] = t[w] == 0 ? A(0) : e[w];
+            }
+        }
+#pragma unroll
+        for (int w = 0; w < WIDTH; w++) lane[w] += e[w];
+    }
+
     // The results. A column has fewer than FEW elements, so that quotients need no other test than the exponentials.
+    // `normaliser` at first, and `divisor` to the end, are what exponentials are divided by.
+    template <class Divisors>
     static __device__ __forceinline__ void write(Tile& tile, const Reduction& p, void* out,
-                                                 const A (&maximum)[WIDTH], const A (&normaliser)[WIDTH]) {
+                                                 const A (&maximum)[WIDTH], const A (&normaliser)[WIDTH],
+                                                 const Divisors& divisor, Where where) {
         using R = RESULT;
         const long long start = p.row_offset<OF_OUT>(min(tile.first + tile.left, p.rows - WIDTH)), step = p.step[OF_OUT];
         const long long apart = p.dims.stride[OF_OUT][p.kept - 1];
@@ -564,26 +816,23 @@ struct SoftmaxFamily {
 #pragma unroll
             for (int w = 0; w < WIDTH; w++) reciprocal[w] = A(1) / normaliser[w];
         }
-        tile.for_elements<false>([&](int i, uint4 raw) {
+        tile.before_last_pass();
+        tile.for_elements<false, false>([&](int i, uint4 raw) {
             A t[WIDTH];
             if constexpr (FORM == Form::LOG_SOFTMAX) {
                 unpack(raw, static_cast<X*>(nullptr), t);
 #pragma unroll
                 for (int w = 0; w < WIDTH; w++) t[w] = t[w] - maximum[w] - normaliser[w];
             } else {
-                A error[WIDTH], most;
-                if (differences(raw, maximum, t, error, most)) {
-                    if constexpr (is_same<A, float>::value) {
-#pragma unroll
-                        for (int w = 0; w < WIDTH; w++) {
-                            const A exponential = exponential_near<PRECISE>(t[w], error[w]);
-                            t[w] = divide_near(exponential, normaliser[w], reciprocal[w]);
-                        }
-                    }
+                A e[WIDTH];
+                if constexpr (KEEPS_EXPONENTIALS) {
+                    unpack(raw, static_cast<X*>(nullptr), e);
                 } else {
-#pragma unroll
-                    for (int w = 0; w < WIDTH; w++) t[w] = exponential(t[w], error[w]) / normaliser[w];
+                    A error[WIDTH];
+                    differences(raw, maximum, t, error);
+                    exponentials_of(t, error, where, e);
                 }
+                divide(e, divisor, reciprocal, where, t);
             }
             R* const place = to + i * step;
             if (has_vectors) {
@@ -595,16 +844,35 @@ struct SoftmaxFamily {
         });
     }
 
+    template <class T, class Divisors>
+    static __device__ __forceinline__ void divide(const T (&e)[WIDTH], const Divisors& divisor,
+                                                  const T (&reciprocal)[WIDTH], Where where, T (&quotient)[WIDTH]) {
+        if (where == Where::ANYWHERE) {
+#pragma unroll
+            for (int w = 0; w < WIDTH; w++) quotient[w] = e[w] / divisor[w];
+            return;
+        }
+#if __CUDA_ARCH__ >= 800
+        if constexpr (sizeof(RESULT) == 2) {
+            T product[WIDTH];
+#pragma unroll
+            for (int w = 0; w < WIDTH; w++) product[w] = e[w] * reciprocal[w];
+            if (round_as_quotients(product, quotient, 1.0f, static_cast<RESULT*>(nullptr))) return;
+        }
+#endif
+#pragma unroll
+        for (int w = 0; w < WIDTH; w++) quotient[w] = divide_near(e[w], divisor[w], reciprocal[w]);
+    }
+
     template <class R, class T>
     static __device__ __forceinline__ void store_columns(R* to, const T (&v)[8]) {
         store_8<R>(to, v);
     }
     static __device__ __forceinline__ void store_columns(float* to, const float (&v)[4]) {
-        *reinterpret_cast<uint4*>(to) =
-            make_uint4(to_float32_bits(v[0]), to_float32_bits(v[1]), to_float32_bits(v[2]), to_float32_bits(v[3]));
+        *reinterpret_cast<uint4*>(to) = packed(v);
     }
     static __device__ __forceinline__ void store_columns(double* to, const double (&v)[2]) {
-        *reinterpret_cast<ulonglong2*>(to) = make_ulonglong2(to_float64_bits(v[0]), to_float64_bits(v[1]));
+        *reinterpret_cast<uint4*>(to) = packed(v);
     }
 };
 
@@ -612,24 +880,39 @@ using Softmax = SoftmaxFamily<Form::SOFTMAX>;
 using LogSoftmax = SoftmaxFamily<Form::LOG_SOFTMAX>;
 using LogSumExp = SoftmaxFamily<Form::LOGSUMEXP>;
 
-// `bits`, `part_bits`, `room`: see Tile.
+// `bits`, `part_bits`, `room`: see Tile. `team`: CTAs of a tile, if they meet in global memory, which is `meeting`.
+// `phase`: how many CTAs begin at the same time, or 0: all.
 extern "C" __global__ void __launch_bounds__(THREADS, CTAS)
-    reduce_column_tiles(const __grid_constant__ Reduction p, int bits, int part_bits, int room, void* out,
-                        const void* x) {
+    reduce_column_tiles(const __grid_constant__ Reduction p, int bits, int part_bits, int room, int team, int phase,
+                        void* out, const void* x, void* meeting) {
     extern __shared__ __align__(16) unsigned char shared[];
-    Tile tile(p, bits, part_bits, room, x, shared);
+    Tile tile(p, bits, part_bits, room, team, x, meeting, shared);
+    tile.arrive_at_start();
     long long item = blockIdx.x / tile.ctas;
-    tile.begin<true>(item);
-    if (tile.ctas > 1) tile.meet();  // no CTA writes to another that has not started
-    launch_dependents();             // they wait for this kernel's end
+    const bool is_ahead = gridDim.x <= FEW_CTAS;  // of more, most begin when the kernel before has ended
+    if (is_ahead) {
+        tile.begin<true>(item);
+        tile.await_start();
+    }
     wait_for_predecessors();
+    if (KEPT && phase > 0 && blockIdx.x < CTAS * phase) {
+        // Of the first CTAs of a multiprocessor, one reads while another computes, and then it stays so.
+        const long long start = clock64();
+        const int cycles = blockIdx.x / phase * (room * tile.together * THREADS * VECTOR / BYTES_OF_A_CYCLE);
+        while (clock64() - start < cycles) continue;
+    }
     tile.begin<false>(item);
+    if (!is_ahead) {
+        tile.await_start();
+    } else if (KEPT) {
+        launch_dependents();
+    }
     while (true) {
         tile.move(item);
         OPERATION::run(tile, p, out);
         item += gridDim.x / tile.ctas;
         if (item >= tile.items()) return;
-        tile.meet();  // shared memory is free for the next item
-        if (tile.is_kept) tile.begin<false>(item);
+        tile.part();
+        if (KEPT) tile.begin<false>(item);
     }
 }
