@@ -248,6 +248,9 @@ WARP_STEPS, CTA_STEPS = 4, SUM_CHUNK // SUM_LANES
 """Of 256 elements, that a thread has of a row, at most."""
 CTA_THREADS = 512
 """Of a CTA that has one row, at most."""
+LONG_ROW = 8 * SUM_CHUNK
+NEARLY_LONG = {("log_softmax", element) for element in ("bfloat16", "float16", "float32")} | {("softmax", "float32")}
+"""Operations and dtypes of which longer rows, twice as long at most, are a CTA's where they are many."""
 THREADS_OF_A_MULTIPROCESSOR = 2048
 
 
@@ -292,17 +295,31 @@ def register_schedules(operation: str, n: int, element: str) -> list[RegisterSch
             groups = GROUP_LANES // vector
             found.append(RegisterSchedule(vector, groups, WARP_STEPS, False, 32, CTA_WARPS * 32))
     elif not is_sum:
-        for width in _spread_widths(operation, n, element):
-            threads = chunks_of(n) * SUM_LANES // width
+        for width, groups in _spread_vectors(operation, n, element):
+            threads = chunks_of(n) * SUM_LANES // (width * groups)
             if threads <= CTA_THREADS:
-                found.append(RegisterSchedule(width, 1, CTA_STEPS, True, 32, threads))
+                found.append(RegisterSchedule(width, groups, CTA_STEPS, True, 32, threads))
     return found
 
 
+def _spread_vectors(operation: str, n: int, element: str) -> list[tuple[int, int]]:
+    """The widths and groups of vectors where a row is a CTA's, of as many elements as a thread has registers for, the
+    most first.
+    """
+    if _is_nearly_long(operation, n, element):
+        return [(vector_width(element), GROUP_LANES // vector_width(element))]
+    return [(width, 1) for width in _spread_widths(operation, n, element)]
+
+
+def _is_nearly_long(operation: str, n: int, element: str) -> bool:
+    """Whether a thread has 8 elements of 256; of softmax of 16 bits, exponentials would take twice the registers."""
+    return n > LONG_ROW and (operation, element) in NEARLY_LONG
+
+
 def _spread_widths(operation: str, n: int, element: str) -> tuple[int, ...]:
-    """Elements of vectors where a row is a CTA's, as many as a thread has registers for, the most first."""
+    """Elements of a thread in 256, in one vector."""
     if element == "float64":
-        return (4, 2) if operation == "log_softmax" and n > SUM_CHUNK * 4 else (2,)
+        return (4, 2) if operation in EXPONENTIALS and n > SUM_CHUNK * 4 else (2,)
     if operation in REGISTER_BACKWARD:  # which has more operands
         return (4,) if ITEMSIZE[element] == 2 or n > SUM_CHUNK * 4 else (2,)
     if operation in REGISTER_NORMS and ITEMSIZE[element] == 2:
@@ -311,14 +328,18 @@ def _spread_widths(operation: str, n: int, element: str) -> tuple[int, ...]:
 
 
 def choose_register_schedule(operation: str, rows: int, n: int, element: str, device: GPU) -> RegisterSchedule | None:
-    """The schedule of the fewest threads of a row that fill the GPU, else of the most; None for long rows."""
+    """The schedule of the fewest threads of a row that fill the GPU, else of the most; None for long rows, and for few
+    of those that are nearly as long.
+    """
     if device.compute_capability < FIRST_WITH_PAIRS or n == 0:
         return None
     found = register_schedules(operation, n, element)
     for one in found:
         if rows * one.threads >= THREADS_OF_A_MULTIPROCESSOR * device.multiprocessors * one.rows:
             return one
-    return found[-1] if found else None
+    if not found or _is_nearly_long(operation, n, element):  # of few such rows, a cluster has more on its way
+        return None
+    return found[-1]
 
 
 # ----------------------------------------------------------------------------------------------- variances of long rows
@@ -962,7 +983,8 @@ def reduction_kernels(compute_capability: int) -> Iterator[Kernel]:
                 for in_cluster in (False, True) if has_clusters else (False,):
                     found[column_kernel(operation, element, accumulate, width, in_cluster)] = None
         for operation in filter(REGISTER_OPERATIONS.__contains__, OPERATIONS):
-            for n in (1, SUM_LANES, WARP_STEPS * SUM_LANES, SUM_CHUNK, 8 * SUM_CHUNK) if element in ELEMENTS else ():
+            lengths = (1, SUM_LANES, WARP_STEPS * SUM_LANES, SUM_CHUNK, LONG_ROW, 2 * LONG_ROW)
+            for n in lengths if element in ELEMENTS else ():
                 for schedule in register_schedules(operation, n, element):
                     found[register_kernel(operation, element, schedule)] = None
         if has_clusters and element in LONG_ELEMENTS:
