@@ -90,8 +90,8 @@ MAX_WARPS = 16
 """Of a CTA."""
 STREAMING_WARPS = 8
 """Of a CTA, where rows are not kept, which takes more registers."""
-MAX_CTAS = PORTABLE_CTAS
-"""Of a cluster, but for rings of rows that fit no other."""
+MAX_CTAS, MOST_CTAS = PORTABLE_CTAS, 16
+"""Of a cluster; the second, where it can be had, of rows that fit no other."""
 PREFERRED_WARPS, PREFERRED_BYTES = 8, 48 * 1024
 """Of a CTA, at most: of larger ones a multiprocessor holds too few for one to read while another computes."""
 ROUNDS = 8
@@ -344,17 +344,17 @@ def choose_register_schedule(operation: str, rows: int, n: int, element: str, de
 
 # ----------------------------------------------------------------------------------------------- variances of long rows
 
-LONG_WARPS = 20
+LONG_WARPS = {"bfloat16": 20, "float16": 20, "float32": 20, "float64": 32}
 """Of a CTA, at most: for as many there are registers."""
-LONG_ELEMENTS = ("bfloat16", "float16", "float32")
-"""Of a chunk of float64 a thread could not keep its elements."""
+LONG_PARTS = {"bfloat16": 1, "float16": 1, "float32": 1, "float64": 4}
+"""Warps that share a chunk: of a whole one of float64, a thread could not keep its elements."""
 
 
 class LongSchedule(NamedTuple):
     """How CTAs share rows whose variance long_variance.cu computes."""
 
     warps: int
-    """Of a CTA, with a chunk each."""
+    """Of a CTA, with a chunk each or a part of it."""
     ctas: int
     """Of a row."""
 
@@ -362,20 +362,30 @@ class LongSchedule(NamedTuple):
     def threads(self) -> int:
         return self.warps * 32
 
-    def bytes(self, itemsize: int) -> int:
-        """Of shared memory: elements, and four times the sums of SUM_LANES chunks in float32."""
-        return self.warps * SUM_CHUNK * itemsize + 4 * SUM_LANES * ITEMSIZE["float32"]
+    def bytes(self, n: int, element: str) -> int:
+        """Of shared memory: elements, and four times the chunks' sums."""
+        parts, sums = LONG_PARTS[element], 32 << long_bits(n)
+        elements = self.warps * SUM_CHUNK // parts * ITEMSIZE[element]
+        return elements + 4 * parts * sums * ITEMSIZE[ACCUMULATE[element]]
+
+
+def long_bits(n: int) -> int:
+    """A thread adds up the sums of 2^bits chunks."""
+    return (_ceil(chunks_of(n), 32) - 1).bit_length()
 
 
 def long_schedules(operation: str, n: int, element: str, device: GPU) -> list[LongSchedule]:
     """The schedules for rows of n elements, if there are any; the fewest CTAs first."""
-    chunks = chunks_of(n)
-    has_kernel = operation in VARIANCES and element in LONG_ELEMENTS
-    if not has_kernel or chunks < 2 or device.compute_capability < FIRST_WITH_CLUSTERS:
-        return []
-    found = (LongSchedule(_ceil(chunks, ctas), ctas) for ctas in _cluster_sizes(device) if ctas <= chunks)
-    itemsize = ITEMSIZE[element]
-    return [one for one in found if one.warps <= LONG_WARPS and one.bytes(itemsize) <= device.shared_bytes]
+    chunks, found = chunks_of(n), list[LongSchedule]()
+    has_kernel = operation in VARIANCES and element in LONG_WARPS
+    if not has_kernel or not 2 <= chunks <= SUM_LANES or device.compute_capability < FIRST_WITH_CLUSTERS:
+        return found
+    for ctas in (*_cluster_sizes(device), MOST_CTAS):
+        one = LongSchedule(_ceil(chunks, ctas) * LONG_PARTS[element], ctas)
+        fits = one.warps <= LONG_WARPS[element] and one.bytes(n, element) <= device.shared_bytes
+        if ctas <= chunks and fits and (ctas <= MAX_CTAS or not found):
+            found.append(one)
+    return found
 
 
 def choose_long_schedule(operation: str, rows: int, n: int, element: str, device: GPU) -> LongSchedule | None:
@@ -384,7 +394,7 @@ def choose_long_schedule(operation: str, rows: int, n: int, element: str, device
     """
     found = long_schedules(operation, n, element, device)
     for one in found:
-        if rows * one.ctas >= device.multiprocessors and (one.ctas == 1 or one.warps <= LONG_WARPS // 2):
+        if rows * one.ctas >= device.multiprocessors and (one.ctas == 1 or one.warps <= LONG_WARPS[element] // 2):
             return one
     return found[-1] if found else None
 
@@ -400,8 +410,8 @@ MAX_RING_WARPS = 20
 """Of a CTA."""
 RING_AREAS = 4
 """For what the warps exchange."""
-MAX_RING_CTAS, MAX_RING_TEAM = 16, 160
-"""CTAs of a cluster that holds rows which no portable one does, and warps of a team."""
+MAX_RING_TEAM = 160
+"""Warps of a team."""
 MULTIPROCESSOR_BYTES, CTA_BYTES = 228 * 1024, 1024
 """Shared memory of a multiprocessor, and what the system takes of it for each CTA."""
 
@@ -467,7 +477,7 @@ def ring_schedules(operation: str, n: int, itemsize: int, device: GPU) -> list[R
     if device.compute_capability != RING_CAPABILITY or not 1 < chunks <= MAX_RING_CHUNKS:
         return []
     found: dict[RingSchedule, None] = {}
-    for ctas in (*_cluster_sizes(device), MAX_RING_CTAS):
+    for ctas in (*_cluster_sizes(device), MOST_CTAS):
         if ctas > MAX_CTAS and found:
             break
         for rounds, slots in ((1, 2), (2, 2), (1, 3), (2, 1)):
@@ -889,7 +899,9 @@ def _register_macros(operation: str, element: str, schedule: RegisterSchedule) -
 def long_kernel(operation: str, element: str) -> Kernel:
     """The kernel of long_variance.cu."""
     width = vector_width(element)
-    schedule = RegisterSchedule(width, GROUP_LANES // width, CTA_STEPS, False, 32, LONG_WARPS * 32)
+    is_spread = LONG_PARTS[element] > 1
+    groups = 1 if is_spread else GROUP_LANES // width
+    schedule = RegisterSchedule(width, groups, CTA_STEPS, is_spread, 32, LONG_WARPS[element] * 32)
     return Kernel("long_variance.cu", _register_macros(operation, element, schedule))
 
 
@@ -987,7 +999,7 @@ def reduction_kernels(compute_capability: int) -> Iterator[Kernel]:
             for n in lengths if element in ELEMENTS else ():
                 for schedule in register_schedules(operation, n, element):
                     found[register_kernel(operation, element, schedule)] = None
-        if has_clusters and element in LONG_ELEMENTS:
+        if has_clusters and element in LONG_WARPS:
             found[long_kernel("var", element)] = None
         if element != ANY:
             found[tile_kernel("chunks", element, accumulate)] = None
