@@ -34,6 +34,8 @@ ROWS = (
     (13, 2048),
     (13, 2049),
     (13, 9001),
+    (9, 16384),
+    (9, 32000),
     (9, 33000),
     (7, 152000),
     (6, 262_200),
@@ -310,8 +312,9 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
                     assert 32 % held.lanes == 0 and held.threads <= 512
                 long = schedules.choose_long_schedule(operation, rows, n, element, gpu)
                 if long is not None:
-                    assert gpu is H100 and long.bytes(ITEMSIZE[element]) <= gpu.shared_bytes and long.threads <= 640
-                    assert long.warps * long.ctas * schedules.SUM_CHUNK >= n and long.ctas <= schedules.MAX_CTAS
+                    assert gpu is H100 and long.bytes(n, element) <= gpu.shared_bytes and long.threads <= 1024
+                    chunks = long.warps // schedules.LONG_PARTS[element] * long.ctas
+                    assert chunks * schedules.SUM_CHUNK >= n and schedules.long_bits(n) <= 3 - (element == "float64")
             is_short = 0 < n <= schedules.MAX_TILE_CHUNKS * schedules.SUM_CHUNK
             if is_short and element != schedules.ANY and operation in schedules.PASSES:
                 tiles = schedules.choose_tile_schedule(rows, n, element, operation, gpu)

@@ -284,7 +284,17 @@ def _choose_long(plan: _Plan, rows: _Rows, operation: str) -> LongSchedule | Non
     """The schedule of long_variance.cu; None if the operation or the layout has none."""
     if not rows.fits_registers:
         return None
-    return schedules.choose_long_schedule(operation, rows.number, rows.n, rows.element, plan.gpu)
+    chosen = schedules.choose_long_schedule(operation, rows.number, rows.n, rows.element, plan.gpu)
+    if chosen is not None and chosen.ctas > PORTABLE_CTAS and _resident_long(plan, rows, operation, chosen) == 0:
+        return None
+    return chosen
+
+
+def _resident_long(plan: _Plan, rows: _Rows, operation: str, schedule: LongSchedule) -> int:
+    """CTAs that the GPU holds at a time."""
+    kernel, shared_bytes = schedules.long_kernel(operation, rows.element), schedule.bytes(rows.n, rows.element)
+    function = load(kernel, "reduce_long_rows", plan.index, shared_bytes, schedule.ctas)
+    return resident_ctas(function, schedule.threads, shared_bytes, schedule.ctas)
 
 
 def _choose_spread(plan: _Plan, rows: _Rows, operation: str) -> TileSchedule | None:
@@ -403,17 +413,15 @@ def _register_launch(plan: _Plan, rows: _Rows, operation: str, schedule: Registe
 
 def _long_launch(plan: _Plan, rows: _Rows, operation: str, schedule: LongSchedule) -> Launch:
     """A launch of long_variance.cu, given the addresses of out and x."""
-    kernel, name = schedules.long_kernel(operation, rows.element), "reduce_long_rows"
-    shared_bytes = schedule.bytes(ITEMSIZE[rows.element])
-    function = load(kernel, name, plan.index, shared_bytes)
-    resident = resident_ctas(function, schedule.threads, shared_bytes, schedule.ctas)
-    numbers = np.dtype(rows.accumulate).type(rows.divisor), np.int32(rows.n), np.int32(operation == "std")
+    resident = _resident_long(plan, rows, operation, schedule)
+    counts = rows.n, schedules.long_bits(rows.n), operation == "std"
+    numbers = np.dtype(rows.accumulate).type(rows.divisor), *map(np.int32, counts)
     return plan.shape(
-        kernel,
-        name,
+        schedules.long_kernel(operation, rows.element),
+        "reduce_long_rows",
         schedules.teams(rows.number, resident // schedule.ctas) * schedule.ctas,
         schedule.threads,
-        shared_bytes,
+        schedule.bytes(rows.n, rows.element),
         (np.int64(rows.number), *_steps(rows, "x", "out"), *numbers, *_addresses(rows, ())),
         cluster=schedule.ctas,
         overlapping=True,

@@ -90,8 +90,8 @@ MAX_WARPS = 16
 """Of a CTA."""
 STREAMING_WARPS = 8
 """Of a CTA, where rows are not kept, which takes more registers."""
-MAX_CTAS = PORTABLE_CTAS
-"""Of a cluster, but for rings of rows that fit no other."""
+MAX_CTAS, MOST_CTAS = PORTABLE_CTAS, 16
+"""Of a cluster; the second, where it can be had, of rows that fit no other."""
 PREFERRED_WARPS, PREFERRED_BYTES = 8, 48 * 1024
 """Of a CTA, at most: of larger ones a multiprocessor holds too few for one to read while another computes."""
 ROUNDS = 8
@@ -248,6 +248,9 @@ WARP_STEPS, CTA_STEPS = 4, SUM_CHUNK // SUM_LANES
 """Of 256 elements, that a thread has of a row, at most."""
 CTA_THREADS = 512
 """Of a CTA that has one row, at most."""
+LONG_ROW = 8 * SUM_CHUNK
+NEARLY_LONG = {("log_softmax", element) for element in ("bfloat16", "float16", "float32")} | {("softmax", "float32")}
+"""Operations and dtypes of which longer rows, twice as long at most, are a CTA's where they are many."""
 THREADS_OF_A_MULTIPROCESSOR = 2048
 
 
@@ -292,17 +295,31 @@ def register_schedules(operation: str, n: int, element: str) -> list[RegisterSch
             groups = GROUP_LANES // vector
             found.append(RegisterSchedule(vector, groups, WARP_STEPS, False, 32, CTA_WARPS * 32))
     elif not is_sum:
-        for width in _spread_widths(operation, n, element):
-            threads = chunks_of(n) * SUM_LANES // width
+        for width, groups in _spread_vectors(operation, n, element):
+            threads = chunks_of(n) * SUM_LANES // (width * groups)
             if threads <= CTA_THREADS:
-                found.append(RegisterSchedule(width, 1, CTA_STEPS, True, 32, threads))
+                found.append(RegisterSchedule(width, groups, CTA_STEPS, True, 32, threads))
     return found
 
 
+def _spread_vectors(operation: str, n: int, element: str) -> list[tuple[int, int]]:
+    """The widths and groups of vectors where a row is a CTA's, of as many elements as a thread has registers for, the
+    most first.
+    """
+    if _is_nearly_long(operation, n, element):
+        return [(vector_width(element), GROUP_LANES // vector_width(element))]
+    return [(width, 1) for width in _spread_widths(operation, n, element)]
+
+
+def _is_nearly_long(operation: str, n: int, element: str) -> bool:
+    """Whether a thread has 8 elements of 256; of softmax of 16 bits, exponentials would take twice the registers."""
+    return n > LONG_ROW and (operation, element) in NEARLY_LONG
+
+
 def _spread_widths(operation: str, n: int, element: str) -> tuple[int, ...]:
-    """Elements of vectors where a row is a CTA's, as many as a thread has registers for, the most first."""
+    """Elements of a thread in 256, in one vector."""
     if element == "float64":
-        return (4, 2) if operation == "log_softmax" and n > SUM_CHUNK * 4 else (2,)
+        return (4, 2) if operation in EXPONENTIALS and n > SUM_CHUNK * 4 else (2,)
     if operation in REGISTER_BACKWARD:  # which has more operands
         return (4,) if ITEMSIZE[element] == 2 or n > SUM_CHUNK * 4 else (2,)
     if operation in REGISTER_NORMS and ITEMSIZE[element] == 2:
@@ -311,29 +328,33 @@ def _spread_widths(operation: str, n: int, element: str) -> tuple[int, ...]:
 
 
 def choose_register_schedule(operation: str, rows: int, n: int, element: str, device: GPU) -> RegisterSchedule | None:
-    """The schedule of the fewest threads of a row that fill the GPU, else of the most; None for long rows."""
+    """The schedule of the fewest threads of a row that fill the GPU, else of the most; None for long rows, and for few
+    of those that are nearly as long.
+    """
     if device.compute_capability < FIRST_WITH_PAIRS or n == 0:
         return None
     found = register_schedules(operation, n, element)
     for one in found:
         if rows * one.threads >= THREADS_OF_A_MULTIPROCESSOR * device.multiprocessors * one.rows:
             return one
-    return found[-1] if found else None
+    if not found or _is_nearly_long(operation, n, element):  # of few such rows, a cluster has more on its way
+        return None
+    return found[-1]
 
 
 # ----------------------------------------------------------------------------------------------- variances of long rows
 
-LONG_WARPS = 20
+LONG_WARPS = {"bfloat16": 20, "float16": 20, "float32": 20, "float64": 32}
 """Of a CTA, at most: for as many there are registers."""
-LONG_ELEMENTS = ("bfloat16", "float16", "float32")
-"""Of a chunk of float64 a thread could not keep its elements."""
+LONG_PARTS = {"bfloat16": 1, "float16": 1, "float32": 1, "float64": 4}
+"""Warps that share a chunk: of a whole one of float64, a thread could not keep its elements."""
 
 
 class LongSchedule(NamedTuple):
     """How CTAs share rows whose variance long_variance.cu computes."""
 
     warps: int
-    """Of a CTA, with a chunk each."""
+    """Of a CTA, with a chunk each or a part of it."""
     ctas: int
     """Of a row."""
 
@@ -341,20 +362,30 @@ class LongSchedule(NamedTuple):
     def threads(self) -> int:
         return self.warps * 32
 
-    def bytes(self, itemsize: int) -> int:
-        """Of shared memory: elements, and four times the sums of SUM_LANES chunks in float32."""
-        return self.warps * SUM_CHUNK * itemsize + 4 * SUM_LANES * ITEMSIZE["float32"]
+    def bytes(self, n: int, element: str) -> int:
+        """Of shared memory: elements, and four times the chunks' sums."""
+        parts, sums = LONG_PARTS[element], 32 << long_bits(n)
+        elements = self.warps * SUM_CHUNK // parts * ITEMSIZE[element]
+        return elements + 4 * parts * sums * ITEMSIZE[ACCUMULATE[element]]
+
+
+def long_bits(n: int) -> int:
+    """A thread adds up the sums of 2^bits chunks."""
+    return (_ceil(chunks_of(n), 32) - 1).bit_length()
 
 
 def long_schedules(operation: str, n: int, element: str, device: GPU) -> list[LongSchedule]:
     """The schedules for rows of n elements, if there are any; the fewest CTAs first."""
-    chunks = chunks_of(n)
-    has_kernel = operation in VARIANCES and element in LONG_ELEMENTS
-    if not has_kernel or chunks < 2 or device.compute_capability < FIRST_WITH_CLUSTERS:
-        return []
-    found = (LongSchedule(_ceil(chunks, ctas), ctas) for ctas in _cluster_sizes(device) if ctas <= chunks)
-    itemsize = ITEMSIZE[element]
-    return [one for one in found if one.warps <= LONG_WARPS and one.bytes(itemsize) <= device.shared_bytes]
+    chunks, found = chunks_of(n), list[LongSchedule]()
+    has_kernel = operation in VARIANCES and element in LONG_WARPS
+    if not has_kernel or not 2 <= chunks <= SUM_LANES or device.compute_capability < FIRST_WITH_CLUSTERS:
+        return found
+    for ctas in (*_cluster_sizes(device), MOST_CTAS):
+        one = LongSchedule(_ceil(chunks, ctas) * LONG_PARTS[element], ctas)
+        fits = one.warps <= LONG_WARPS[element] and one.bytes(n, element) <= device.shared_bytes
+        if ctas <= chunks and fits and (ctas <= MAX_CTAS or not found):
+            found.append(one)
+    return found
 
 
 def choose_long_schedule(operation: str, rows: int, n: int, element: str, device: GPU) -> LongSchedule | None:
@@ -363,7 +394,7 @@ def choose_long_schedule(operation: str, rows: int, n: int, element: str, device
     """
     found = long_schedules(operation, n, element, device)
     for one in found:
-        if rows * one.ctas >= device.multiprocessors and (one.ctas == 1 or one.warps <= LONG_WARPS // 2):
+        if rows * one.ctas >= device.multiprocessors and (one.ctas == 1 or one.warps <= LONG_WARPS[element] // 2):
             return one
     return found[-1] if found else None
 
@@ -379,8 +410,8 @@ MAX_RING_WARPS = 20
 """Of a CTA."""
 RING_AREAS = 4
 """For what the warps exchange."""
-MAX_RING_CTAS, MAX_RING_TEAM = 16, 160
-"""CTAs of a cluster that holds rows which no portable one does, and warps of a team."""
+MAX_RING_TEAM = 160
+"""Warps of a team."""
 MULTIPROCESSOR_BYTES, CTA_BYTES = 228 * 1024, 1024
 """Shared memory of a multiprocessor, and what the system takes of it for each CTA."""
 
@@ -446,7 +477,7 @@ def ring_schedules(operation: str, n: int, itemsize: int, device: GPU) -> list[R
     if device.compute_capability != RING_CAPABILITY or not 1 < chunks <= MAX_RING_CHUNKS:
         return []
     found: dict[RingSchedule, None] = {}
-    for ctas in (*_cluster_sizes(device), MAX_RING_CTAS):
+    for ctas in (*_cluster_sizes(device), MOST_CTAS):
         if ctas > MAX_CTAS and found:
             break
         for rounds, slots in ((1, 2), (2, 2), (1, 3), (2, 1)):
@@ -974,7 +1005,9 @@ def _register_macros(operation: str, element: str, schedule: RegisterSchedule) -
 def long_kernel(operation: str, element: str) -> Kernel:
     """The kernel of long_variance.cu."""
     width = vector_width(element)
-    schedule = RegisterSchedule(width, GROUP_LANES // width, CTA_STEPS, False, 32, LONG_WARPS * 32)
+    is_spread = LONG_PARTS[element] > 1
+    groups = 1 if is_spread else GROUP_LANES // width
+    schedule = RegisterSchedule(width, groups, CTA_STEPS, is_spread, 32, LONG_WARPS[element] * 32)
     return Kernel("long_variance.cu", _register_macros(operation, element, schedule))
 
 
@@ -1072,10 +1105,11 @@ def reduction_kernels(compute_capability: int) -> Iterator[Kernel]:
                 for in_cluster in (False, True) if has_clusters else (False,):
                     found[column_kernel(operation, element, accumulate, width, in_cluster)] = None
         for operation in filter(REGISTER_OPERATIONS.__contains__, OPERATIONS):
-            for n in (1, SUM_LANES, WARP_STEPS * SUM_LANES, SUM_CHUNK, 8 * SUM_CHUNK) if element in ELEMENTS else ():
+            lengths = (1, SUM_LANES, WARP_STEPS * SUM_LANES, SUM_CHUNK, LONG_ROW, 2 * LONG_ROW)
+            for n in lengths if element in ELEMENTS else ():
                 for schedule in register_schedules(operation, n, element):
                     found[register_kernel(operation, element, schedule)] = None
-        if has_clusters and element in LONG_ELEMENTS:
+        if has_clusters and element in LONG_WARPS:
             found[long_kernel("var", element)] = None
         if element != ANY:
             one = TileSchedule(vector_width(element), 1, 1, 1, False)

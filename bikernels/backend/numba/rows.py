@@ -109,6 +109,8 @@ class Variant(NamedTuple):
     """Threads of a row in a warp: fewer of short rows, of which a thread then has more elements."""
     overlaps: bool = False
     """Whether it may be launched before the kernel in front has ended."""
+    ahead: int = 0
+    """Rows from one to that which it has the L2 fetch, as about so many are begun at a time; 0: it does not."""
 
     @property
     def formula(self) -> Formula:
@@ -691,6 +693,32 @@ def _place(variant: Variant) -> Function:
     return place
 
 
+LINE = 128
+"""Bytes that the L2 fetches at a time."""
+_prefetch_line = instruction("prefetch.global.L2 [$0];", ["l", "~{memory}"], types.none, types.int64)
+
+
+def _prefetch(variant: Variant) -> Function:
+    """prefetch(x, step, row, (rows, n), thread): have the L2 fetch a later row, by all threads of this one."""
+    ahead, itemsize, threads = variant.ahead, ITEMSIZE[variant.dtype], variant.team * WARP
+    lines = STEPS * SUM_LANES * itemsize // (WARP * LINE * variant.parts)
+
+    @device
+    def nothing(x: Any, step: Any, row: Any, sizes: Any, thread: Any) -> None:
+        pass
+
+    @device
+    def prefetch(x: Any, step: Any, row: Any, sizes: Any, thread: Any) -> None:
+        later = row + types.int64(ahead)
+        if later < sizes[0]:
+            for i in range(lines):
+                at = types.int32(types.int32(thread + types.int32(i * threads)) * types.int32(LINE))
+                if at < types.int32(sizes[1]) * types.int32(itemsize):
+                    _prefetch_line(x + later * step * types.int64(itemsize) + types.int64(at))
+
+    return prefetch if ahead and lines else nothing
+
+
 def _reduce(variant: Variant) -> Function:
     """All passes over a row that is kept in registers, then the results."""
     plan, operands = variant.formula, variant.operands
@@ -707,6 +735,7 @@ def _reduce(variant: Variant) -> Function:
     meeting = _meeting(team, variant.ctas, variant.places, False)
     begin, ready = meeting.begin, meeting.ready
     launch_dependents, wait_for_predecessors = _overlap(variant)
+    prefetch = _prefetch(variant)
 
     def reduce(addresses: Any, strides: Any, sizes: Any, numbers: Any) -> None:
         begin()
@@ -724,6 +753,7 @@ def _reduce(variant: Variant) -> Function:
         grads = weights = biases = xs
         if grad >= 0:
             grads = load_side((addresses[grad] + (row * strides[grad] + start) * itemsize, left))
+        prefetch(addresses[1], strides[1], row, sizes, types.int32(mine * types.int32(WARP) + lane))
         beside = beside_row(addresses, strides, row, start)
         if reads_weight:
             weights = load_side((beside[0], left))
@@ -939,6 +969,9 @@ def choose(
     is_light = has_clusters and steps * registers // parts <= HELD
     if warps > (MOST_WARPS if is_light else PREFERRED_WARPS):
         return None
+    ahead = multiprocessors * 9 // (10 * ctas)
+    if ctas > 1 and rows > 2 * ahead and "grad" not in operands:
+        one = one._replace(ahead=ahead)
     one = one._replace(parts=parts, width=min(width, LANES // parts))
     return _in_blocks(one, rows, warps, ctas, multiprocessors)
 

@@ -174,16 +174,26 @@ __device__ __forceinline__ void load_box(unsigned shared, const TensorMap& map, 
     }
 }
 
-// Copy `bytes`, a multiple of 16 from and to such a multiple, and count them at the barrier. They will not be read again.
-__device__ __forceinline__ void copy_bulk(unsigned shared, const void* global, unsigned bytes, unsigned barrier) {
-    asm volatile(
-        "{\n"
-        ".reg .b64 policy;\n"
-        "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], policy;\n"
-        "}" ::"r"(shared),
-        "l"(global), "r"(bytes), "r"(barrier)
-        : "memory");
+// Copy `bytes`, a multiple of 16 from and to such a multiple, and count them at the barrier. `is_last`: as what will not be
+// read again, they leave the L2 first.
+__device__ __forceinline__ void copy_bulk(unsigned shared, const void* global, unsigned bytes, unsigned barrier,
+                                          bool is_last) {
+    if (is_last) {
+        asm volatile(
+            "{\n"
+            ".reg .b64 policy;\n"
+            "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+            " [%0], [%1], %2, [%3], policy;\n"
+            "}" ::"r"(shared),
+            "l"(global), "r"(bytes), "r"(barrier)
+            : "memory");
+    } else {
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+            "l"(global), "r"(bytes), "r"(barrier)
+            : "memory");
+    }
 }
 
 // ------------------------------------------------------------------------------------------------------------ registers

@@ -1,24 +1,24 @@
 // var and std of rows longer than a CTA's registers, whose elements lie side by side, read once (sm_90 on). A chunk of
-// the tree is a warp's, a row is a CTA's or a cluster's, and CTAs take row after row: each thread copies its elements
-// of the next row to shared memory, from which it has taken those of this one to registers, while the warps meet.
+// the tree is a warp's, or SPREAD over as many as have registers for it; a row is a CTA's or a cluster's, and CTAs take row
+// after row: each thread copies its elements of the next row to shared memory, from which it has taken those of this one to
+// registers, while the warps meet.
 //
-// ELEMENT, ACCUMULATE, WIDTH, GROUPS: see register_rows.cuh, with STEPS of a chunk and without SPREAD. THREADS: of a
-// CTA, at most.
+// ELEMENT, ACCUMULATE, WIDTH, GROUPS, SPREAD: see register_rows.cuh, with STEPS of a chunk. THREADS: of a CTA, at most.
 #include "hopper.cuh"
 #include "register_rows.cuh"
 
-static_assert(!SPREAD && STEPS * SUM_LANES == SUM_CHUNK, "a chunk is a warp's");
-constexpr int PLACES = SUM_LANES;  // for the sums of a row's chunks: one for each lane of the next level
+static_assert(STEPS * SUM_LANES == SUM_CHUNK, "a warp has a chunk, or all steps of a part of it");
+constexpr int SHARE = SPREAD ? 4 : THREAD_LANES;  // of a row's chunks, that a thread adds up at most
 static_assert(sizeof(Words) == 16, "of what is copied at a time");
 
 // A thread's elements of a row in shared memory, vectors of a warp side by side. Nobody else reads or writes them.
 struct Kept {
     uint4* const at;
     const Place& place;
-    const int n;  // elements from the thread's chunk on
+    const int n;  // elements from where `place` counts
     const bool are_vectors;
 
-    // Begin to copy a row, of which `from` is the beginning of the thread's chunk.
+    // Begin to copy a row; `from`: where `place` counts from.
     __device__ __forceinline__ void copy(const X* from) const {
         if (are_vectors) {
 #pragma unroll 4
@@ -26,10 +26,12 @@ struct Kept {
                 if (place(i) < n) copy_vector_async(shared_address(at + i * WARP), from + place(i));
             commit_copies();
         } else {
+            int end = n;
+            asm volatile("" : "+r"(end));  // computed here: there is no register to have n - place(0) ready
 #pragma unroll 1
             for (int i = 0; i < VECTORS; i++) {
                 Words words = {};
-                load_singly(from + place(i), n - place(i), words);
+                load_singly(from + place(i), end - place(i), words);
                 at[i * WARP] = make_uint4(words[0], words[1], words[2], words[3]);
             }
         }
@@ -42,52 +44,70 @@ struct Kept {
     }
 };
 
+// Where the sum of a part of a chunk lies, of rows of which a thread adds up 2^bits neighbouring chunks: side by side with
+// what the other threads read along with it.
+__device__ __forceinline__ int place_of(int chunk, int part, int bits) {
+    return ((chunk & ((1 << bits) - 1)) * PARTS + part) * WARP + (chunk >> bits);
+}
+
 // The sum of chunks' sums, of which those that are not there are 0, in each thread of a warp.
-__device__ __forceinline__ A sum_chunks(const A* sums) {
-    A v[THREAD_LANES];
+__device__ __forceinline__ A sum_chunks(const A* sums, int bits) {
+    A v[SHARE] = {};
 #pragma unroll
-    for (int i = 0; i < THREAD_LANES; i++) v[i] = sums[lane_id() * THREAD_LANES + i];
+    for (int i = 0; i < SHARE; i++) {
+        if (i >> bits == 0) {
+            A parts[PARTS];
+#pragma unroll
+            for (int j = 0; j < PARTS; j++) parts[j] = sums[(i * PARTS + j) * WARP + lane_id()];
+            v[i] = fold(parts, Plus<A>());
+        }
+    }
     return sum_warp(fold(v, Plus<A>()));
 }
 
-// `rows` rows of n elements, `x_step` and `out_step` elements apart.
+// `rows` rows of n elements, at most 32 << bits chunks, `x_step` and `out_step` elements apart.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    reduce_long_rows(long long rows, long long x_step, long long out_step, A divisor, int n, int is_root, void* out,
+    reduce_long_rows(long long rows, long long x_step, long long out_step, A divisor, int n, int bits, int is_root, void* out,
                      const void* x) {
     extern __shared__ __align__(16) unsigned char shared[];
     launch_dependents();  // they wait for this kernel's end
     const int ctas = cluster_size(), warps = blockDim.x / WARP;
-    const int chunk = cluster_rank() * warps + warp_id();
+    // Asked when needed: there are few registers to remember anything.
+    const auto chunk = [=] { return static_cast<int>(cluster_rank() * warps + warp_id()) / PARTS; };
+    const int begin = (SPREAD ? cluster_rank() * warps / PARTS : chunk()) * SUM_CHUNK;  // from where `place` counts
     const Place place(5);
     // Two sums of each chunk, of two rows in turn, in every CTA: while some read those of a row, others share the next.
-    A* const sums = reinterpret_cast<A*>(shared + warps * SUM_CHUNK * sizeof(X));
-    const auto sums_of = [&](int turn, int which) { return sums + (turn % 2 * 2 + which) * PLACES; };
-    for (int i = threadIdx.x; i < 4 * PLACES; i += blockDim.x) sums[i] = 0;
+    const int kept_bytes = SUM_CHUNK / PARTS * sizeof(X), places = WARP * PARTS << bits;
+    A* const sums = reinterpret_cast<A*>(shared + warps * kept_bytes);
+    const auto sums_of = [&](int turn, int which) { return sums + (turn % 2 * 2 + which) * places; };
+    for (int i = threadIdx.x; i < 4 * places; i += blockDim.x) sums[i] = 0;
     arrive_at_cluster();
-    const Kept kept{reinterpret_cast<uint4*>(shared + warp_id() * SUM_CHUNK * sizeof(X)) + lane_id(), place,
-                    n - chunk * SUM_CHUNK, are_vectors_at(address_bits(x, x_step))};
+    const Kept kept{reinterpret_cast<uint4*>(shared + warp_id() * kept_bytes) + lane_id(), place, n - begin,
+                    are_vectors_at(address_bits(x, x_step))};
     const auto share = [&](A* to, A sum) {
-        if (kept.n > 0 && lane_id() < ctas) store_in_cluster(shared_address(to + chunk), lane_id(), sum);
+        if (chunk() * SUM_CHUNK < n && lane_id() < cluster_size())
+            store_in_cluster(shared_address(to + place_of(chunk(), warp_id() % PARTS, bits)), lane_id(), sum);
     };
 #pragma unroll
     for (int i = 0; i < VECTORS; i++)
         if (place(i) >= kept.n) kept.at[i * WARP] = make_uint4(0, 0, 0, 0);
 
-    const long long teams = gridDim.x / ctas, first = blockIdx.x / ctas;
-    const X* const from = static_cast<const X*>(x) + chunk * SUM_CHUNK;
+    const int teams = gridDim.x / ctas, first = blockIdx.x / ctas;
+    const auto row_at = [&](int turn) { return first + static_cast<long long>(turn) * teams; };
+    const X* const from = static_cast<const X*>(x) + begin;
     const A length = static_cast<A>(n);
     X* const type = nullptr;
-    const auto write = [&](long long row, int turn) {
-        if (chunk > 0) return;
-        const A result = sum_chunks(sums_of(turn, 1)) / divisor;
-        if (lane_id() == 0) store(static_cast<X*>(out) + row * out_step, is_root ? root(result) : result);
+    const auto write = [&](int turn) {
+        if (warp_id() > 0 || cluster_rank() > 0) return;
+        const A result = sum_chunks(sums_of(turn, 1), bits) / divisor;
+        if (lane_id() == 0) store(static_cast<X*>(out) + row_at(turn) * out_step, is_root ? root(result) : result);
     };
 
     wait_for_predecessors();
     if (first < rows) kept.copy(from + first * x_step);
     wait_for_cluster();  // all CTAs have started
-    int turn = 0;
-    for (long long row = first; row < rows; row += teams, turn++) {
+#pragma unroll 1
+    for (int turn = 0; row_at(turn) < rows; turn++) {
         Words raw[VECTORS];
         kept.take(raw);
         A lane[GROUPS][WIDTH] = {};
@@ -95,11 +115,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         for (int i = 0; i < VECTORS; i++)
 #pragma unroll
             for (int j = 0; j < WIDTH; j++) lane[i % GROUPS][j] += element(raw[i], j, type);
-        if (row + teams < rows) kept.copy(from + (row + teams) * x_step);
+        const bool is_last = row_at(turn + 1) >= rows;
+        if (!is_last) kept.copy(from + row_at(turn + 1) * x_step);
         share(sums_of(turn, 0), warp_sum(lane, place));
         sync_cluster();
-        const A mean = sum_chunks(sums_of(turn, 0)) / length;
-        if (turn > 0) write(row - teams, turn - 1);
+        const A mean = sum_chunks(sums_of(turn, 0), bits) / length;
 
         A squares[GROUPS][WIDTH] = {};
 #pragma unroll
@@ -111,9 +131,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             }
         }
         share(sums_of(turn, 1), warp_sum(squares, place));
-        if (row + teams >= rows) {
+        if (turn > 0) write(turn - 1);  // only now, when the row's elements no longer take registers
+        if (is_last) {
             sync_cluster();
-            write(row, turn);
+            write(turn);
         }
     }
 }

@@ -9,6 +9,7 @@
 enum Operation { Mean, Softmax, LogSoftmax };
 
 constexpr bool IS_SUM = OPERATION == Mean, IS_LOG = OPERATION == LogSoftmax, IS_PRECISE = sizeof(X) == sizeof(A);
+constexpr bool RECOMPUTED = IS_LOG && sizeof(X) == 2 && VECTORS * WORDS > 16;  // of packed elements, in half the registers
 
 // Word number `word` of a vector of elements that are not there: -inf, or 0 in a sum.
 template <class T>
@@ -58,6 +59,24 @@ __device__ __forceinline__ A thread_maximum(const Words (&raw)[VECTORS], T* type
     }
 }
 
+// Divides exponentials of float64, which are of a t above near_of if their upper words are larger than this: to keep the
+// least t of all takes registers that there are not.
+constexpr bool IS_DOUBLE = sizeof(A) == 8;
+constexpr int NEAR_UPPER = 158 << 20;  // of 2^-865
+template <class V>
+__device__ __forceinline__ void divide_powers(V (&power)[WIDTH], V divisor, V reciprocal) {
+    int least = 0x7FFFFFFF;
+#pragma unroll
+    for (int j = 0; j < WIDTH; j++) least = min(least, __double2hiint(power[j]));
+    if (least > NEAR_UPPER) {
+#pragma unroll
+        for (int j = 0; j < WIDTH; j++) power[j] = divide_near(power[j], divisor, reciprocal);
+    } else {
+#pragma unroll
+        for (int j = 0; j < WIDTH; j++) power[j] = divide_anywhere(power[j], divisor);
+    }
+}
+
 // -------------------------------------------------------------------------------------------------------------- kernel
 
 // `rows` rows of n elements, `x_step` and `out_step` elements apart, and as many threads as they take.
@@ -69,11 +88,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int lanes = place.lanes, warp = place.warp;
     const long long row = place.row;
     X* const type = nullptr;
-    const bool is_present = row < rows;
+    const bool is_present = SPREAD || row < rows;
     const X* const from = static_cast<const X*>(x) + row * x_step;
     X* const to = static_cast<X*>(out) + row * out_step;
-    const bool are_vectors =
-        n % WIDTH == 0 && are_vectors_at(address_bits(x, x_step) | (IS_SUM ? 0 : address_bits(out, out_step)));
+    const auto may_be_vectors = [&](int n) {
+        return n % WIDTH == 0 && are_vectors_at(address_bits(x, x_step) | (IS_SUM ? 0 : address_bits(out, out_step)));
+    };
+    const bool are_vectors = may_be_vectors(n);
     wait_for_predecessors();
 
     if constexpr (!IS_SUM && !SPREAD && STEPS == 1) {
@@ -121,7 +142,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         maximum = fold_warps(shared.maxima, Larger());
     }
 
-    A v[VECTORS][WIDTH];  // x - maximum, or exponentials
+    if constexpr (RECOMPUTED) forget_widened(raw);
+    A v[VECTORS][WIDTH];  // x - maximum, unless that is RECOMPUTED, or exponentials
     A least = 0;
     unsigned count = 0;
 #pragma unroll
@@ -135,22 +157,27 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             count += is_zero(t);
             lane[i % GROUPS][j] += is_zero(t) ? A(0) : power;
             v[i][j] = IS_LOG ? t : power;
-            if (!IS_LOG && place(i) < n) least = smaller(least, t);
+            if (!IS_LOG && !IS_DOUBLE && place(i) < n) least = smaller(least, t);
         }
     }
     const A sum = row_sum(lane, place, shared.sums, count, shared.counts);
+    if constexpr (RECOMPUTED) forget_widened(raw);
     const bool is_nan = !(maximum - maximum == 0);  // and so is all of the row
     const A normaliser = is_nan ? nan_of(A(0)) : normaliser_of(count, sum, IS_LOG);
 
     if constexpr (IS_LOG) {
 #pragma unroll
-        for (int i = 0; i < VECTORS; i++)
+        for (int i = 0; i < VECTORS && !RECOMPUTED; i++)
 #pragma unroll
             for (int j = 0; j < WIDTH; j++) v[i][j] = v[i][j] - normaliser;
     } else {
         constexpr int AT_ONCE = sizeof(X) == 2 ? 8 : WIDTH;
         const A reciprocal = 1 / normaliser;
-        if (least > near_of(A(0))) {
+        if constexpr (IS_DOUBLE) {
+#pragma unroll
+            for (int i = 0; i < VECTORS; i++)
+                if (place(i) < n) divide_powers(v[i], normaliser, reciprocal);
+        } else if (least > near_of(A(0))) {
 #pragma unroll
             for (int i = 0; i < VECTORS * WIDTH; i += AT_ONCE) {
                 A some[AT_ONCE], results[AT_ONCE];
@@ -167,8 +194,18 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 for (int j = 0; j < WIDTH; j++) v[i][j] = divide_anywhere(v[i][j], normaliser);
         }
     }
+    bool are_written = are_vectors;
+    if constexpr (IS_DOUBLE) {  // asked again: there is no register to remember it
+        int again = n;
+        asm volatile("" : "+r"(again));
+        are_written = may_be_vectors(again);
+    }
 #pragma unroll
     for (int i = 0; i < VECTORS; i++) {
+        if constexpr (RECOMPUTED) {
+#pragma unroll
+            for (int j = 0; j < WIDTH; j++) v[i][j] = element(raw[i], j, type) - maximum - normaliser;
+        }
         if constexpr (sizeof(X) > 2) {
 #pragma unroll
             for (int j = 0; j < WIDTH; j++) v[i][j] = is_nan ? nan_of(A(0)) : v[i][j];
@@ -176,6 +213,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         Words words;
 #pragma unroll
         for (int word = 0; word < WORDS; word++) words[word] = word_of(v[i], word, type);
-        store_vector(to, place(i), n, are_vectors, words);
+        store_vector(to, place(i), n, are_written, words);
     }
 }

@@ -3,7 +3,7 @@
 //
 // ELEMENT: dtype of x and of the result. ACCUMULATE: float or double. A thread has vectors of WIDTH elements, each of
 // other lanes of the tree than its neighbours', in STEPS times 256 elements GROUPS of them. SPREAD: whether a row is a
-// CTA's, of which 8 / WIDTH warps share a chunk; else 2^bits threads of a warp have a row.
+// CTA's, of which PARTS warps share a chunk; else 2^bits threads of a warp have a row.
 #pragma once
 #include "overlap.cuh"
 #include "softmax.cuh"
@@ -12,6 +12,7 @@ using X = ELEMENT;
 using A = ACCUMULATE;
 
 constexpr int VECTORS = STEPS * GROUPS, WORDS = WIDTH * static_cast<int>(sizeof(X)) / 4;
+constexpr int PARTS = SPREAD ? THREAD_LANES / (WIDTH * GROUPS) : 1;
 constexpr int MOST_WARPS = 16;
 constexpr bool IS_WARP = SPREAD || STEPS > 1;  // whether a row has all threads of its warps
 using Words = unsigned[WORDS];
@@ -26,8 +27,9 @@ struct Place {
 
     __device__ __forceinline__ Place(int bits) : lanes(1 << bits), warp(warp_id()), row(blockIdx.x), group(0) {
         if constexpr (SPREAD) {
-            constexpr int PARTS = THREAD_LANES / WIDTH;
+            static_assert(PARTS == 1 || GROUPS == 1, "the lanes of a part lie side by side");
             first = warp / PARTS * SUM_CHUNK + (warp % PARTS * WARP + lane_id()) * WIDTH;
+            group = WARP * WIDTH;
         } else {
             row = (row * blockDim.x + threadIdx.x) >> bits;
             first = (threadIdx.x & (lanes - 1)) * WIDTH;

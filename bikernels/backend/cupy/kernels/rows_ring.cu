@@ -29,10 +29,28 @@ constexpr int VECTORS = SIZE / 2;
 constexpr int MOST_WARPS = 160;        // of a team
 constexpr int STEP_BYTES = WARP * 16;  // of what a warp keeps of a step beside its elements
 
-template <int OPERAND>
+// PLAIN, below: of rows a step apart that all begin where a 16-byte vector does, in x and out, of which a warp has one
+// chunk. Then most of what has to be asked elsewhere is known to the compiler.
+template <int OPERAND, bool PLAIN>
 __device__ __forceinline__ long long start_of_row(const Reduction& p, long long row) {
-    return p.kept == 1 ? row * p.dims.stride[OPERAND][0] : p.row_offset<OPERAND>(row);
+    return PLAIN || p.kept == 1 ? row * p.dims.stride[OPERAND][0] : p.row_offset<OPERAND>(row);
 }
+
+// Elements between a vector and what is read from it.
+template <bool PLAIN>
+struct Phase {
+    int phase;
+
+    Phase() = default;
+    __device__ __forceinline__ explicit Phase(int phase) : phase(phase) {}
+};
+template <>
+struct Phase<true> {
+    static constexpr int phase = 0;
+
+    Phase() = default;
+    __device__ __forceinline__ explicit Phase(int) {}
+};
 
 // ---------------------------------------------------------------------------------------------------------------- team
 
@@ -47,15 +65,15 @@ struct Team {
     int area_bytes;
     unsigned barriers;
 
-    __device__ __forceinline__ unsigned barrier(int turn) const { return barriers + turn % AREAS * 8; }
+    __device__ __forceinline__ unsigned barrier(unsigned turn) const { return barriers + turn % AREAS * 8; }
     template <class V>
-    __device__ __forceinline__ V* area(int turn) const {
+    __device__ __forceinline__ V* area(unsigned turn) const {
         return reinterpret_cast<V*>(areas + turn % AREAS * area_bytes);
     }
 
     // Write a warp's value to `place` of exchange number `turn`.
     template <class V>
-    __device__ __forceinline__ void share(int turn, int place, V value) const {
+    __device__ __forceinline__ void share(unsigned turn, int place, V value) const {
         V* const to = area<V>(turn) + place;
         if (ctas == 1) {
             if (lane_id() == 0) *to = value;
@@ -64,7 +82,7 @@ struct Team {
         }
     }
     // Say that the warp has shared its values, of all the warps' `bytes`, and read those of the exchange before.
-    __device__ __forceinline__ void arrived(int turn, int bytes) const {
+    __device__ __forceinline__ void arrived(unsigned turn, int bytes) const {
         __syncwarp();  // one thread arrives for what all have read
         if (ctas > 1 && threadIdx.x == 0) {
             arrive_and_expect(barrier(turn), bytes);
@@ -74,7 +92,7 @@ struct Team {
     }
     // Wait until all have.
     template <class V>
-    __device__ __forceinline__ const V* meet(int turn) const {
+    __device__ __forceinline__ const V* meet(unsigned turn) const {
         wait_barrier(barrier(turn), turn / AREAS & 1);
         return area<V>(turn);
     }
@@ -83,15 +101,23 @@ struct Team {
 // ----------------------------------------------------------------------------------------------------------------- row
 
 // A chunk in shared memory. Positions count from a vector on, `phase` elements before the chunk's first one.
-struct Chunk {
+template <bool PLAIN>
+struct Chunk : Phase<PLAIN> {
+    using Phase<PLAIN>::phase;
+
     unsigned char* kept;
     unsigned char* beside;  // of 16-bit elements, where half of the exponentials are kept
     int kept_steps;         // of which they are
     int number;
-    int phase;
     int end;  // position of the row's end
 
+    __device__ __forceinline__ Chunk(unsigned char* kept, unsigned char* beside, int kept_steps, int number, int phase,
+                                     int end)
+        : Phase<PLAIN>(phase), kept(kept), beside(beside), kept_steps(kept_steps), number(number), end(end) {}
+
     __device__ __forceinline__ bool is_last() const { return end <= SUM_CHUNK + phase; }
+    // Whether all steps are known to be whole.
+    __device__ __forceinline__ bool is_full() const { return PLAIN && end >= SUM_CHUNK; }
 
     static __device__ __forceinline__ int position(int step, int j) {
         return step * SUM_LANES + j / LENGTH * GROUP + lane_id() * LENGTH + j % LENGTH;
@@ -214,6 +240,7 @@ struct Chunk {
             step = whole;
         }
     }
+
     // Whether the thread's element j of the first step lies before the chunk.
     __device__ __forceinline__ bool is_before(int j) const { return lane_id() == 0 && j < phase; }
     __device__ __forceinline__ int whole_steps() const { return min(STEPS, end / SUM_LANES); }
@@ -232,10 +259,6 @@ struct Chunk {
     __device__ __forceinline__ A sum(bool is_simple, unsigned care, bool is_simplest, Simplest on_simplest,
                                      Simple on_simple, Careful on_careful, Edge on_edge, One one) const {
         Elements lane = {};
-        const auto add = [&](const Elements& v) {
-#pragma unroll
-            for (int j = 0; j < THREAD_LANES; j++) lane[j] += v[j];
-        };
         const int whole = is_simple ? whole_steps() : 0;
         care |= phase > 0;
         int step = 0;
@@ -249,7 +272,7 @@ struct Chunk {
 #pragma unroll
                     for (int j = 0; j < LENGTH - 1; j++) v[j] = is_before(j) ? A(0) : v[j];
                 }
-                add(v);
+                add(lane, v);
                 step++;
             } else {
                 const int next = later != 0 ? min(whole, step + __ffs(later) - 1) : whole;
@@ -257,7 +280,7 @@ struct Chunk {
                     for_range<2>(step, next, [&](int step, int i) {
                         Elements v;
                         on_steps(step, i, v);
-                        add(v);
+                        add(lane, v);
                     });
                 };
                 if constexpr (is_same<Simplest, Simple>::value) {
@@ -274,7 +297,7 @@ struct Chunk {
         for (step = whole; step < steps(); step++) {
             Elements v;
             on_edge(step, present(step, phase, end), v);
-            add(v);
+            add(lane, v);
         }
         if (phase > 0) {
             // The chunk's last elements lie in the vector behind its last step. They go to the lanes that the first
@@ -290,9 +313,32 @@ struct Chunk {
         return fold(lane);
     }
 
+    // The same over a chunk that is full: term(step, i, v) writes the terms of all steps but the last, last_term(v) those.
+    template <class Term, class Last>
+    static __device__ __forceinline__ A sum_full(Term term, Last last_term) {
+        Elements lane = {};
+        for_range<2>(0, STEPS - 2, [&](int step, int i) {
+            Elements v;
+            term(step, i, v);
+            add(lane, v);
+        });
+        Elements v, last;
+        term(STEPS - 2, 0, v);
+        last_term(last);
+        add(lane, v);
+        add(lane, last);
+        return fold_from<0>(lane);
+    }
+
   private:
+    static __device__ __forceinline__ void add(Elements& lane, const Elements& v) {
+#pragma unroll
+        for (int j = 0; j < THREAD_LANES; j++) lane[j] += v[j];
+    }
+
     // The neighbours' sum of the lanes of all threads, in every thread. In position 0 is lane -phase.
     __device__ __forceinline__ A fold(Elements& lane) const {
+        if constexpr (PLAIN) return fold_from<0>(lane);
         switch (phase) {
             case 0: return fold_from<0>(lane);
             case 1: return fold_from<1>(lane);
@@ -338,40 +384,55 @@ struct Chunk {
 };
 
 // Where a row lies, and what a warp has of it.
-struct Place {
+template <bool PLAIN>
+struct Place : Phase<PLAIN> {
     long long number;
     unsigned long long x;  // address of its first element
-    int phase;             // elements between the vector that holds it and itself
-    int turn;              // its first exchange
+    unsigned turn;         // its first exchange
     unsigned char* slot;   // of the warp, `rounds` chunks
 
-    __device__ __forceinline__ Place() {}
-    __device__ __forceinline__ Place(const Reduction& p, long long number, const void* x, int turn, unsigned char* slot)
-        : number(number),
-          x(reinterpret_cast<unsigned long long>(static_cast<const ELEMENT*>(x) + start_of_row<OF_X>(p, number))),
-          phase(static_cast<int>(this->x / SIZE % LENGTH)),
-          turn(turn),
-          slot(slot) {}
+    Place() = default;
+    __device__ __forceinline__ Place(const Reduction& p, long long number, const void* x, unsigned turn,
+                                     unsigned char* slot)
+        : Place(number,
+                reinterpret_cast<unsigned long long>(static_cast<const ELEMENT*>(x) +
+                                                     start_of_row<OF_X, PLAIN>(p, number)),
+                turn, slot) {}
+
+  private:
+    __device__ __forceinline__ Place(long long number, unsigned long long x, unsigned turn, unsigned char* slot)
+        : Phase<PLAIN>(static_cast<int>(x / SIZE % LENGTH)), number(number), x(x), turn(turn), slot(slot) {}
 };
 
-struct Row : Place {
+template <bool PLAIN>
+struct Row : Place<PLAIN> {
+    using Place<PLAIN>::number, Place<PLAIN>::x, Place<PLAIN>::slot, Phase<PLAIN>::phase;
+    using Chunk = ::Chunk<PLAIN>;
+
     const Reduction& p;
     const Team& team;
     unsigned char* const beside;
     const int rounds, kept_steps, chunks;
 
-    __device__ __forceinline__ Row(const Place& place, const Reduction& p, const Team& team, unsigned char* beside,
-                                   int rounds, int kept_steps, int chunks)
-        : Place(place), p(p), team(team), beside(beside), rounds(rounds), kept_steps(kept_steps), chunks(chunks) {}
+    __device__ __forceinline__ Row(const Place<PLAIN>& place, const Reduction& p, const Team& team,
+                                   unsigned char* beside, int rounds, int kept_steps, int chunks)
+        : Place<PLAIN>(place),
+          p(p),
+          team(team),
+          beside(beside),
+          rounds(PLAIN ? 1 : rounds),
+          kept_steps(kept_steps),
+          chunks(chunks) {}
 
     __device__ __forceinline__ int chunk(int round) const {
         return (round * team.warps + warp_id()) * team.ctas + team.rank;
     }
     // Bytes by which vectors of elements, of 8 bytes, may lie behind a multiple of 16.
-    __device__ __forceinline__ unsigned skipped() const { return (x - phase * SIZE) % 16; }
+    __device__ __forceinline__ unsigned skipped() const { return PLAIN ? 0 : (x - phase * SIZE) % 16; }
 
-    // By one thread: begin to copy the warp's chunks, and the whole vectors that hold them.
-    __device__ __forceinline__ void load(unsigned barrier) const {
+    // By one thread: begin to copy the warp's chunks, and the whole vectors that hold them. `is_alone`: the team has no
+    // other row, and few rows are all that there is: what has been read leaves its place in the L2 to results.
+    __device__ __forceinline__ void load(unsigned barrier, bool is_alone) const {
         const unsigned long long begin = x - phase * SIZE - skipped();
         const unsigned row_bytes = skipped() + (phase + static_cast<int>(p.n)) * SIZE;
         unsigned total = 0;
@@ -379,7 +440,8 @@ struct Row : Place {
             const unsigned from = chunk(round) * (SUM_CHUNK * SIZE);
             const unsigned chunk_bytes = SUM_CHUNK * SIZE + skipped() + phase * SIZE;
             const unsigned bytes = (min(chunk_bytes, row_bytes - from) + 15) / 16 * 16;
-            copy_bulk(shared_address(slot) + round * SLOT, reinterpret_cast<const void*>(begin + from), bytes, barrier);
+            copy_bulk(shared_address(slot) + round * SLOT, reinterpret_cast<const void*>(begin + from), bytes, barrier,
+                      is_alone);
             total += bytes;
         }
         arrive_and_expect(barrier, total);
@@ -398,7 +460,7 @@ struct Row : Place {
 
     template <int OPERAND>
     __device__ __forceinline__ long long start() const {
-        return start_of_row<OPERAND>(p, number);
+        return start_of_row<OPERAND, PLAIN>(p, number);
     }
     // Of the threads that have the same results, the one that writes them.
     __device__ __forceinline__ bool is_writer() const { return threadIdx.x == 0 && team.rank == 0; }
@@ -409,15 +471,28 @@ struct Row : Place {
     // Writes the row. compute(chunk, step, i, v) puts the results of a step to v, one(chunk, position) returns one.
     template <int UNROLL, class Compute, class One>
     __device__ __forceinline__ void write(void* out, Compute compute, One one) const {
-        write<UNROLL, UNROLL>(out, 0, Chunk::Nothing{}, compute, one);
+        const auto full = [&](const Chunk& c, auto put) {
+            Chunk::template for_range<UNROLL>(0, STEPS, [&](int step, int i) {
+                Elements v;
+                compute(c, step, i, v);
+                put(step, i, v);
+            });
+        };
+        write<UNROLL, UNROLL>(out, 0, typename Chunk::Nothing{}, compute, one, true, full);
     }
-    // With simply(chunk, step, i, v) for a chunk's first `simple` steps that are whole.
-    template <int UNROLL, int UNROLL_WHOLE, class Simply, class Compute, class One>
-    __device__ __forceinline__ void write(void* out, int simple, Simply simply, Compute compute, One one) const {
+    // With simply(chunk, step, i, v) for a chunk's first `simple` steps that are whole; full(chunk, put) calls
+    // put(step, i, v) for all steps of a chunk that is full, where that `is_known`.
+    template <int UNROLL, int UNROLL_WHOLE, class Simply, class Compute, class One, class Full>
+    __device__ __forceinline__ void write(void* out, int simple, Simply simply, Compute compute, One one, bool is_known,
+                                          Full full) const {
         RESULT* const begin = static_cast<RESULT*>(out) + start<OF_OUT>() - phase;
-        const bool is_aligned = is_vector_aligned(begin);
+        const bool is_aligned = PLAIN || is_vector_aligned(begin);
         for_chunks([&](const Chunk& c) {
             RESULT* const to = begin + c.number * SUM_CHUNK;
+            if (c.is_full() && is_known) {
+                full(c, [&](int step, int i, const Elements& v) { write_vectors(to, step, i, v); });
+                return;
+            }
             const auto to_whole = [&](auto put) {
                 return [&, put](int step, int i) {
                     Elements v;
@@ -435,7 +510,7 @@ struct Row : Place {
             };
             const bool first_is_edge = c.number == 0 && phase > 0;
             const int whole = is_aligned ? c.whole_steps() : 0;
-            if constexpr (is_same<Simply, Chunk::Nothing>::value) {
+            if constexpr (is_same<Simply, typename Chunk::Nothing>::value) {
                 c.template for_steps<UNROLL>(first_is_edge, whole, c.steps(), to_whole(compute), on_edge);
             } else {
                 c.template for_steps<UNROLL, UNROLL_WHOLE>(first_is_edge, simple, whole, c.steps(), to_whole(simply),
@@ -453,8 +528,8 @@ struct Row : Place {
         unsigned char* const to = reinterpret_cast<unsigned char*>(chunk) + offset;
 #pragma unroll
         for (int g = 0; g < GROUPS; g++)
-            __stcs(reinterpret_cast<uint4*>(to + (i * SUM_LANES + g * GROUP) * sizeof(RESULT)),
-                   packed(v + g * LENGTH, static_cast<RESULT*>(nullptr)));
+            *reinterpret_cast<uint4*>(to + (i * SUM_LANES + g * GROUP) * sizeof(RESULT)) =
+                packed(v + g * LENGTH, static_cast<RESULT*>(nullptr));
     }
     // Results of arithmetic: a NaN is the canonical one already.
     static __device__ __forceinline__ uint4 packed(const A* v, float*) { return as_vector(v); }
@@ -512,12 +587,15 @@ __device__ __forceinline__ Total total_of_chunks(const V* values, int chunks) {
 
 // An operation has three parts, so that the next row's begin can come before a row's end: what the warps exchange is then
 // on its way.
+template <bool PLAIN>
 struct Mean {
-    static constexpr bool WRITES_SLOTS = false;
+    static_assert(!PLAIN, "left to rows.cu");
+    static constexpr bool HAS_PLAIN = false, WRITES_ROWS = false, WRITES_SLOTS = false;
     static constexpr int EXCHANGES = 1;
+    using Row = ::Row<PLAIN>;
 
     __device__ __forceinline__ void begin(const Row& row) {
-        row.for_chunks([&](const Chunk& c) {
+        row.for_chunks([&](const Chunk<PLAIN>& c) {
             const auto elements = [&](int step, int i, Elements& v) { c.read(step, i, v); };
             const auto of_edge = [&](int step, unsigned present, Elements& v) {
                 c.read(step, 0, v);
@@ -533,7 +611,7 @@ struct Mean {
     }
     __device__ __forceinline__ void middle(const Row& row) {}
     __device__ __forceinline__ void end(const Row& row, void* out) {
-        const A sum = total_of_chunks(row.team.meet<A>(row.turn), row.chunks).sum;
+        const A sum = total_of_chunks(row.team.template meet<A>(row.turn), row.chunks).sum;
         row.write_one(out, sum / static_cast<A>(row.p.divisor));
     }
 };
@@ -542,16 +620,23 @@ struct Mean {
 
 enum class Form { SOFTMAX, LOG_SOFTMAX, LOGSUMEXP };
 
-template <Form FORM>
+template <Form FORM, bool PLAIN>
 struct SoftmaxFamily {
-    // Exponentials take the place of the elements; those that are not kept are computed twice.
-    static constexpr bool WRITES_SLOTS = FORM == Form::SOFTMAX;
+    // Exponentials take the place of the elements; those that are not kept are computed twice. Of a full chunk of 16-bit
+    // elements, those of the last step stay in registers.
+    static constexpr bool WRITES_SLOTS = FORM == Form::SOFTMAX, HAS_PLAIN = true, WRITES_ROWS = FORM != Form::LOGSUMEXP;
     static constexpr bool KEEPS_ALL = WRITES_SLOTS && SIZE == sizeof(A);
+    static constexpr bool KEEPS_LAST = WRITES_SLOTS && !KEEPS_ALL;
     static constexpr int EXCHANGES = 2;
+    using Row = ::Row<PLAIN>;
+    using Chunk = ::Chunk<PLAIN>;
+
     A maximum;
     A least;           // of the thread's elements
     int most_of_warp;  // as an ordered integer
     bool are_near;
+    bool is_known;  // whether the warp's chunk is full and computed without care
+    Elements last;
 
     __device__ __forceinline__ void begin(const Row& row) {
         Maximum<ELEMENT, A> most_of_vectors;
@@ -563,15 +648,19 @@ struct SoftmaxFamily {
             least = fminf(least, x);
         };
         row.for_chunks([&](const Chunk& c) {
+            const auto whole = [&](int step, int i) {
+                uint4 raw[VECTORS];
+                Elements v;
+                c.read(step, i, raw, v);
+                most_of_vectors.add(raw, v);
+                least_of_vectors.add(raw, v);
+            };
+            if (c.is_full()) {
+                Chunk::template for_range<4>(0, STEPS, whole);
+                return;
+            }
             c.template for_steps<4>(
-                c.number == 0 && c.phase > 0, c.whole_steps(), c.steps(),
-                [&](int step, int i) {
-                    uint4 raw[VECTORS];
-                    Elements v;
-                    c.read(step, i, raw, v);
-                    most_of_vectors.add(raw, v);
-                    least_of_vectors.add(raw, v);
-                },
+                c.number == 0 && c.phase > 0, c.whole_steps(), c.steps(), whole,
                 [&](int step) {
                     const unsigned present = Chunk::present(step, c.number == 0 ? c.phase : 0, c.end);
                     Elements v;
@@ -591,7 +680,7 @@ struct SoftmaxFamily {
     }
 
     __device__ __forceinline__ void middle(const Row& row) {
-        const int* const maxima = row.team.meet<int>(row.turn);
+        const int* const maxima = row.team.template meet<int>(row.turn);
         int most_of_row = ordered(lowest<A>());
 #pragma unroll
         for (int i = lane_id(); i < MOST_WARPS; i += WARP)
@@ -601,17 +690,22 @@ struct SoftmaxFamily {
         const bool has_maximum = from_ordered(most_of_warp) == maximum;
         are_near = __all_sync(~0u, least - maximum > NEAR);
         const bool are_smaller = !IS_PRECISE || __all_sync(~0u, least >= -maximum);
+        is_known = false;
+        const auto share = [&](const Chunk& c, A sum, unsigned count) {
+            const uint2 pair = make_uint2(__float_as_uint(sum), count);
+            row.team.share(row.turn + 1, place_of_chunk(c.number, row.chunks), pair);
+        };
         row.for_chunks([&](const Chunk& c) {
             unsigned count = 0, care = 0;
             if (are_near && has_maximum) {
-                Chunk::for_range<4>(0, c.whole_steps(), [&](int step, int i) {
+                Chunk::template for_range<4>(0, c.whole_steps(), [&](int step, int i) {
                     uint4 raw[VECTORS];
                     Elements v;
                     c.read(step, i, raw, v);
                     care |= __any_sync(~0u, may_have(maximum, raw, v, static_cast<ELEMENT*>(nullptr))) << (step + i);
                 });
             }
-            const auto near = [&](auto error_of, int step, int i, Elements& t, Elements& v) {
+            const auto compute = [&](auto error_of, int step, int i, Elements& t, Elements& v) {
                 c.read(step, i, v);
 #pragma unroll
                 for (int j = 0; j < THREAD_LANES; j++) {
@@ -619,6 +713,9 @@ struct SoftmaxFamily {
                     t[j] = x - maximum;
                     v[j] = exponential_near<IS_PRECISE>(t[j], error_of(x, t[j]));
                 }
+            };
+            const auto near = [&](auto error_of, int step, int i, Elements& t, Elements& v) {
+                compute(error_of, step, i, t, v);
                 if constexpr (WRITES_SLOTS) c.keep(step, i, v);
             };
             const auto error_of_any = [&](A x, A) {
@@ -634,6 +731,21 @@ struct SoftmaxFamily {
             };
             // Where no element is larger in magnitude than the maximum, the difference's error is that of Dekker's sum.
             const auto error_of_smaller = [&](A x, A t) { return IS_PRECISE ? x - (t + maximum) : A(0); };
+            if (c.is_full() && are_near && care == 0 && are_smaller) {
+                is_known = true;
+                const auto on_last_step = [&](Elements& v) {
+                    Elements t;
+                    if constexpr (KEEPS_LAST) {
+                        compute(error_of_smaller, STEPS - 1, 0, t, v);
+#pragma unroll
+                        for (int j = 0; j < THREAD_LANES; j++) last[j] = v[j];
+                    } else {
+                        near(error_of_smaller, STEPS - 1, 0, t, v);
+                    }
+                };
+                share(c, Chunk::sum_full(on_steps(error_of_smaller), on_last_step), 0);
+                return;
+            }
             const A sum = c.sum(
                 are_near, care, are_smaller, on_steps(error_of_smaller), on_steps(error_of_any),
                 [&](int step, Elements& v) {
@@ -670,22 +782,23 @@ struct SoftmaxFamily {
                     count += is_maximum;
                     return is_maximum ? A(0) : all;
                 });
-            const uint2 pair = make_uint2(__float_as_uint(sum), __reduce_add_sync(~0u, count));
-            row.team.share(row.turn + 1, place_of_chunk(c.number, row.chunks), pair);
+            share(c, sum, __reduce_add_sync(~0u, count));
         });
         row.team.arrived(row.turn + 1, row.chunks * 8);
     }
 
     __device__ __forceinline__ void end(const Row& row, void* out) {
-        const Total total = total_of_chunks(row.team.meet<uint2>(row.turn + 1), row.chunks);
-        const A normaliser = softmax_normaliser(static_cast<A>(total.count), total.sum, FORM != Form::SOFTMAX);
+        const Total total = total_of_chunks(row.team.template meet<uint2>(row.turn + 1), row.chunks);
+        // Where the maximum is no number, neither is the result (but for that of logsumexp).
+        const A normaliser = maximum - maximum == 0 ? normaliser_of(total.count, total.sum, FORM != Form::SOFTMAX)
+                                                    : __uint_as_float(NAN_FLOAT32);
 
         if constexpr (FORM == Form::LOGSUMEXP) {
             const bool is_infinite = maximum - maximum != 0 && maximum == maximum;
             row.write_one(out, is_infinite ? maximum : maximum + normaliser);
         } else if constexpr (FORM == Form::LOG_SOFTMAX) {
             const auto result = [&](A x) { return x - maximum - normaliser; };
-            row.write<4>(
+            row.template write<4>(
                 out,
                 [&](const Chunk& c, int step, int i, Elements& v) {
                     c.read(step, i, v);
@@ -696,13 +809,14 @@ struct SoftmaxFamily {
         } else {
             const A reciprocal = 1 / normaliser;
             const bool is_few = normaliser <= FEW, is_simple = is_few && are_near;
-            row.write<2, 1>(
+            const auto divide_kept = [&](const Chunk& c, int step, int i, Elements& v) {
+                Elements kept;
+                c.read_kept(step, i, kept);
+                divide_for(kept, v, normaliser, reciprocal, static_cast<RESULT*>(nullptr));
+            };
+            row.template write<2, 1>(
                 out, !is_simple ? 0 : KEEPS_ALL ? STEPS : row.kept_steps,
-                [&](const Chunk& c, int step, int i, Elements& v) {
-                    Elements kept;
-                    c.read_kept(step, i, kept);
-                    divide_for(kept, v, normaliser, reciprocal, static_cast<RESULT*>(nullptr));
-                },
+                divide_kept,
                 [&](const Chunk& c, int step, int i, Elements& v) {
                     if (c.has_kept(step + i)) {
                         c.read_kept(step, i, v);
@@ -730,6 +844,32 @@ struct SoftmaxFamily {
                 [&](const Chunk& c, int position) {
                     const A x = c.read_one(position);
                     return (KEEPS_ALL ? x : exponential_anywhere<IS_PRECISE>(x, maximum)) / normaliser;
+                },
+                is_known,  // and few: rows are shorter than FEW
+                [&](const Chunk& c, auto put) {
+                    const int kept = KEEPS_ALL ? STEPS : min(row.kept_steps, STEPS - 1);
+                    Chunk::template for_range<2>(0, kept, [&](int step, int i) {
+                        Elements v;
+                        divide_kept(c, step, i, v);
+                        put(step, i, v);
+                    });
+                    if constexpr (KEEPS_LAST) {
+#pragma unroll 1
+                        for (int step = kept; step < STEPS - 1; step++) {
+                            uint4 raw[VECTORS];
+                            Elements v;
+                            c.read(step, 0, raw, v);
+                            bool are_rounded = false;
+                            if constexpr (!IS_PRECISE)
+                                are_rounded = round_quotients(v, maximum, reciprocal, static_cast<RESULT*>(nullptr));
+                            if (!are_rounded)
+                                quotients<IS_PRECISE, ELEMENT>(raw, v, maximum, normaliser, reciprocal, is_few);
+                            put(step, 0, v);
+                        }
+                        Elements v;
+                        divide_for(last, v, normaliser, reciprocal, static_cast<RESULT*>(nullptr));
+                        put(STEPS - 1, 0, v);
+                    }
                 });
         }
     }
@@ -757,23 +897,82 @@ struct SoftmaxFamily {
     }
 };
 
-using Softmax = SoftmaxFamily<Form::SOFTMAX>;
-using LogSoftmax = SoftmaxFamily<Form::LOG_SOFTMAX>;
-using LogSumExp = SoftmaxFamily<Form::LOGSUMEXP>;
+template <bool PLAIN>
+using Softmax = SoftmaxFamily<Form::SOFTMAX, PLAIN>;
+template <bool PLAIN>
+using LogSoftmax = SoftmaxFamily<Form::LOG_SOFTMAX, PLAIN>;
+template <bool PLAIN>
+using LogSumExp = SoftmaxFamily<Form::LOGSUMEXP, PLAIN>;
 
 // -------------------------------------------------------------------------------------------------------------- kernel
 
-// Dynamic shared memory: of every warp `slots` times `rounds` chunks, and beside them what it keeps of `kept_steps`
-// steps of each chunk; a barrier for each area of the exchange and of the warps' slots; the areas. See RingSchedule in
-// schedules.py. There are two slots at least, or teams have one row.
+// What a launch gives; its dynamic shared memory: of every warp `slots` times `rounds` chunks, and beside them what it keeps
+// of `kept_steps` steps of each chunk; a barrier for each area of the exchange and of the warps' slots; the areas. See
+// RingSchedule in schedules.py. There are two slots at least, or teams have one row.
+struct Launch {
+    const Reduction& p;
+    const Team& team;
+    int slots, rounds, kept_steps, chunks;
+    unsigned char* own;  // of the warp
+    unsigned loaded;     // its barriers
+    void* out;
+    const void* x;
+};
+
+template <bool PLAIN>
+__device__ __forceinline__ void take_rows(const Launch& a) {
+    using Operation = OPERATION<PLAIN>;
+    // Row number `index` of the team's.
+    const long long teams = gridDim.x / a.team.ctas, first = blockIdx.x / a.team.ctas;
+    const auto place_of = [&](int index, int slot) {
+        const int kept_bytes = (PLAIN ? 1 : a.rounds) * SLOT;
+        return Place<PLAIN>(a.p, first + index * teams, a.x, index * Operation::EXCHANGES, a.own + slot * kept_bytes);
+    };
+    const auto row_at = [&](const Place<PLAIN>& place) {
+        return Row<PLAIN>(place, a.p, a.team, a.own + a.slots * ((PLAIN ? 1 : a.rounds) * SLOT), a.rounds, a.kept_steps,
+                          a.chunks);
+    };
+    const int rows = first < a.p.rows ? static_cast<int>((a.p.rows - 1 - first) / teams) + 1 : 0;
+    if (lane_id() == 0) {
+        for (int i = 0; i < min(a.slots, rows); i++) row_at(place_of(i, i)).load(a.loaded + i * 8, a.slots == 1);
+    }
+    __syncwarp();
+
+    Operation operation, next;
+    Place<PLAIN> place, next_place;
+    int slot = 0, next_slot = 0, parity = 0;
+#pragma unroll 1
+    for (int index = -1; index < rows; index++) {
+        if (index >= 0) operation.middle(row_at(place));
+        if (index + 1 < rows) {
+            next_place = place_of(index + 1, next_slot);
+            wait_barrier(a.loaded + next_slot * 8, parity);
+            next.begin(row_at(next_place));
+            if (++next_slot == a.slots) {
+                next_slot = 0;
+                parity ^= 1;
+            }
+        }
+        if (index >= 0) {
+            operation.end(row_at(place), a.out);
+            if constexpr (Operation::WRITES_SLOTS) fence_written();
+            __syncwarp();
+            if (lane_id() == 0 && index + a.slots < rows)
+                row_at(place_of(index + a.slots, slot)).load(a.loaded + slot * 8, false);
+            if (++slot == a.slots) slot = 0;
+        }
+        operation = next;
+        place = next_place;
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     reduce_long_rows(const __grid_constant__ Reduction p, int slots, int rounds, int kept_steps, int ctas,
                      int area_bytes, void* out, const void* x) {
     extern __shared__ __align__(128) unsigned char shared[];
     launch_dependents();  // they wait for this kernel's end
-    const int warps = blockDim.x / WARP, chunks = static_cast<int>(chunks_of(p.n));
-    const int kept_bytes = rounds * SLOT;
-    const int own_bytes = slots * kept_bytes + rounds * kept_steps * STEP_BYTES;
+    const int warps = blockDim.x / WARP;
+    const int own_bytes = slots * (rounds * SLOT) + rounds * kept_steps * STEP_BYTES;
     unsigned char* const own = shared + warp_id() * own_bytes;
     unsigned char* const behind = shared + warps * own_bytes;
     const unsigned barriers = shared_address(behind);
@@ -791,43 +990,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     wait_for_predecessors();
 
-    // Row number `index` of the team's.
-    const long long teams = gridDim.x / ctas, first = blockIdx.x / ctas;
-    const auto place_of = [&](int index, int slot) {
-        return Place(p, first + index * teams, x, index * OPERATION::EXCHANGES, own + slot * kept_bytes);
-    };
-    const auto row_at = [&](const Place& place) {
-        return Row(place, p, team, own + slots * kept_bytes, rounds, kept_steps, chunks);
-    };
-    const int rows = first < p.rows ? static_cast<int>((p.rows - 1 - first) / teams) + 1 : 0;
-    if (lane_id() == 0) {
-        for (int i = 0; i < min(slots, rows); i++) row_at(place_of(i, i)).load(loaded + i * 8);
-    }
-    __syncwarp();
-
-    OPERATION operation, next;
-    Place place, next_place;
-    int slot = 0, next_slot = 0, parity = 0;
-#pragma unroll 1
-    for (int index = -1; index < rows; index++) {
-        if (index >= 0) operation.middle(row_at(place));
-        if (index + 1 < rows) {
-            next_place = place_of(index + 1, next_slot);
-            wait_barrier(loaded + next_slot * 8, parity);
-            next.begin(row_at(next_place));
-            if (++next_slot == slots) {
-                next_slot = 0;
-                parity ^= 1;
-            }
+    const Launch launch{p, team, slots, rounds, kept_steps, static_cast<int>(chunks_of(p.n)), own, loaded, out, x};
+    if constexpr (OPERATION<false>::HAS_PLAIN) {
+        unsigned long long addresses = reinterpret_cast<unsigned long long>(x) | p.dims.stride[OF_X][0] * SIZE;
+        if (OPERATION<false>::WRITES_ROWS)
+            addresses |= reinterpret_cast<unsigned long long>(out) | p.dims.stride[OF_OUT][0] * sizeof(RESULT);
+        const bool are_many = p.rows * ctas > gridDim.x;  // of one row, code that is longer is not worth being fetched
+        if (rounds == 1 && are_many && p.kept == 1 && addresses % 16 == 0) {
+            take_rows<true>(launch);
+            return;
         }
-        if (index >= 0) {
-            operation.end(row_at(place), out);
-            if constexpr (OPERATION::WRITES_SLOTS) fence_written();
-            __syncwarp();
-            if (lane_id() == 0 && index + slots < rows) row_at(place_of(index + slots, slot)).load(loaded + slot * 8);
-            if (++slot == slots) slot = 0;
-        }
-        operation = next;
-        place = next_place;
     }
+    take_rows<false>(launch);
 }
