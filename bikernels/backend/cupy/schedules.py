@@ -710,7 +710,7 @@ def tile_schedules(n: int, element: str, operation: str, device: GPU, keeps: boo
     width = vector_width(element)
     sizes = _cluster_sizes(device)
     if keeps and device.compute_capability == RING_CAPABILITY:
-        sizes = (*sizes, MAX_RING_CTAS)
+        sizes = (*sizes, MOST_CTAS)
     for vectors in (16, 8, 4, 2, 1):
         for ctas in sizes:
             parts = 1
@@ -755,7 +755,7 @@ def choose_spread_schedule(columns: int, n: int, element: str, operation: str, d
             holds_several = one.resident(n, element, operation, device) == KEEPING_CTAS * device.multiprocessors
             is_much = _ceil(columns, one.tile) * one.ctas >= 2 * KEEPING_CTAS * device.multiprocessors
             fits_once = holds_several and one.ctas <= device.multiprocessors
-            if is_wide and is_much and fits_once and one.ctas > MAX_RING_CTAS and sums <= MAX_TEAM_SUMS:
+            if is_wide and is_much and fits_once and one.ctas > MOST_CTAS and sums <= MAX_TEAM_SUMS:
                 return one
         return None
     row = max(16, _power_of_two(across))
@@ -780,7 +780,7 @@ def choose_spread_schedule(columns: int, n: int, element: str, operation: str, d
 
 
 def choose_tile_schedule(
-    columns: int, n: int, element: str, operation: str, device: GPU, times: int = 1, most_ctas: int = MAX_RING_CTAS
+    columns: int, n: int, element: str, operation: str, device: GPU, times: int = 1, most_ctas: int = MOST_CTAS
 ) -> TileSchedule:
     """A schedule that fits; `times`: how often there are as many columns.
 
