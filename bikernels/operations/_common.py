@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from ..contract import FLOAT_DTYPES, INTEGER_DTYPES, ITEMSIZE
 from ..dtypes import dtype_name
-from ..kinds import Allocate, Kind, described, kind_of, order_streams, view_of, views_of
+from ..kinds import Allocate, Facts, Kind, described, facts_of, facts_of_each, kind_of, order_streams
 from ..specs import contiguous_strides
-from ..views import Description, Device, Form, View, share_memory
+from ..views import Description, Device, Form, FormView, View, share_memory
 
 Launch = Callable[..., None]
 """launch(stream, *results, *operands, *factors): queue the kernels on the stream of that handle, by addresses."""
@@ -71,36 +71,33 @@ def run(operation: Operation, arrays: Sequence[Any], settings: tuple[Any, ...], 
     Returns:
         out, or a new array (a tuple of several).
     """
-    views = views_of(arrays, operation.names)
-    stream = views[0].stream
-    forms = tuple([view.form for view in views])
-    elsewhere: list[int] = []
+    facts = facts_of_each(arrays, operation.names)
+    forms, addresses, streams, _ = zip(*facts, strict=True)
+    stream = streams[0]
+    streams_of_outs: tuple[int, ...] = ()
     if out is None:
         plan = _plan(operation, settings, forms, kind_of(arrays[0], operation.names[0]), ())
         allocated = [allocate(stream) for allocate in plan.allocate]
-        addresses = [address for _, address in allocated]
-        out = allocated[0][0] if len(allocated) == 1 else tuple([array for array, _ in allocated])
+        outs_of_call, results = zip(*allocated, strict=True)
+        out = outs_of_call if len(outs_of_call) > 1 else outs_of_call[0]
     else:
         prepares = type(out) is _ToPrepare
-        outs = _views_of_out(operation, out.out if prepares else out)
-        plan = _plan(operation, settings, forms, None, tuple([one.form for one in outs]))
+        outs = _facts_of_out(operation, out.out if prepares else out)
+        forms_of_outs, results, streams_of_outs, _ = zip(*outs, strict=True)
+        plan = _plan(operation, settings, forms, None, forms_of_outs)
         if prepares:
             return _prepared(plan.launch, len(outs), out.places(arrays), factors)
-        arrays_of_call = [*outs, *views]
+        every = (*results, *addresses)
         for i, j, least, most in plan.apart:
-            if least < arrays_of_call[i].pointer - arrays_of_call[j].pointer < most:
-                _check_memory(operation, arrays_of_call, i, j)
-        addresses = [one.pointer for one in outs]
-        elsewhere = [one.stream for one in outs if one.stream != stream]
+            if least < every[i] - every[j] < most:
+                _check_memory(operation, [FormView(*one) for one in (*outs, *facts)], i, j)
     if plan.launch is None:
         return out
-    for view in views:
-        if view.stream != stream:
-            order_streams(view.stream, stream, plan.device)
-    for other in elsewhere:
+    apart = {*streams, *streams_of_outs} - {stream}
+    for other in apart:
         order_streams(other, stream, plan.device)
-    plan.launch(stream, *addresses, *[view.pointer for view in views], *factors)
-    for other in elsewhere:
+    plan.launch(stream, *results, *addresses, *factors)
+    for other in apart.intersection(streams_of_outs):
         order_streams(stream, other, plan.device)
     return out
 
@@ -158,13 +155,13 @@ def _prepared(launch: Launch | None, results: int, places: list[int], factors: t
     return lambda stream, *addresses: launch(stream, *order(addresses), *factors)
 
 
-def _views_of_out(operation: Operation, out: Any) -> list[View]:
+def _facts_of_out(operation: Operation, out: Any) -> list[Facts]:
     names = operation.results
     if len(names) == 1:
-        return [view_of(out, "out")]
+        return [facts_of(out, "out")]
     if not isinstance(out, tuple) or len(out) != len(names):
         raise TypeError(f"out is {type(out).__name__}; pass a tuple of {len(names)} arrays: {', '.join(names)}")
-    return [view_of(one, name) for one, name in zip(out, names, strict=True)]
+    return [facts_of(one, name) for one, name in zip(out, names, strict=True)]
 
 
 @functools.lru_cache(maxsize=4096)

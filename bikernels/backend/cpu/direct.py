@@ -975,7 +975,7 @@ def prepare(spec: ReductionSpec, plan: Formula | None) -> ReductionLaunch | None
         and all(from_row[name] == 1 for name in present if name in ("x", "out", "grad"))
         and all(from_row[name] in (0, 1) for name in present)
     ):
-        across = _VECTORS if _VECTORS * count <= g.neighbours else 1
+        across = min(_VECTORS, 1 << (g.neighbours // count).bit_length() - 1)
         spread = [from_row[name] == 0 for name in OPERANDS]
         blocks = g.groups // (across * count)
         width = across * count * max(1, min(_AT_A_TIME // (across * count * max(g.n, 1)), blocks // enough))

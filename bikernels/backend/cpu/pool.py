@@ -182,8 +182,10 @@ def _serve(pool):  # type: ignore[no-untyped-def]
 
 @inner
 def run(pool, helpers, work, argument):  # type: ignore[no-untyped-def]
-    """Call work(argument, 0) in this thread and work(argument, number) in up to so many of the pool, each of which has
-    its own number from 1 on; False, and nothing is done, if there are to be helpers and another call has the pool."""
+    """Call work(argument, 0) in this thread and work(argument, number) in up to so many of the pool.
+
+    Each of those has a number of its own, from 1 on. False, and nothing is done, if another call has the pool.
+    """
     if helpers > 0 and not _replace(pool + 8 * _TAKEN, 0, 1):
         return False
     before = exchange(DEFAULT)

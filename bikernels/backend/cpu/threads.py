@@ -14,12 +14,14 @@ from __future__ import annotations
 import atexit
 import ctypes
 import functools
+import itertools
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable
 
-import numba
+from numba import config
 from numba.np.ufunc import parallel
 
 from . import pool
@@ -32,16 +34,29 @@ def limit() -> int:
     It is the least of NUMBA_NUM_THREADS, numba.set_num_threads, OMP_NUM_THREADS (as the process found it) and the CPUs
     this process may run on.
     """
-    limits: list[int] = [numba.config.NUMBA_NUM_THREADS]  # type: ignore[attr-defined]
+    most = min(config.NUMBA_NUM_THREADS, _processors())  # type: ignore[attr-defined]
     if parallel._is_initialized:  # asking before somebody has set it would start Numba's threading layer
-        limits.append(parallel.get_num_threads())
-    if _OPENMP.isdecimal() and int(_OPENMP) > 0:
-        limits.append(int(_OPENMP))
-    limits.append(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    return min(limits)
+        most = min(most, parallel.get_num_threads())
+    return min(most, _OPENMP)
 
 
-_OPENMP = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+def _processors() -> int:
+    """The CPUs that this process may run on: asked for now and then, since that takes as long as a small reduction."""
+    global _known
+    if next(_calls) % _ASK_AFTER == 0:
+        _known = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return _known
+
+
+_calls, _known, _ASK_AFTER = itertools.count(), 1, 64
+
+
+def _openmp_threads() -> int:
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(first) if first.isdecimal() and int(first) > 0 else sys.maxsize
+
+
+_OPENMP = _openmp_threads()
 """Read once: a call should not wait for a look at the environment."""
 
 
