@@ -51,8 +51,8 @@ class _Plan(NamedTuple):
     device: Device
     launch: Launch | None
     """None where no result has elements."""
-    allocate: tuple[Allocate, ...]
-    """Of each result; empty where the caller gives `out`."""
+    allocate: Callable[[int], tuple[Any, tuple[int, ...]]]
+    """allocate(stream): what a call returns where its caller gives no `out`, and the addresses of the results."""
     apart: tuple[tuple[int, int, int, int], ...]
     """For each result and each array after it, of results and operands: which two; they may have a byte in common only
     if the first one's address, less the other's, lies between these."""
@@ -77,9 +77,7 @@ def run(operation: Operation, arrays: Sequence[Any], settings: tuple[Any, ...], 
     streams_of_outs: tuple[int, ...] = ()
     if out is None:
         plan = _plan(operation, settings, forms, kind_of(arrays[0], operation.names[0]), ())
-        allocated = [allocate(stream) for allocate in plan.allocate]
-        outs_of_call, results = zip(*allocated, strict=True)
-        out = outs_of_call if len(outs_of_call) > 1 else outs_of_call[0]
+        out, results = plan.allocate(stream)
     else:
         prepares = type(out) is _ToPrepare
         outs = _facts_of_out(operation, out.out if prepares else out)
@@ -92,6 +90,9 @@ def run(operation: Operation, arrays: Sequence[Any], settings: tuple[Any, ...], 
             if least < every[i] - every[j] < most:
                 _check_memory(operation, [FormView(*one) for one in (*outs, *facts)], i, j)
     if plan.launch is None:
+        return out
+    if streams.count(stream) == len(streams) and streams_of_outs.count(stream) == len(streams_of_outs):
+        plan.launch(stream, *results, *addresses, *factors)
         return out
     apart = {*streams, *streams_of_outs} - {stream}
     for other in apart:
@@ -182,9 +183,9 @@ def _plan(
             )
     result = operation.result(first.device, *(operand.layout for operand in operands), *settings)
     results = ((result.dtype, result.shape), *result.more)
-    allocate: tuple[Allocate, ...] = ()
+    allocate = _allocate_all([])
     if kind is not None:
-        allocate = tuple(kind.allocator(dtype, shape, first.device) for dtype, shape in results)
+        allocate = _allocate_all([kind.allocator(dtype, shape, first.device) for dtype, shape in results])
         outs = [Description(dtype, shape, contiguous_strides(shape), first.device) for dtype, shape in results]
     else:
         outs = [described(form, name) for form, name in zip(out_forms, operation.results, strict=True)]
@@ -193,6 +194,20 @@ def _plan(
     launch = result.prepare(*(out.strides for out in outs)) if any(out.size for out in outs) else None
     apart = _apart([one.extent() for one in (*outs, *operands)], len(outs))
     return _Plan(first.device, launch, allocate, apart)
+
+
+def _allocate_all(each: list[Allocate]) -> Callable[[int], tuple[Any, tuple[int, ...]]]:
+    """See `_Plan.allocate`."""
+    one = each[0] if len(each) == 1 else None
+
+    def allocate(stream: int) -> tuple[Any, tuple[int, ...]]:
+        if one is not None:
+            out, address = one(stream)
+            return out, (address,)
+        outs, addresses = zip(*[allocate(stream) for allocate in each], strict=True)
+        return outs, addresses
+
+    return allocate
 
 
 def _check_out(out: Description, name: str, dtype: str, shape: tuple[int, ...], device: Device) -> None:

@@ -1019,9 +1019,16 @@ def _launcher(record: Table, groups: int, cost: float, tables: tuple[Table, ...]
     """The launch of a record; `tables` are what it points to."""
     driver, address, room = _driver(), record.ctypes.data, int(record[_SCRATCH_BYTES])
     useful, head = threads.useful(groups, cost), 8 * (_TAKEN + _LINE // 8)
+    alone = head + 8 + room
+
+    def launch_alone(stream: int, *given: int, keep: object = (record, tables)) -> None:
+        _launch(address, driver, 0, 1, threads.scratch(alone), *given)
+
+    if useful == 1:
+        return launch_alone
 
     def launch(stream: int, *given: int, keep: object = (record, tables)) -> None:  # compiled code reads them
-        most = threads.at_most(useful)
+        most = min(useful, threads.limit())
         call = threads.scratch(head + most * (8 + room))
         if not _launch(address, driver, threads.native_pool(most), most, call, *given):
             threads.run_compiled(driver, call, most, cost)

@@ -172,11 +172,6 @@ def useful(pieces: int, cost: float) -> int:
     return min(pieces, int(cost // _WORTH_A_NATIVE_THREAD) + 1)
 
 
-def at_most(threads: int) -> int:
-    """So many threads, or what a call may use."""
-    return min(threads, limit()) if threads > 1 else threads
-
-
 def native_pool(threads: int) -> int:
     """The address of a pool for `pool.run` in so many threads, the caller among them; 0 if there are no others."""
     return _native_pool.address if threads > 1 and _native_pool.start(threads - 1) else 0
