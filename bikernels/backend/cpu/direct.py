@@ -42,10 +42,11 @@ from .vectors import I32, I64
 
 _N, _ALONG, _ACROSS = 0, 1, 1 + len(OPERANDS)
 _NUMBERS = _ACROSS + len(OPERANDS)
-_UPPER = _NUMBERS + 4
-_STATIC = _UPPER + 1
+_UPPER, _IN_ORDER = _NUMBERS + 4, _NUMBERS + 5
+_STATIC = _IN_ORDER + 1
 """The static numbers, int64: elements in a row; of each operand the bytes from element to element, and from row to row;
-of each sum its divisor and eps, as the bits of float64; and the address of the upper levels of the tree."""
+of each sum its divisor and eps, as the bits of float64; the address of the upper levels of the tree; and whether chunks
+are better read in the order in which they lie."""
 
 _VECTORS = 8
 """Accumulators of a sum: enough to hide the latency of an addition."""
@@ -58,6 +59,9 @@ _AT_A_TIME = 1 << 15
 
 _AHEAD, _LINE = 8192, 64
 """Bytes: how far ahead elements are fetched, and of a cache line."""
+
+_CACHED = 1 << 25
+"""Bytes of rows of which no more are expected to be in a cache."""
 
 _LEAST, _FEW_ROWS, _MOST_ACROSS = 48, 256, 1 << 19
 """Elements of a row from which vectors along it pay, unless the rows are so few that any time is short; and up to which
@@ -529,8 +533,57 @@ class _AlongRows(_Code):
         self, terms: Callable[..., list[Any]], pairs: bool, group: int, fetch: Any, first: Any, length: Any
     ) -> tuple[Any, int]:
         """The lanes folded into one vector, and the level of its next fold."""
+        b = self.builder
+
+        def fold_all(lanes: list[list[Any]]) -> list[Any]:
+            return [fold(b, [fold(b, sums, 0, pairs) for sums in lanes], levels)]
+
+        levels = (group // 2 if pairs else group).bit_length() - 1
+        level = levels + (SUM_LANES // (group * self.count)).bit_length() - 1
+
+        def in_blocks() -> list[Any]:
+            return fold_all(self._lanes_in_blocks(terms, pairs, group, fetch, first, length))
+
+        def in_order() -> list[Any]:
+            return fold_all(self._lanes_in_order(terms, pairs, group, first, length))
+
+        if VECTOR_BYTES == 64 or self.dtype("x") != "float32":  # blocks that are as fast
+            return in_blocks()[0], level
+        is_in_order = b.icmp_signed("!=", self.number(_IN_ORDER), I64(0))
+        return vectors.either(b, is_in_order, in_order, in_blocks)[0], level
+
+    def _lanes_in_order(
+        self, terms: Callable[..., list[Any]], pairs: bool, group: int, first: Any, length: Any
+    ) -> list[list[Any]]:
+        """The lanes, in groups, of a chunk that is read from one end to the other; they are kept in memory."""
+        b, lanes, groups = self.builder, group * self.count, range(SUM_LANES // (group * self.count))
+        vector_of = [[(j * group + i) * VECTOR_BYTES for i in range(group)] for j in groups]
+
+        def keep(j: int, sums: list[Any]) -> None:
+            for place, one in zip(vector_of[j], sums, strict=True):
+                vectors.store(b, one, self.lanes, place)
+
+        def kept(j: int) -> list[Any]:
+            return [vectors.load(b, self.lanes, place, self.vector) for place in vector_of[j]]
+
+        for j in groups:
+            keep(j, terms(b.add(first, I64(j * lanes)), group, pairs, []))
+
+        def add(i: Any, _: list[Any]) -> list[Any]:
+            for j in groups:
+                new = terms(b.add(i, I64(j * lanes)), group, pairs, [])
+                keep(j, [b.fadd(old, term) for old, term in zip(kept(j), new, strict=True)])
+            return []
+
+        vectors.for_range(b, b.add(first, I64(SUM_LANES)), b.add(first, length), SUM_LANES, [], add)
+        return [kept(j) for j in groups]
+
+    def _lanes_in_blocks(
+        self, terms: Callable[..., list[Any]], pairs: bool, group: int, fetch: Any, first: Any, length: Any
+    ) -> list[list[Any]]:
+        """The lanes, in groups, of which each is summed in registers."""
         b, lanes = self.builder, group * self.count
-        rounds, end, parts = b.sdiv(length, I64(SUM_LANES)), b.add(first, length), []
+        rounds, end, result = b.sdiv(length, I64(SUM_LANES)), b.add(first, length), []
         for lane in range(0, SUM_LANES, lanes):
             start = b.add(first, I64(lane))
             in_order = b.add(first, b.mul(rounds, I64(lane)))
@@ -544,9 +597,8 @@ class _AlongRows(_Code):
             sums = vectors.for_range(
                 b, b.add(start, I64(SUM_LANES)), end, SUM_LANES, terms(start, group, pairs, []), add
             )
-            parts.append(fold(b, sums, 0, pairs))
-        levels = (group // 2 if pairs else group).bit_length() - 1
-        return fold(b, parts, levels), levels + len(parts).bit_length() - 1
+            result.append(sums)
+        return result
 
     def _plain(self, address: Any, number: int, pairs: bool) -> list[Any]:
         """Vectors of the accumulate dtype, in the order of `read`."""
@@ -1003,6 +1055,7 @@ def prepare(spec: ReductionSpec, plan: Formula | None) -> ReductionLaunch | None
         numbers = one.divisor(g.n, spec.correction) if spec.operation != "sum" else 1.0, spec.eps
         static[_NUMBERS + 2 * i : _NUMBERS + 2 * i + 2] = np.array(numbers, np.float64).view(np.int64)
     static[_UPPER] = _upper(accumulate) if g.chunks > 1 and not across else 0
+    static[_IN_ORDER] = g.n > SUM_LANES and g.groups * g.width * g.n * ITEMSIZE[spec.x.dtype] > _CACHED
     passes = _SOFTMAX_PASSES if plan is None else len(plan.sums) + (plan.element is not None)
     cost = g.groups * g.width * max(g.n, 1) * _NANOSECONDS_PER_PASS * passes
     room = 0 if across else 8 * g.chunks + (g.n * ITEMSIZE[accumulate] if kind.keeps else 0)
