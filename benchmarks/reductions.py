@@ -6,7 +6,8 @@
 
 On a GPU all are captured in CUDA graphs over rotating operands, so that L2 is cold, and replayed in turn (see
 timing.py); every result has memory of its own. A time is the median of the samples; on a CPU, whose cores other
-programs use too, it is the least of many short ones. The floor is the time of the bytes that have to be read and
+programs use too, it is the least of many short ones, of calls with NumPy arrays beside PyTorch's with tensors in the
+same memory, and OMP_NUM_THREADS says in how many threads. The floor is the time of the bytes that have to be read and
 written at the bandwidth of a copy, measured first, and TB/s are of those bytes; a CPU has none. Before a case is timed,
 its first and last row are compared with the reference, byte for byte; the exit status is 1 if one was wrong. The
 misses, listed last, are slower than PyTorch by more than a fifth and by more than a microsecond.
@@ -45,7 +46,7 @@ MOST_BYTES = 4 * 2**30
 """Of a case: read and written."""
 MOST_RESERVED = 16 * 2**30
 MOST_ELEMENTS_ON_A_CPU = 2**24
-CPU_SAMPLES, CPU_SAMPLE = 9, 0.02
+CPU_SAMPLES, CPU_SAMPLE = 11, 0.008
 """How many, and seconds of each."""
 MISS_RATIO, MISS_US = 1.2, 1.0
 OURS, TORCH = "bikernels", "torch"
@@ -266,7 +267,7 @@ def measure(case: Case, backend: str | None, copied: float | None) -> Result:
 
 def _time(
     case: Case,
-    candidates: dict[str, Callable[..., torch.Tensor]],
+    candidates: dict[str, functools.partial[torch.Tensor]],
     device: str,
     rotated: int,
     floor: float | None,
@@ -276,11 +277,10 @@ def _time(
     sides = [torch.randn(case.n, device=device).to(dtype) for _ in range(sides_of)]
     is_right = check(case, operands[0], candidates[OURS](operands[0], *sides), sides)
     if device == "cpu":
-        samples = wall_samples(
-            {name: functools.partial(call, operands[0], *sides) for name, call in candidates.items()},
-            CPU_SAMPLES,
-            CPU_SAMPLE,
-        )
+        calls = {name: functools.partial(call, operands[0], *sides) for name, call in candidates.items()}
+        arrays = [_to_numpy(one, case.dtype) for one in (operands[0], *sides)]
+        calls[OURS] = functools.partial(OPERATIONS[case.operation].core, *arrays, **candidates[OURS].keywords)
+        samples = wall_samples(calls, CPU_SAMPLES, CPU_SAMPLE)
     else:
         results: list[torch.Tensor] = []  # so that each has its memory
         graphs = {}
