@@ -46,7 +46,7 @@ MOST_BYTES = 4 * 2**30
 """Of a case: read and written."""
 MOST_RESERVED = 16 * 2**30
 MOST_ELEMENTS_ON_A_CPU = 2**24
-CPU_SAMPLES, CPU_SAMPLE = 11, 0.008
+CPU_SAMPLES, CPU_SAMPLE = 25, 0.008
 """How many, and seconds of each."""
 MISS_RATIO, MISS_US = 1.2, 1.0
 OURS, TORCH = "bikernels", "torch"
