@@ -987,12 +987,12 @@ def _launch(record, driver, pool_address, threads_of_call, call, *addresses):  #
     `call` is memory for the numbers of the call, which are then there, and for its threads.
     """
     c, r = pointer(call, np.int64), pointer(record, np.int64)
-    g_groups = pointer(r[_ROWS], np.int64)[_GROUPS]
+    groups = pointer(r[_ROWS], np.int64)[_GROUPS]
     c[_RECORD], c[_MOST_THREADS], c[_THREADS] = record, threads_of_call, 0
     for i in range(len(addresses)):
         c[_ADDRESSES + r[_PLACES + i]] = addresses[i]
     for i in range(threads_of_call):
-        c[_TAKEN + i] = g_groups * i // threads_of_call
+        c[_TAKEN + i] = groups * i // threads_of_call
     if threads_of_call > 1 and pool_address == 0:
         return False
     return pool.run(pool_address, threads_of_call - 1, driver, call)
