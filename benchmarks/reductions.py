@@ -6,8 +6,9 @@
 
 On a GPU all are captured in CUDA graphs over rotating operands, so that L2 is cold, and replayed in turn (see
 timing.py); every result has memory of its own. A time is the median of the samples; on a CPU, whose cores other
-programs use too, it is the least of many short ones. Beside it stands the time in which a large copy, measured first,
-moves as many bytes as have to be read and written, and TB/s are of those bytes; not on a CPU. Before a case is timed,
+programs use too, it is the least of many short ones, of calls with NumPy arrays beside PyTorch's with tensors in the
+same memory, and OMP_NUM_THREADS says in how many threads. Beside it stands the time in which a large copy, measured
+first, moves as many bytes as have to be read and written, and TB/s are of those; not on a CPU. Before a case is timed,
 its first and last row are compared with the reference, byte for byte; the exit status is 1 if one was wrong. The
 misses, listed last, are slower than PyTorch by more than a fifth and by more than a microsecond.
 
@@ -45,7 +46,7 @@ MOST_READ, MOST_WRITTEN = 32 * 2**30, 8 * 2**30
 """Bytes of a case: of what is reduced, and of a result, of which there are three at a time."""
 MOST_RESERVED = 16 * 2**30
 MOST_ELEMENTS_ON_A_CPU = 2**24
-CPU_SAMPLES, CPU_SAMPLE = 9, 0.02
+CPU_SAMPLES, CPU_SAMPLE = 25, 0.008
 """How many, and seconds of each."""
 MISS_RATIO, MISS_US = 1.2, 1.0
 OURS, TORCH = "bikernels", "torch"
@@ -346,7 +347,7 @@ def measure(case: Case, backend: str | None, copied: float | None) -> Result:
 
 def _time(
     case: Case,
-    candidates: dict[str, Callable[..., torch.Tensor]],
+    candidates: dict[str, functools.partial[torch.Tensor]],
     device: str,
     rotated: int,
     copy: float | None,
@@ -354,11 +355,10 @@ def _time(
     operands = OPERATIONS[case.operation].draw(case, device, rotated)
     is_right = check(case, operands[0], candidates[OURS](*operands[0]))
     if device == "cpu":
-        samples = wall_samples(
-            {name: functools.partial(call, *operands[0]) for name, call in candidates.items()},
-            CPU_SAMPLES,
-            CPU_SAMPLE,
-        )
+        calls = {name: functools.partial(call, *operands[0]) for name, call in candidates.items()}
+        arrays = map(_to_numpy, operands[0])
+        calls[OURS] = functools.partial(OPERATIONS[case.operation].core, *arrays, **candidates[OURS].keywords)
+        samples = wall_samples(calls, CPU_SAMPLES, CPU_SAMPLE)
     else:
         results: list[torch.Tensor] = []  # so that each has its memory
         graphs = {}

@@ -19,7 +19,10 @@ import numpy as np
 from .contract import ITEMSIZE
 from .dtypes import NUMPY_DTYPE, dtype_name
 from .specs import contiguous_strides
-from .views import CPU, Description, Device, Form, FormView, View, description
+from .views import CPU, Description, Device, Form, View, description
+
+Facts = tuple[Form, int, int, Any]
+"""What a call needs of an array: its form, its address, its stream, and what keeps its memory alive."""
 
 Allocate = Callable[[int], tuple[Any, int]]
 """allocate(stream): a new C-contiguous array, uninitialised, that is used on this stream; and its address."""
@@ -30,8 +33,8 @@ class Kind:
 
     name: str
 
-    def view(self, array: Any) -> View:
-        """View an array without copying it. Done at each call, so what can be left to the form's description is."""
+    def facts(self, array: Any) -> Facts:
+        """Of an array, without copying it. Done at each call, so what can be left to the form's description is."""
         raise NotImplementedError
 
     def allocator(self, dtype: str, shape: tuple[int, ...], device: Device) -> Allocate:
@@ -42,15 +45,19 @@ class Kind:
 class NumpyKind(Kind):
     name = "numpy"
 
-    def view(self, array: Any) -> View:
-        if isinstance(array, np.ma.MaskedArray):
-            raise TypeError("is a masked array, whose mask would be ignored; pass a plain array, e.g. array.filled(0)")
-        if isinstance(array, np.generic):  # a scalar owns no memory
-            array = np.asarray(array)
-            array.flags.writeable = False
-        flags = array.flags
-        form = (self._describe, array.dtype, array.shape, array.strides, flags.aligned, flags.writeable)
-        return FormView(form, array.__array_interface__["data"][0], owner=array)
+    def facts(self, array: Any) -> Facts:
+        if type(array) is not np.ndarray:
+            if isinstance(array, np.ma.MaskedArray):
+                raise TypeError(
+                    "is a masked array, whose mask would be ignored; pass a plain array, e.g. array.filled(0)"
+                )
+            if isinstance(array, np.generic):  # a scalar owns no memory
+                array = np.asarray(array)
+                array.flags.writeable = False
+        dtype, flags = array.dtype, array.flags
+        writeable = flags.writeable
+        form = (self._describe, dtype, array.shape, array.strides, flags.aligned, writeable)
+        return form, _address(array, dtype, writeable and flags.c_contiguous), 0, array
 
     @staticmethod
     def _describe(
@@ -60,13 +67,24 @@ class NumpyKind(Kind):
         return Description(name, shape, _element_strides(shape, strides, name, aligned), CPU, not writeable)
 
     def allocator(self, dtype: str, shape: tuple[int, ...], device: Device) -> Allocate:
-        own = NUMPY_DTYPE[dtype]
+        own, empty = NUMPY_DTYPE[dtype], np.empty
 
         def allocate(stream: int) -> tuple[Any, int]:
-            array = np.empty(shape, own)
-            return array, array.__array_interface__["data"][0]
+            array = empty(shape, own)
+            return array, _address(array, own, True)
 
         return allocate
+
+
+_first_byte, _address_of = ctypes.c_char.from_buffer, ctypes.addressof
+
+
+def _address(array: Any, dtype: np.dtype[Any], is_buffer: bool) -> int:
+    """Where an array lies; `is_buffer`: it is contiguous and writeable, and may be asked in a third of the time."""
+    if is_buffer and dtype.isbuiltin == 1 and array.size:
+        return _address_of(_first_byte(array))
+    pointer: int = array.__array_interface__["data"][0]
+    return pointer
 
 
 class CupyKind(Kind):
@@ -80,11 +98,11 @@ class CupyKind(Kind):
     def _current_stream(self) -> Callable[[int], Any]:
         return self._cupy.cuda.get_current_stream
 
-    def view(self, array: Any) -> View:
+    def facts(self, array: Any) -> Facts:
         memory = array.data
         index = memory.device_id
         form = (self._describe, array.dtype, array.shape, array.strides, index)
-        return FormView(form, memory.ptr, self._current_stream(index).ptr, array)
+        return form, memory.ptr, self._current_stream(index).ptr, array
 
     @staticmethod
     def _describe(dtype: Any, shape: tuple[int, ...], strides: tuple[int, ...], index: int) -> Description:
@@ -109,10 +127,9 @@ class CupyKind(Kind):
 class NumbaKind(Kind):
     name = "numba"
 
-    def view(self, array: Any) -> View:
+    def facts(self, array: Any) -> Facts:
         view = _view_of_interface(array)
-        view.stream = int(array.stream)  # 0, or one of Numba's streams
-        return view
+        return view.form, view.pointer, int(array.stream), view  # 0, or one of Numba's streams
 
     def allocator(self, dtype: str, shape: tuple[int, ...], device: Device) -> Allocate:
         cuda = importlib.import_module("numba.cuda")
@@ -121,7 +138,7 @@ class NumbaKind(Kind):
             with cuda.gpus[device.index]:
                 bound = cuda.external_stream(stream) if stream else 0
                 array = cuda.device_array(shape, NUMPY_DTYPE[dtype], stream=bound)
-            return array, self.view(array).pointer
+            return array, self.facts(array)[1]
 
         return allocate
 
@@ -131,15 +148,16 @@ class ForeignKind(Kind):
 
     name = "foreign"
 
-    def view(self, array: Any) -> View:
+    def facts(self, array: Any) -> Facts:
         if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
-            return _view_of_dlpack(array)
+            view = _view_of_dlpack(array)
+            return view.form, view.pointer, view.stream, view
         view = _view_of_interface(array)
         producer = array.__cuda_array_interface__.get("stream")
-        view.stream = _current_cuda_stream(view.device.index)
+        stream = _current_cuda_stream(view.device.index)
         if producer is not None:
-            order_streams(producer, view.stream, view.device)
-        return view
+            order_streams(producer, stream, view.device)
+        return view.form, view.pointer, stream, view
 
     def allocator(self, dtype: str, shape: tuple[int, ...], device: Device) -> Allocate:
         if device == CPU:
@@ -154,8 +172,8 @@ class ViewKind(Kind):
 
     name = "view"
 
-    def view(self, array: Any) -> View:
-        return array
+    def facts(self, array: Any) -> Facts:
+        return array.form, array.pointer, array.stream, array
 
     def allocator(self, dtype: str, shape: tuple[int, ...], device: Device) -> Allocate:
         raise TypeError(f"out is required where the operands are View objects: pass a {dtype} View of shape {shape}")
@@ -199,21 +217,21 @@ _REFUSALS = (BufferError, TypeError, ValueError)
 """Errors of a kind, which are raised again with the argument's name in front."""
 
 
-def view_of(array: Any, argument: str) -> View:
-    """View an array; TypeError and ValueError, naming the argument, for what cannot be one."""
+def facts_of(array: Any, argument: str) -> Facts:
+    """What a call needs of an array; TypeError and ValueError, naming the argument, for what cannot be viewed."""
     kind = kind_of(array, argument)
     try:
-        return kind.view(array)
+        return kind.facts(array)
     except _REFUSALS as error:
         raise type(error)(f"{argument}: {error}") from None
 
 
-def views_of(arrays: Sequence[Any], arguments: Sequence[str]) -> list[View]:
-    """`view_of` each."""
+def facts_of_each(arrays: Sequence[Any], arguments: Sequence[str]) -> list[Facts]:
+    """`facts_of` each."""
     try:
-        return [_KIND_OF_TYPE[type(array)].view(array) for array in arrays]
+        return [_KIND_OF_TYPE[type(array)].facts(array) for array in arrays]
     except (KeyError, *_REFUSALS):  # a type that is new, or an error that still needs its argument's name
-        return [view_of(array, argument) for array, argument in zip(arrays, arguments, strict=True)]
+        return [facts_of(array, argument) for array, argument in zip(arrays, arguments, strict=True)]
 
 
 def described(form: Form, argument: str) -> Description:

@@ -1,7 +1,7 @@
 """An array of any framework, described by where it lies.
 
-`View` is all that the operations and the backends know of an array. `kinds.py` makes views of the frameworks' arrays; a
-program that holds raw memory (an adapter for another framework, say) makes its own and passes it in place of an array.
+`View` has all that the operations and the backends know of an array. `kinds.py` has it of the frameworks' arrays; a
+program that holds raw memory (an adapter for another framework, say) makes a view and passes it in place of an array.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def test_numpy_scalars_are_arrays_without_dimensions() -> None:
 
 def test_inputs_are_not_copied() -> None:
     a = np.zeros((2000, 2000), np.float32)
-    view = bikernels.kinds.view_of(a[::-2, 3::5], "a")
+    view = bikernels.views.FormView(*bikernels.kinds.facts_of(a[::-2, 3::5], "a"))
     assert view.pointer == a[::-2, 3::5].ctypes.data
     assert view.strides == (-4000, 5)
 

@@ -13,20 +13,22 @@ import numpy as np
 import pytest
 from numba import types
 
+import bikernels
 from bikernels.backend.cpu import pool, threads
 from bikernels.backend.cpu.compile import address_of
 from bikernels.backend.cpu.numerics import take
 
 pytestmark = pytest.mark.skipif(pool._system() is None, reason="needs the threads of POSIX")
 
-ARRIVED, LEFT, EXPECTED = range(3)
+ARRIVED, LEFT, EXPECTED, NUMBERED = range(4)
 PATIENCE = 2_000_000_000
 """Looks for the others, after which one that waits gives up."""
 
 
-def _meet(call):  # type: ignore[no-untyped-def]
-    """Arrive, wait until as many as are expected have, then leave."""
+def _meet(call, number):  # type: ignore[no-untyped-def]
+    """Arrive, wait until as many as are expected have, then leave; of whom each has a number of its own."""
     take(call + 8 * ARRIVED)
+    take(call + 8 * (NUMBERED + number))
     looks = 0
     while pool._look(call + 8 * ARRIVED) < pool._look(call + 8 * EXPECTED) and looks < PATIENCE:
         looks += 1
@@ -35,7 +37,7 @@ def _meet(call):  # type: ignore[no-untyped-def]
 
 @pytest.fixture(scope="module")
 def meet() -> int:
-    return address_of(_meet, types.int64)
+    return address_of(_meet, types.int64, types.int64)
 
 
 @pytest.fixture
@@ -48,42 +50,62 @@ def two() -> Iterator[pool.Pool]:
 
 
 def numbers(expected: int) -> Any:
-    return np.array([0, 0, expected], np.int64)
+    return np.array([0, 0, expected, 0, 0, 0], np.int64)
 
 
-@pytest.mark.parametrize("pause", [0.0, 0.01], ids=["awake", "asleep"])
+def run(made: pool.Pool, helpers: int, work: int, call: Any) -> bool:
+    return bool(pool.call(made.address, helpers, work, call.ctypes.data))
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.0002, 0.02], ids=["awake", "yielding", "asleep"])
 def test_helpers_come_and_have_left(two: pool.Pool, meet: int, pause: float) -> None:
     for helpers in (2, 1, 2, 0) * 5:
         time.sleep(pause)
         call = numbers(1 + helpers)
-        assert two.run(helpers, meet, call.ctypes.data)
-        assert call[ARRIVED] == call[LEFT]
+        assert run(two, helpers, meet, call)
+        assert call[ARRIVED] == call[LEFT] == call[NUMBERED:].sum()
+        assert call[NUMBERED] == 1  # the caller
+        assert helpers < 2 or call[NUMBERED:].all()
         # When one helper has left, the other may come in its place.
         assert 1 + helpers <= call[ARRIVED] <= (3 if helpers else 1)
 
 
 def test_a_pool_that_is_taken_says_so(two: pool.Pool, meet: int) -> None:
     call, other = numbers(4), numbers(1)
-    caller = threading.Thread(target=two.run, args=(2, meet, call.ctypes.data))
+    caller = threading.Thread(target=run, args=(two, 2, meet, call))
     caller.start()
     while call[ARRIVED] < 3:
         time.sleep(0.001)
-    assert not two.run(2, meet, other.ctypes.data)
+    assert not run(two, 2, meet, other)
     assert other[ARRIVED] == 0
     call[EXPECTED] = 3
     caller.join()
     assert call[LEFT] == 3
-    assert two.run(0, meet, other.ctypes.data)
+    assert run(two, 2, meet, numbers(3))
 
 
-def test_a_call_of_a_taken_pool_is_done_elsewhere(two: pool.Pool, meet: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "_native_pool", two)
-    two._calling.acquire()
+def test_a_call_of_a_taken_pool_is_done_elsewhere(meet: int) -> None:
     for cost, expected in ((0.0, 1), (1e9, 2)):  # alone, then with a thread of Python
         call = numbers(expected)
         threads.run_compiled(meet, call.ctypes.data, 2, cost)
         assert call[ARRIVED] == call[LEFT] == expected
-    two._calling.release()
+
+
+def test_a_reduction_whose_pool_is_taken(two: pool.Pool, meet: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_native_pool", two)
+    monkeypatch.setattr(threads, "limit", lambda: 3)
+    x = np.random.default_rng(0).standard_normal((600, 600))
+    expected = bikernels.mean(x, axis=1).tobytes()
+    call = numbers(4)
+    caller = threading.Thread(target=run, args=(two, 2, meet, call))
+    caller.start()
+    while call[ARRIVED] < 3:
+        time.sleep(0.001)
+    for cost in (0.0, float("inf")):  # of what is worth threads of Python
+        monkeypatch.setattr(threads, "_WORTH_PYTHON_THREADS", cost)
+        assert bikernels.mean(x, axis=1).tobytes() == expected
+    call[EXPECTED] = 3
+    caller.join()
 
 
 def test_after_the_end_calls_are_done_alone(meet: int) -> None:
@@ -92,7 +114,7 @@ def test_after_the_end_calls_are_done_alone(meet: int) -> None:
     ended.stop()
     assert ended.start(2) == 0
     call = numbers(1)
-    assert ended.run(2, meet, call.ctypes.data)
+    assert run(ended, 2, meet, call)
     assert call[LEFT] == 1
 
 

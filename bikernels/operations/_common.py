@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from ..contract import FLOAT_DTYPES, INTEGER_DTYPES, ITEMSIZE
 from ..dtypes import dtype_name
-from ..kinds import Allocate, Kind, described, kind_of, order_streams, view_of, views_of
+from ..kinds import Allocate, Facts, Kind, described, facts_of, facts_of_each, kind_of, order_streams
 from ..specs import contiguous_strides
-from ..views import Description, Device, Form, View, share_memory
+from ..views import Description, Device, Form, FormView, View, share_memory
 
 Launch = Callable[..., None]
 """launch(stream, *results, *operands, *factors): queue the kernels on the stream of that handle, by addresses."""
@@ -51,8 +51,8 @@ class _Plan(NamedTuple):
     device: Device
     launch: Launch | None
     """None where no result has elements."""
-    allocate: tuple[Allocate, ...]
-    """Of each result; empty where the caller gives `out`."""
+    allocate: Callable[[int], tuple[Any, tuple[int, ...]]]
+    """allocate(stream): what a call returns where its caller gives no `out`, and the addresses of the results."""
     apart: tuple[tuple[int, int, int, int], ...]
     """For each result and each array after it, of results and operands: which two; they may have a byte in common only
     if the first one's address, less the other's, lies between these."""
@@ -71,36 +71,34 @@ def run(operation: Operation, arrays: Sequence[Any], settings: tuple[Any, ...], 
     Returns:
         out, or a new array (a tuple of several).
     """
-    views = views_of(arrays, operation.names)
-    stream = views[0].stream
-    forms = tuple([view.form for view in views])
-    elsewhere: list[int] = []
+    facts = facts_of_each(arrays, operation.names)
+    forms, addresses, streams, _ = zip(*facts, strict=True)
+    stream = streams[0]
+    streams_of_outs: tuple[int, ...] = ()
     if out is None:
         plan = _plan(operation, settings, forms, kind_of(arrays[0], operation.names[0]), ())
-        allocated = [allocate(stream) for allocate in plan.allocate]
-        addresses = [address for _, address in allocated]
-        out = allocated[0][0] if len(allocated) == 1 else tuple([array for array, _ in allocated])
+        out, results = plan.allocate(stream)
     else:
         prepares = type(out) is _ToPrepare
-        outs = _views_of_out(operation, out.out if prepares else out)
-        plan = _plan(operation, settings, forms, None, tuple([one.form for one in outs]))
+        outs = _facts_of_out(operation, out.out if prepares else out)
+        forms_of_outs, results, streams_of_outs, _ = zip(*outs, strict=True)
+        plan = _plan(operation, settings, forms, None, forms_of_outs)
         if prepares:
             return _prepared(plan.launch, len(outs), out.places(arrays), factors)
-        arrays_of_call = [*outs, *views]
+        every = (*results, *addresses)
         for i, j, least, most in plan.apart:
-            if least < arrays_of_call[i].pointer - arrays_of_call[j].pointer < most:
-                _check_memory(operation, arrays_of_call, i, j)
-        addresses = [one.pointer for one in outs]
-        elsewhere = [one.stream for one in outs if one.stream != stream]
+            if least < every[i] - every[j] < most:
+                _check_memory(operation, [FormView(*one) for one in (*outs, *facts)], i, j)
     if plan.launch is None:
         return out
-    for view in views:
-        if view.stream != stream:
-            order_streams(view.stream, stream, plan.device)
-    for other in elsewhere:
+    if streams.count(stream) == len(streams) and streams_of_outs.count(stream) == len(streams_of_outs):
+        plan.launch(stream, *results, *addresses, *factors)
+        return out
+    apart = {*streams, *streams_of_outs} - {stream}
+    for other in apart:
         order_streams(other, stream, plan.device)
-    plan.launch(stream, *addresses, *[view.pointer for view in views], *factors)
-    for other in elsewhere:
+    plan.launch(stream, *results, *addresses, *factors)
+    for other in apart.intersection(streams_of_outs):
         order_streams(stream, other, plan.device)
     return out
 
@@ -158,13 +156,13 @@ def _prepared(launch: Launch | None, results: int, places: list[int], factors: t
     return lambda stream, *addresses: launch(stream, *order(addresses), *factors)
 
 
-def _views_of_out(operation: Operation, out: Any) -> list[View]:
+def _facts_of_out(operation: Operation, out: Any) -> list[Facts]:
     names = operation.results
     if len(names) == 1:
-        return [view_of(out, "out")]
+        return [facts_of(out, "out")]
     if not isinstance(out, tuple) or len(out) != len(names):
         raise TypeError(f"out is {type(out).__name__}; pass a tuple of {len(names)} arrays: {', '.join(names)}")
-    return [view_of(one, name) for one, name in zip(out, names, strict=True)]
+    return [facts_of(one, name) for one, name in zip(out, names, strict=True)]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -185,9 +183,9 @@ def _plan(
             )
     result = operation.result(first.device, *(operand.layout for operand in operands), *settings)
     results = ((result.dtype, result.shape), *result.more)
-    allocate: tuple[Allocate, ...] = ()
+    allocate = _allocate_all([])
     if kind is not None:
-        allocate = tuple(kind.allocator(dtype, shape, first.device) for dtype, shape in results)
+        allocate = _allocate_all([kind.allocator(dtype, shape, first.device) for dtype, shape in results])
         outs = [Description(dtype, shape, contiguous_strides(shape), first.device) for dtype, shape in results]
     else:
         outs = [described(form, name) for form, name in zip(out_forms, operation.results, strict=True)]
@@ -196,6 +194,20 @@ def _plan(
     launch = result.prepare(*(out.strides for out in outs)) if any(out.size for out in outs) else None
     apart = _apart([one.extent() for one in (*outs, *operands)], len(outs))
     return _Plan(first.device, launch, allocate, apart)
+
+
+def _allocate_all(each: list[Allocate]) -> Callable[[int], tuple[Any, tuple[int, ...]]]:
+    """See `_Plan.allocate`."""
+    one = each[0] if len(each) == 1 else None
+
+    def allocate(stream: int) -> tuple[Any, tuple[int, ...]]:
+        if one is not None:
+            out, address = one(stream)
+            return out, (address,)
+        outs, addresses = zip(*[allocate(stream) for allocate in each], strict=True)
+        return outs, addresses
+
+    return allocate
 
 
 def _check_out(out: Description, name: str, dtype: str, shape: tuple[int, ...], device: Device) -> None:

@@ -49,9 +49,9 @@ def reduce(
     """Compute a reduction along `axis` (several: as if flattened in C order; None: all)."""
     if axis is not None and not isinstance(axis, int):
         axis = tuple(axis) if isinstance(axis, Sequence) else (as_index(axis, _AXES),)
+    name = None if dtype is None else result_dtype(dtype)
     context = None if backend else current_backend()
-    settings = Settings(axis, result_dtype(dtype), backend, context, keepdims, correction, eps)
-    return run(operation, arrays, settings, out)
+    return run(operation, arrays, (axis, name, backend, context, keepdims, correction, eps), out)  # see `Settings`
 
 
 def row_axes(axis: Any) -> int | Sequence[int]:

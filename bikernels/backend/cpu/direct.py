@@ -10,7 +10,6 @@ A function is called as f(static, starts, scratch, rows): `static` is the addres
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,8 +21,8 @@ from numba import types
 from ...contract import ACCUMULATE, ITEMSIZE, SUM_CHUNK, SUM_LANES
 from ...specs import ReductionSpec
 from .. import ReductionLaunch
-from . import threads, vectors
-from .compile import address_of, emitted, invoke
+from . import pool, threads, vectors
+from .compile import address_of, emitted, inner, invoke, kernel
 from .elementary import NEAR, Real, emit_exp, emit_exp_near, emit_log, root
 from .formulas import RECIPROCAL_ROOT, ROOT, TOTAL, Formula, Sum, formula
 from .numerics import (
@@ -37,16 +36,17 @@ from .numerics import (
     take,
     to_accumulate,
 )
-from .rows import INNER, OPERANDS, ROW, SIZE, Rows, describe, group_rows, group_start, rounds
+from .rows import INNER, OPERANDS, ROW, SIZE, Rows, Table, describe, group_rows, group_start, rounds
 from .sum_tree import fold, sum_tree
 from .vectors import I32, I64
 
 _N, _ALONG, _ACROSS = 0, 1, 1 + len(OPERANDS)
 _NUMBERS = _ACROSS + len(OPERANDS)
-_UPPER = _NUMBERS + 4
-_STATIC = _UPPER + 1
+_UPPER, _IN_ORDER = _NUMBERS + 4, _NUMBERS + 5
+_STATIC = _IN_ORDER + 1
 """The static numbers, int64: elements in a row; of each operand the bytes from element to element, and from row to row;
-of each sum its divisor and eps, as the bits of float64; and the address of the upper levels of the tree."""
+of each sum its divisor and eps, as the bits of float64; the address of the upper levels of the tree; and whether chunks
+are better read in the order in which they lie."""
 
 _VECTORS = 8
 """Accumulators of a sum: enough to hide the latency of an addition."""
@@ -59,6 +59,9 @@ _AT_A_TIME = 1 << 15
 
 _AHEAD, _LINE = 8192, 64
 """Bytes: how far ahead elements are fetched, and of a cache line."""
+
+_CACHED = 1 << 25
+"""Bytes of rows of which no more are expected to be in a cache."""
 
 _LEAST, _FEW_ROWS, _MOST_ACROSS = 48, 256, 1 << 19
 """Elements of a row from which vectors along it pay, unless the rows are so few that any time is short; and up to which
@@ -530,8 +533,57 @@ class _AlongRows(_Code):
         self, terms: Callable[..., list[Any]], pairs: bool, group: int, fetch: Any, first: Any, length: Any
     ) -> tuple[Any, int]:
         """The lanes folded into one vector, and the level of its next fold."""
+        b = self.builder
+
+        def fold_all(lanes: list[list[Any]]) -> list[Any]:
+            return [fold(b, [fold(b, sums, 0, pairs) for sums in lanes], levels)]
+
+        levels = (group // 2 if pairs else group).bit_length() - 1
+        level = levels + (SUM_LANES // (group * self.count)).bit_length() - 1
+
+        def in_blocks() -> list[Any]:
+            return fold_all(self._lanes_in_blocks(terms, pairs, group, fetch, first, length))
+
+        def in_order() -> list[Any]:
+            return fold_all(self._lanes_in_order(terms, pairs, group, first, length))
+
+        if VECTOR_BYTES == 64 or self.dtype("x") != "float32":  # blocks that are as fast
+            return in_blocks()[0], level
+        is_in_order = b.icmp_signed("!=", self.number(_IN_ORDER), I64(0))
+        return vectors.either(b, is_in_order, in_order, in_blocks)[0], level
+
+    def _lanes_in_order(
+        self, terms: Callable[..., list[Any]], pairs: bool, group: int, first: Any, length: Any
+    ) -> list[list[Any]]:
+        """The lanes, in groups, of a chunk that is read from one end to the other; they are kept in memory."""
+        b, lanes, groups = self.builder, group * self.count, range(SUM_LANES // (group * self.count))
+        vector_of = [[(j * group + i) * VECTOR_BYTES for i in range(group)] for j in groups]
+
+        def keep(j: int, sums: list[Any]) -> None:
+            for place, one in zip(vector_of[j], sums, strict=True):
+                vectors.store(b, one, self.lanes, place)
+
+        def kept(j: int) -> list[Any]:
+            return [vectors.load(b, self.lanes, place, self.vector) for place in vector_of[j]]
+
+        for j in groups:
+            keep(j, terms(b.add(first, I64(j * lanes)), group, pairs, []))
+
+        def add(i: Any, _: list[Any]) -> list[Any]:
+            for j in groups:
+                new = terms(b.add(i, I64(j * lanes)), group, pairs, [])
+                keep(j, [b.fadd(old, term) for old, term in zip(kept(j), new, strict=True)])
+            return []
+
+        vectors.for_range(b, b.add(first, I64(SUM_LANES)), b.add(first, length), SUM_LANES, [], add)
+        return [kept(j) for j in groups]
+
+    def _lanes_in_blocks(
+        self, terms: Callable[..., list[Any]], pairs: bool, group: int, fetch: Any, first: Any, length: Any
+    ) -> list[list[Any]]:
+        """The lanes, in groups, of which each is summed in registers."""
         b, lanes = self.builder, group * self.count
-        rounds, end, parts = b.sdiv(length, I64(SUM_LANES)), b.add(first, length), []
+        rounds, end, result = b.sdiv(length, I64(SUM_LANES)), b.add(first, length), []
         for lane in range(0, SUM_LANES, lanes):
             start = b.add(first, I64(lane))
             in_order = b.add(first, b.mul(rounds, I64(lane)))
@@ -545,9 +597,8 @@ class _AlongRows(_Code):
             sums = vectors.for_range(
                 b, b.add(start, I64(SUM_LANES)), end, SUM_LANES, terms(start, group, pairs, []), add
             )
-            parts.append(fold(b, sums, 0, pairs))
-        levels = (group // 2 if pairs else group).bit_length() - 1
-        return fold(b, parts, levels), levels + len(parts).bit_length() - 1
+            result.append(sums)
+        return result
 
     def _plain(self, address: Any, number: int, pairs: bool) -> list[Any]:
         """Vectors of the accumulate dtype, in the order of `read`."""
@@ -885,29 +936,66 @@ def _upper(accumulate: str) -> int:
     return address_of(upper, *[types.int64] * 3, name=f"upper {accumulate}")
 
 
-def _drive(call):  # type: ignore[no-untyped-def]
-    """Take groups of rows, by the numbers of a call; as many threads do that as there is scratch memory for."""
+def _drive(call, number):  # type: ignore[no-untyped-def]
+    """Take groups of rows, by the numbers of a call: those of a stretch of the rows, then those that others have left.
+
+    So a thread reads on from group to group, and has the same rows at every call with the same arrays.
+    """
     c = pointer(call, np.int64)
-    t = pointer(c[_ROWS], np.int64)
+    r = pointer(c[_RECORD], np.int64)
+    t = pointer(r[_ROWS], np.int64)
     g = Rows(t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], t[10], t[11])
+    most = c[_MOST_THREADS]
     thread = take(call + 8 * _THREADS)
-    if thread >= c[_MOST_THREADS]:
+    if thread >= most:
         return
-    scratch = c[_SCRATCH] + thread * c[_SCRATCH_BYTES]
+    scratch = call + 8 * (_TAKEN + _in_lines(most)) + thread * r[_SCRATCH_BYTES]
     starts = pointer(scratch, np.int64)
-    while True:
-        group = take(call + 8 * _GROUPS)
-        if group >= g.groups:
-            return
-        for operand in range(len(OPERANDS)):
-            starts[operand] = group_start(g, group, operand, c[_ADDRESSES + operand])
-        invoke(c[_FUNCTION], (c[_NUMBERS_OF], scratch, scratch + 64, group_rows(g, group)))
+    for i in range(most):
+        stretch = (number + i) % most
+        end = _stretch_end(g, stretch, most)
+        while c[_TAKEN + stretch] < end:
+            group = take(call + 8 * (_TAKEN + stretch))
+            if group >= end:
+                break
+            for operand in range(len(OPERANDS)):
+                starts[operand] = group_start(g, group, operand, c[_ADDRESSES + operand])
+            invoke(r[_FUNCTION], (r[_NUMBERS_OF], scratch, scratch + 64, group_rows(g, group)))
+
+
+@inner
+def _stretch_end(g, stretch, stretches):  # type: ignore[no-untyped-def]
+    return g.groups * (stretch + 1) // stretches
+
+
+@inner
+def _in_lines(words):  # type: ignore[no-untyped-def]
+    """So many words, and others up to the end of a cache line."""
+    return (words + _LINE // 8 - 1) // (_LINE // 8) * (_LINE // 8)
 
 
 @functools.cache
 def _driver() -> int:
     """The address of `_drive`."""
-    return address_of(_drive, types.int64)
+    return address_of(_drive, types.int64, types.int64)
+
+
+@kernel
+def _launch(record, driver, pool_address, threads_of_call, call, *addresses):  # type: ignore[no-untyped-def]
+    """Compute what a record says of the operands at these addresses; False if that is left to threads of Python.
+
+    `call` is memory for the numbers of the call, which are then there, and for its threads.
+    """
+    c, r = pointer(call, np.int64), pointer(record, np.int64)
+    groups = pointer(r[_ROWS], np.int64)[_GROUPS]
+    c[_RECORD], c[_MOST_THREADS], c[_THREADS] = record, threads_of_call, 0
+    for i in range(len(addresses)):
+        c[_ADDRESSES + r[_PLACES + i]] = addresses[i]
+    for i in range(threads_of_call):
+        c[_TAKEN + i] = groups * i // threads_of_call
+    if threads_of_call > 1 and pool_address == 0:
+        return False
+    return pool.run(pool_address, threads_of_call - 1, driver, call)
 
 
 def prepare(spec: ReductionSpec, plan: Formula | None) -> ReductionLaunch | None:
@@ -939,7 +1027,7 @@ def prepare(spec: ReductionSpec, plan: Formula | None) -> ReductionLaunch | None
         and all(from_row[name] == 1 for name in present if name in ("x", "out", "grad"))
         and all(from_row[name] in (0, 1) for name in present)
     ):
-        across = _VECTORS if _VECTORS * count <= g.neighbours else 1
+        across = min(_VECTORS, 1 << (g.neighbours // count).bit_length() - 1)
         spread = [from_row[name] == 0 for name in OPERANDS]
         blocks = g.groups // (across * count)
         width = across * count * max(1, min(_AT_A_TIME // (across * count * max(g.n, 1)), blocks // enough))
@@ -967,32 +1055,49 @@ def prepare(spec: ReductionSpec, plan: Formula | None) -> ReductionLaunch | None
         numbers = one.divisor(g.n, spec.correction) if spec.operation != "sum" else 1.0, spec.eps
         static[_NUMBERS + 2 * i : _NUMBERS + 2 * i + 2] = np.array(numbers, np.float64).view(np.int64)
     static[_UPPER] = _upper(accumulate) if g.chunks > 1 and not across else 0
+    static[_IN_ORDER] = g.n > SUM_LANES and g.groups * g.width * g.n * ITEMSIZE[spec.x.dtype] > _CACHED
     passes = _SOFTMAX_PASSES if plan is None else len(plan.sums) + (plan.element is not None)
     cost = g.groups * g.width * max(g.n, 1) * _NANOSECONDS_PER_PASS * passes
     room = 0 if across else 8 * g.chunks + (g.n * ITEMSIZE[accumulate] if kind.keeps else 0)
-    numbers_of_rows = np.array(g, np.int64)
-    driver, function, groups = _driver(), _function(kind), g.groups
-    indices = [_ADDRESSES + OPERANDS.index(name) for name in present]
-    tables = (dimensions, places, static, numbers_of_rows)
-    row_table, static_table = numbers_of_rows.ctypes.data, static.ctypes.data
     room = -(-(_SPARE + room) // _LINE) * _LINE
+    numbers_of_rows = np.array(g, np.int64)
+    record = np.zeros(_PLACES + len(OPERANDS), np.int64)
+    record[_FUNCTION], record[_NUMBERS_OF] = _function(kind), static.ctypes.data
+    record[_ROWS], record[_SCRATCH_BYTES] = numbers_of_rows.ctypes.data, room
+    record[_PLACES : _PLACES + len(present)] = [OPERANDS.index(name) for name in present]
+    return _launcher(record, g.groups, cost, (dimensions, places, static, numbers_of_rows))
 
-    def launch(stream: int, *given: int, keep: object = tables) -> None:  # the kernel reads the tables
-        most = threads.threads_for(groups, cost)
-        call = _Call(0, 0, most, function, static_table, row_table, threads.scratch(most * room), room)
-        for index, address in zip(indices, given, strict=True):
-            call[index] = address
-        threads.run_compiled(driver, ctypes.addressof(call), most, cost)
+
+def _launcher(record: Table, groups: int, cost: float, tables: tuple[Table, ...]) -> ReductionLaunch:
+    """The launch of a record; `tables` are what it points to."""
+    driver, address, room = _driver(), record.ctypes.data, int(record[_SCRATCH_BYTES])
+    useful, head = threads.useful(groups, cost), 8 * (_TAKEN + _LINE // 8)
+    alone = head + 8 + room
+
+    def launch_alone(stream: int, *given: int, keep: object = (record, tables)) -> None:
+        _launch(address, driver, 0, 1, threads.scratch(alone), *given)
+
+    if useful == 1:
+        return launch_alone
+
+    def launch(stream: int, *given: int, keep: object = (record, tables)) -> None:  # compiled code reads them
+        most = min(useful, threads.limit())
+        call = threads.scratch(head + most * (8 + room))
+        if not _launch(address, driver, threads.native_pool(most), most, call, *given):
+            threads.run_compiled(driver, call, most, cost)
 
     return launch
 
 
-_GROUPS, _THREADS, _MOST_THREADS, _FUNCTION, _NUMBERS_OF, _ROWS, _SCRATCH, _SCRATCH_BYTES, _ADDRESSES = range(9)
-"""The numbers of a call: counters of groups that are taken and of threads that have come; how many threads may; the
-addresses of the function, of the static numbers and of the rows'; of scratch memory, and the bytes for each thread; and
-those of the operands."""
+_FUNCTION, _NUMBERS_OF, _ROWS, _SCRATCH_BYTES, _PLACES = range(5)
+"""The numbers of a record: the addresses of the function, of the static numbers and of the rows'; the bytes of memory
+for each thread; and the places in OPERANDS of those that a launch is given."""
 
-_Call = ctypes.c_int64 * (_ADDRESSES + len(OPERANDS))
+_THREADS, _RECORD, _MOST_THREADS, _ADDRESSES, _TAKEN = 0, 8, 9, 10, 24
+"""The numbers of a call: threads that have come; the address of its record; how many threads may come; the addresses of
+the operands; and of each thread's stretch of groups, the next one to be taken. The memory of the threads follows."""
+
+_GROUPS = Rows._fields.index("groups")
 
 _SPARE = 256
 """Bytes of a thread's memory for addresses, and between what lies there."""

@@ -4,10 +4,10 @@ A thread of Python that has to wake up and get the GIL costs more than most redu
 Python: `serve`, which they run, is compiled code. After a call they look out for the next one for a short while, then
 they sleep on a condition variable. Threads are those of POSIX; where there are none, `start` starts none.
 
-One call at a time has the pool; its caller works too and never waits for a thread that has not begun, so a pool without
-threads (in a forked child, while the interpreter shuts down) only makes it slower. All that caller and helpers share is
-one word, `_STATE`: the number of the call, whether it is open to helpers, and how many are at work on it. A caller
-closes the call when it has found nothing left to do, and returns when the last helper has left.
+One call at a time has the pool (`_TAKEN`); its caller works too and never waits for a thread that has not begun, so a
+pool without threads (in a forked child, while the interpreter shuts down) only makes it slower. All that caller and
+helpers share is one word, `_STATE`: the number of the call, whether it is open to helpers, and how many are at work on
+it. A caller closes the call when it has found nothing left to do, and returns when the last helper has left.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from llvmlite import ir
 from numba import types
 
 from . import vectors
-from .compile import address_of, inner, invoke, primitive
+from .compile import address_of, inner, invoke, kernel, primitive
 from .environment import DEFAULT, exchange
 from .numerics import pointer
 
-_STATE, _SLEEPERS, _WANTED, _WORK, _ARGUMENT = 0, 8, 16, 17, 18
-"""Words of a pool, int64: the state; threads that sleep; of the call, the helpers that are wanted, its function and
-what that is given. The first two have cache lines of their own."""
+_STATE, _SLEEPERS, _TAKEN, _WANTED, _WORK, _ARGUMENT, _STARTED = 0, 8, 16, 24, 25, 26, 27
+"""Words of a pool, int64: the state; threads that sleep; whether a call has the pool; of the call, the helpers that are
+wanted, its function and what that is given; threads that have begun. The first three have cache lines of their own."""
 
-_LOCK, _UNLOCK, _WAIT, _SIGNAL, _MUTEX, _CALLED, _LEFT = range(24, 31)
+_LOCK, _UNLOCK, _WAIT, _SIGNAL, _YIELD, _MUTEX, _CALLED, _LEFT = range(32, 40)
 """Addresses: of functions, of a mutex, and of conditions: a call is open, and the last helper has left one."""
 
-_OBJECTS, _OBJECT_WORDS = 32, 16
+_OBJECTS, _OBJECT_WORDS = 40, 16
 """Where those three lie, and how much room each has: more than any system's takes."""
 
 _WORDS = _OBJECTS + 3 * _OBJECT_WORDS
@@ -42,9 +42,13 @@ _WORDS = _OBJECTS + 3 * _OBJECT_WORDS
 _HELPER, _STOP, _OPEN, _CALL = 1, 1 << 14, 1 << 15, 1 << 16
 """Of the state: what each adds."""
 
-_LOOKS = 2500
-"""How often a thread looks for what it waits for before it sleeps: for tens of microseconds, as long as Python takes
-from one call to the next."""
+_LOOKS, _YIELDS = 2500, 2000
+"""How often a thread looks for what it waits for: first without a break, for tens of microseconds, as long as Python
+takes from one call to the next; a helper then lets other threads have its processor before each look, for about a
+millisecond, before it sleeps."""
+
+_WOKEN = 2
+"""Threads that a thread wakes. Each wakes as many more: a caller that woke all would begin last."""
 
 
 # ------------------------------------------------------------------------------------------------------- compiled code
@@ -133,9 +137,16 @@ def _calls(state, seen):  # type: ignore[no-untyped-def]
     return state & _STOP != 0 or (state & _OPEN != 0 and state // _CALL != seen)
 
 
+@inner
+def _wanted(pool, state):  # type: ignore[no-untyped-def]
+    """How many more helpers the call would have."""
+    return _word(pool, _WANTED) - state % _STOP if state & _OPEN != 0 else 0
+
+
 def _serve(pool):  # type: ignore[no-untyped-def]
     """What a thread of the pool runs."""
     exchange(DEFAULT)
+    number = _add(pool + 8 * _STARTED, 1)
     place, seen, looks = pool + 8 * _STATE, 0, 0
     while True:
         state = _look(place)
@@ -143,38 +154,49 @@ def _serve(pool):  # type: ignore[no-untyped-def]
             return
         if _calls(state, seen):
             looks = 0
-            if state % _STOP >= _word(pool, _WANTED):
+            if _wanted(pool, state) <= 0:
                 seen = state // _CALL
             elif _replace(place, state, state + _HELPER):
                 seen = state // _CALL
-                invoke(_word(pool, _WORK), (_word(pool, _ARGUMENT),))
+                invoke(_word(pool, _WORK), (_word(pool, _ARGUMENT), number))
                 state = _add(place, -_HELPER)
                 if state & _OPEN == 0 and state % _STOP == 0:
                     _wake(pool, _LEFT, 1)
         elif looks < _LOOKS:
             looks += 1
             _pause()
+        elif looks < _LOOKS + _YIELDS:
+            looks += 1
+            invoke(_word(pool, _YIELD), ())
         else:
             looks = 0
             _lock(pool)
             _add(pool + 8 * _SLEEPERS, 1)
             while not _calls(_look(place), seen):
                 _wait(pool, _CALLED)
-            _add(pool + 8 * _SLEEPERS, -1)
+            asleep = _add(pool + 8 * _SLEEPERS, -1)
             _unlock(pool)
+            for _ in range(min(_WOKEN, asleep, _wanted(pool, _look(place)) - 1)):
+                invoke(_word(pool, _SIGNAL), (_word(pool, _CALLED),))
 
 
-def _run(pool, helpers, work, argument):  # type: ignore[no-untyped-def]
-    """Call work(argument) in this thread and in up to so many of the pool."""
+@inner
+def run(pool, helpers, work, argument):  # type: ignore[no-untyped-def]
+    """Call work(argument, 0) in this thread and work(argument, number) in up to so many of the pool.
+
+    Each of those has a number of its own, from 1 on. False, and nothing is done, if another call has the pool.
+    """
+    if helpers > 0 and not _replace(pool + 8 * _TAKEN, 0, 1):
+        return False
     before = exchange(DEFAULT)
     if helpers > 0:
         words, place = pointer(pool, np.int64), pool + 8 * _STATE
         words[_WANTED], words[_WORK], words[_ARGUMENT] = helpers, work, argument
         _add(place, _CALL + _OPEN)
-        asleep = min(helpers, _look(pool + 8 * _SLEEPERS))
+        asleep = min(_WOKEN, helpers, _look(pool + 8 * _SLEEPERS))
         if asleep > 0:
             _wake(pool, _CALLED, asleep)
-        invoke(work, (argument,))
+        invoke(work, (argument, 0))
         state, looks = _add(place, -_OPEN), 0
         while state % _STOP != 0 and looks < _LOOKS:
             _pause()
@@ -184,9 +206,17 @@ def _run(pool, helpers, work, argument):  # type: ignore[no-untyped-def]
             while _look(place) % _STOP != 0:
                 _wait(pool, _LEFT)
             _unlock(pool)
+        _add(pool + 8 * _TAKEN, -1)
     else:
-        invoke(work, (argument,))
+        invoke(work, (argument, 0))
     exchange(before)
+    return True
+
+
+@kernel
+def call(pool, helpers, work, argument):  # type: ignore[no-untyped-def]
+    """`run`, from Python."""
+    return run(pool, helpers, work, argument)
 
 
 def _stop(pool):  # type: ignore[no-untyped-def]
@@ -196,14 +226,9 @@ def _stop(pool):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def _native(function: Any, count: int) -> Any:
-    """A function of so many int64, for calls from Python, without the GIL."""
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * count)(address_of(function, *[types.int64] * count))
-
-
-def alone(work: int, argument: int) -> None:
-    """Call work(argument), compiled code, in this thread only."""
-    _native(_run, 4)(0, 0, work, argument)
+def _native(function: Any) -> Any:
+    """A function of an int64, for calls from C and from Python without the GIL."""
+    return ctypes.CFUNCTYPE(None, ctypes.c_int64)(address_of(function, types.int64))
 
 
 # -------------------------------------------------------------------------------------------------------- from Python
@@ -214,7 +239,7 @@ def _system() -> ctypes.CDLL | None:
     """The library with the threads of POSIX."""
     try:
         library = ctypes.CDLL(None)
-        library.pthread_create, library.pthread_cond_wait  # noqa: B018  (missing ones raise)
+        library.pthread_create, library.pthread_cond_wait, library.sched_yield  # noqa: B018  (missing ones raise)
     except (TypeError, OSError, AttributeError):
         return None
     return library if hasattr(signal, "pthread_sigmask") else None
@@ -225,10 +250,10 @@ class Pool:
 
     def __init__(self) -> None:
         self._growing = threading.Lock()
-        self._calling = threading.Lock()
         self._threads: list[ctypes.c_size_t] = []
         self._words: np.ndarray[Any, Any] | None = None
-        self._address = 0
+        self.address = 0
+        """For `run`; there is one as soon as there are threads."""
         self._stopped = False
 
     def start(self, number: int) -> int:
@@ -246,35 +271,24 @@ class Pool:
             self._words = np.zeros(_WORDS + 8, np.int64)
             skipped = -self._words.ctypes.data % 64 // 8
             words = self._words[skipped:]
-            self._address = words.ctypes.data
-            names = ("mutex_lock", "mutex_unlock", "cond_wait", "cond_signal")
-            for i, name in enumerate(names):
-                function = getattr(system, f"pthread_{name}")
-                words[_LOCK + i] = ctypes.cast(function, ctypes.c_void_p).value
+            self.address = words.ctypes.data
+            names = ("pthread_mutex_lock", "pthread_mutex_unlock", "pthread_cond_wait", "pthread_cond_signal")
+            for i, name in enumerate((*names, "sched_yield")):
+                words[_LOCK + i] = ctypes.cast(getattr(system, name), ctypes.c_void_p).value
             for i, name in enumerate(("mutex", "cond", "cond")):
-                words[_MUTEX + i] = self._address + 8 * (_OBJECTS + i * _OBJECT_WORDS)
+                words[_MUTEX + i] = self.address + 8 * (_OBJECTS + i * _OBJECT_WORDS)
                 getattr(system, f"pthread_{name}_init")(ctypes.c_void_p(int(words[_MUTEX + i])), None)
-        serve = ctypes.cast(_native(_serve, 1), ctypes.c_void_p)
+        serve = ctypes.cast(_native(_serve), ctypes.c_void_p)
         # Signals are for the threads of Python. A new thread has the mask of the one that starts it.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             while len(self._threads) < number:
                 thread = ctypes.c_size_t()
-                if system.pthread_create(ctypes.byref(thread), None, serve, ctypes.c_void_p(self._address)):
+                if system.pthread_create(ctypes.byref(thread), None, serve, ctypes.c_void_p(self.address)):
                     return  # the system allows no more
                 self._threads.append(thread)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-    def run(self, helpers: int, work: int, argument: int) -> bool:
-        """Call work(argument), compiled code, in this thread and up to so many others; False if the pool is taken."""
-        if not self._calling.acquire(blocking=False):
-            return False
-        try:
-            _native(_run, 4)(self._address, helpers, work, argument)
-        finally:
-            self._calling.release()
-        return True
 
     def stop(self) -> None:
         """End the threads: their code must outlive them. Calls go on alone."""
@@ -282,6 +296,6 @@ class Pool:
             self._stopped = True
             system, threads, self._threads = _system(), self._threads, []
         if system is not None and threads:
-            _native(_stop, 1)(self._address)
+            _native(_stop)(self.address)
             for thread in threads:
                 system.pthread_join(thread, None)

@@ -1,7 +1,7 @@
-"""In which threads kernels run: `run` takes a function of Python, `run_compiled` a compiled one.
+"""In which threads kernels run: `run` takes a function of Python, and has a pool of Python threads.
 
-The former has a pool of Python threads, the latter one of native threads (`pool.py`), which wake up in a fraction of
-the time; where there are none, or another call has them, it makes do with the former's.
+Compiled code has one of native threads (`native_pool`, for `pool.run`), which wake up in a fraction of the time; where
+another call has them, `run_compiled` makes do with the threads of Python.
 
 Numba's own threading layers are not used: OpenMP does not survive a fork, workqueue aborts when two threads call it,
 TBB is not everywhere. Here every thread that works on a call runs the same function, which takes pieces of the work
@@ -14,12 +14,14 @@ from __future__ import annotations
 import atexit
 import ctypes
 import functools
+import itertools
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable
 
-import numba
+from numba import config
 from numba.np.ufunc import parallel
 
 from . import pool
@@ -32,16 +34,29 @@ def limit() -> int:
     It is the least of NUMBA_NUM_THREADS, numba.set_num_threads, OMP_NUM_THREADS (as the process found it) and the CPUs
     this process may run on.
     """
-    limits: list[int] = [numba.config.NUMBA_NUM_THREADS]  # type: ignore[attr-defined]
+    most = min(config.NUMBA_NUM_THREADS, _processors())  # type: ignore[attr-defined]
     if parallel._is_initialized:  # asking before somebody has set it would start Numba's threading layer
-        limits.append(parallel.get_num_threads())
-    if _OPENMP.isdecimal() and int(_OPENMP) > 0:
-        limits.append(int(_OPENMP))
-    limits.append(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    return min(limits)
+        most = min(most, parallel.get_num_threads())
+    return min(most, _OPENMP)
 
 
-_OPENMP = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+def _processors() -> int:
+    """The CPUs that this process may run on: asked for now and then, since that takes as long as a small reduction."""
+    global _known
+    if next(_calls) % _ASK_AFTER == 0:
+        _known = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return _known
+
+
+_calls, _known, _ASK_AFTER = itertools.count(), 1, 64
+
+
+def _openmp_threads() -> int:
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(first) if first.isdecimal() and int(first) > 0 else sys.maxsize
+
+
+_OPENMP = _openmp_threads()
 """Read once: a call should not wait for a look at the environment."""
 
 
@@ -152,44 +167,47 @@ def run(work: Callable[[], None], pieces: int, cost: float) -> None:
         in_default_environment(work)
 
 
-def threads_for(pieces: int, cost: float) -> int:
-    """The most threads in which `run_compiled` runs a job."""
-    threads = min(pieces, int(cost // _WORTH_A_NATIVE_THREAD) + 1)
-    return min(threads, limit()) if threads > 1 else threads
+def useful(pieces: int, cost: float) -> int:
+    """In how many threads a compiled job is best run; see `run` for what it is told."""
+    return min(pieces, int(cost // _WORTH_A_NATIVE_THREAD) + 1)
+
+
+def native_pool(threads: int) -> int:
+    """The address of a pool for `pool.run` in so many threads, the caller among them; 0 if there are no others."""
+    return _native_pool.address if threads > 1 and _native_pool.start(threads - 1) else 0
 
 
 def run_compiled(work: int, argument: int, threads: int, cost: float) -> None:
-    """Run work(argument), a compiled function of an int64 by its address, in up to so many threads at a time.
+    """What `pool.run` does, for a call whose pool another call has: with threads of Python if that pays.
 
     Args:
-        work: called once in each thread that comes, which may be more when the first have already left.
+        work: the address of a function that is called as work(argument, 0) in each thread that comes, which may be more
+            than `threads` when the first have already left.
         argument: what it is given.
-        threads: what `threads_for` has said.
-        cost: what it was told.
+        threads: as many as are to work on it.
+        cost: as `run` is told.
     """
-    if threads > 1:
-        helpers = _native_pool.start(threads - 1)
-        if helpers and _native_pool.run(helpers, work, argument):
-            return
-        if cost >= _WORTH_PYTHON_THREADS:
-            _pool.run(functools.partial(pool.alone, work, argument), threads)
-            return
-    pool.alone(work, argument)
+    alone = functools.partial(pool.call, 0, 0, work, argument)
+    if threads > 1 and cost >= _WORTH_PYTHON_THREADS:
+        _pool.run(alone, threads)
+    else:
+        alone()
 
 
 class _Scratch(threading.local):
     memory = bytearray()
-    address = 0
+    size, address = 0, 0
 
 
 _scratch = _Scratch()
 
 
 def scratch(size: int) -> int:
-    """The address of so many bytes that are the calling thread's own until it asks again."""
-    if size > len(_scratch.memory):
-        _scratch.memory = bytearray(size)
-        _scratch.address = ctypes.addressof(ctypes.c_char.from_buffer(_scratch.memory))
+    """The address, that of a cache line, of so many bytes that are the calling thread's own until it asks again."""
+    if size > _scratch.size:
+        memory = bytearray(size + 63)
+        _scratch.memory, _scratch.size = memory, size
+        _scratch.address = (ctypes.addressof(ctypes.c_char.from_buffer(memory)) + 63) // 64 * 64
     return _scratch.address
 
 
