@@ -24,11 +24,23 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const bool are_vectors =
         n % WIDTH == 0 && are_vectors_at(address_bits(x, x_step) | address_bits(out, out_step) |
                                          address_bits(grad, grad_step) | address_bits(weight, 0));
+    const bool are_single = n == 1;
     if (place.row >= rows) n = 0;
 
     __shared__ __align__(16) A sums[2][MOST_WARPS];
     clear_absent_warps(sums);
     wait_for_predecessors();
+
+    if constexpr (!IS_NORM && !SPREAD && STEPS == 1) {
+        if (are_single) {  // each thread has a row
+            const A y = accumulate<A>(static_cast<const X*>(x)[row * x_step]);
+            const A g = accumulate<A>(static_cast<const X*>(grad)[row * grad_step]);
+            const A sum = A(0) + (OPERATION == LogSoftmaxBackward ? g : g * y);
+            const A result = OPERATION == LogSoftmaxBackward ? fused(-exponential(y, A(0)), sum, g) : y * (g - sum);
+            if (n > 0) store(static_cast<X*>(out) + row * out_step, result);
+            return;
+        }
+    }
 
     Words raw[VECTORS] = {}, raw_grad[VECTORS] = {};
     load_row(static_cast<const X*>(x) + row * x_step, place, n, are_vectors, raw);
