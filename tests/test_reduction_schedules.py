@@ -68,10 +68,18 @@ def cases(operation: str, dtype: str, out_dtype: str, most: float = np.inf) -> l
     ]
 
 
-def case(rng: np.random.Generator, operation: str, x: np.ndarray, out_dtype: str, in_columns: bool) -> Case:
+def case(
+    rng: np.random.Generator,
+    operation: str,
+    x: np.ndarray,
+    out_dtype: str,
+    in_columns: bool,
+    grad_rows: int | None = None,
+) -> Case:
+    """Of this x; the gradient has as many rows as x, or one for all."""
     (count, n), dtype = x.shape, str(x.dtype)
     compute = functools.partial(getattr(reference, operation), dtype=out_dtype)
-    grad, weight, bias = (draw(rng, shape, dtype) for shape in (x.shape, (1, n), (1, n)))
+    grad, weight, bias = (draw(rng, shape, dtype) for shape in ((grad_rows or count, n), (1, n), (1, n)))
     statistics_dtype = NUMPY_DTYPE[ACCUMULATE[out_dtype]]
     if operation in ("var", "std"):
         return Case({"x": x}, {"out": compute(x, 1, correction=CORRECTION)}, in_columns)
@@ -82,7 +90,7 @@ def case(rng: np.random.Generator, operation: str, x: np.ndarray, out_dtype: str
         results = compute(x, *(operand[0] for operand in operands.values()), kept=1, eps=EPS)
         return Case({"x": x} | operands, dict(zip(names, results, strict=True)), in_columns)
     if operation in ("softmax_backward", "log_softmax_backward"):
-        return Case({"x": x, "grad": grad}, {"out": compute(grad, x, 1)}, in_columns)
+        return Case({"x": x, "grad": grad}, {"out": compute(np.broadcast_to(grad, x.shape), x, 1)}, in_columns)
     is_of_weight = operation.endswith("weight_backward")
     if operation.endswith("norm_backward") or is_of_weight:
         shape = (1, n) if is_of_weight else (count, 1)
@@ -90,7 +98,7 @@ def case(rng: np.random.Generator, operation: str, x: np.ndarray, out_dtype: str
         of_rows = {name: abs(rng.standard_normal(shape)).astype(statistics_dtype) for name in names}
         if is_of_weight:  # the reference has the batch first
             statistics = (of_rows[name].T for name in names)
-            expected = compute(grad.T, x.T, *statistics, kept=1)
+            expected = compute(np.broadcast_to(grad, x.shape).T, x.T, *statistics, kept=1)
             return Case({"x": x, "grad": grad} | of_rows, {"out": expected}, in_columns)
         expected = compute(grad, x, *of_rows.values(), weight[0], kept=1)
         return Case({"x": x, "grad": grad, "weight": weight} | of_rows, {"out": expected}, in_columns)
@@ -124,9 +132,8 @@ def forced(case: Case, operation: str, element: str, out_dtype: str, gpu: launch
     }
     if case.in_columns and operation in schedules.COLUMN_OPERATIONS:
         vector = schedules.vector_width(element)
-        has_choice = operation not in schedules.WEIGHT_GRADIENTS
         for width in {1, vector if count % vector == 0 else 1}:
-            if width > 1 and has_choice:
+            if width > 1:
                 for keeps in (False, True) if schedules.PASSES[operation] > 1 else (False,):
                     for tiles in schedules.tile_schedules(n, element, operation, gpu, keeps):
                         patches = elsewhere | {"choose_tile_schedule": tiles, "splits_columns": False}
@@ -139,17 +146,21 @@ def forced(case: Case, operation: str, element: str, out_dtype: str, gpu: launch
                                     "choose_columns": schedules.TILES,
                                 }
                                 yield f"{tiles}, {most}", patches | {"teams": functools.partial(min, most)}
-            elif n <= schedules.MAX_COLUMN_CHUNKS * schedules.SUM_CHUNK:
-                for column_schedule in schedules.column_schedules(n, width, gpu):
+            elif (
+                operation in schedules.SINGLE_COLUMN_OPERATIONS
+                and schedules.chunks_of(n) <= schedules.MAX_COLUMN_CHUNKS
+            ):
+                for column_schedule in schedules.column_schedules(n, gpu):
                     patches = elsewhere | {"choose_column_schedule": column_schedule, "splits_columns": False}
                     yield str(column_schedule), patches | {"choose_columns": schedules.SINGLY}
-        if has_choice and n <= schedules.SUM_LANES and element != schedules.ANY:
+        if n <= schedules.SUM_LANES and element != schedules.ANY:
             yield "short", elsewhere | {"choose_columns": schedules.SHORT, "splits_columns": False}
             if operation in schedules.SHORT_TILE_OPERATIONS and count % vector == 0:
                 yield "short tiles", elsewhere | {"choose_columns": schedules.SHORT_TILES, "splits_columns": False}
         if operation in schedules.TERMS and n > schedules.SUM_CHUNK:
             yield "chunks", elsewhere | {"splits_columns": lambda name, columns, length, *rest: length == n}
-    else:
+    if not (case.in_columns and operation in schedules.SINGLE_COLUMN_OPERATIONS):
+        elsewhere["choose_columns"] = schedules.SINGLY
         if operation in schedules.REGISTER_OPERATIONS and element in schedules.ELEMENTS:
             # Where the layout does not allow them, another kernel is taken.
             for register_schedule in schedules.register_schedules(operation, n, element):
@@ -225,7 +236,7 @@ def test_rows_beside_vectors(backend: Any, operation: str, dtype: str) -> None:
     if backend.name != "cupy":
         pytest.skip("the schedules are those of the backend 'cupy'")
     rng, gpu = np.random.default_rng(9), launch.gpu(backend.xp.cuda.runtime.getDevice())
-    for n in (2, 16, 256, 1000, 2048):
+    for n in (1, 2, 16, 256, 1000, 2048):
         made = case(rng, operation, draw(rng, (5, n), dtype, "wide"), dtype, False)
         for schedule in schedules.register_schedules(operation, n, dtype):
             compare_beside_vectors(backend, operation, made, {"choose_register_schedule": schedule}, str(schedule))
@@ -233,6 +244,49 @@ def test_rows_beside_vectors(backend: Any, operation: str, dtype: str) -> None:
         made = case(rng, operation, draw(rng, (5, 8200), dtype, "wide"), dtype, False)
         patches = {"choose_register_schedule": None, "choose_long_schedule": long_schedule, "teams": 2}
         compare_beside_vectors(backend, operation, made, patches, str(long_schedule))
+
+
+@pytest.mark.parametrize("operation", sorted(schedules.COLUMN_GRADIENTS))
+@pytest.mark.parametrize("dtype", schedules.ELEMENTS)
+def test_columns_beside_other_gradients(backend: Any, operation: str, dtype: str) -> None:
+    """Gradients and results that do not lie as x does, and statistics with a step."""
+    if backend.name != "cupy":
+        pytest.skip("the schedules are those of the backend 'cupy'")
+    gpu = launch.gpu(backend.xp.cuda.runtime.getDevice())
+
+    def along_rows(x: np.ndarray) -> Any:
+        return backend.put(x)
+
+    def beside_vectors(x: np.ndarray) -> Any:
+        return backend.put(place_of(x.T))[:, 1:-7].T if x.ndim > 1 else backend.put(x)
+
+    for n in (200, 2100):
+        rng = np.random.default_rng(n)
+        ways: dict[str, dict[str, Any]] = {}
+        for keeps in (False, True) if schedules.PASSES[operation] > 1 else (False,):
+            tiles = schedules.tile_schedules(n, dtype, operation, gpu, keeps)[0]
+            ways[str(tiles)] = {
+                "choose_columns": schedules.TILES,
+                "choose_tile_schedule": tiles,
+                "splits_columns": False,
+            }
+        if n <= schedules.SUM_LANES:
+            ways["short"] = {"choose_columns": schedules.SHORT, "splits_columns": False}
+        elif operation in schedules.TERMS:
+            ways["chunks"] = {"splits_columns": lambda name, columns, length, *rest, n=n: length == n}
+        x = rows_to_reduce(rng, operation, (48, n), dtype)
+        of_all = case(rng, operation, x, dtype, True)
+        of_one = case(rng, operation, x, dtype, True, 1)
+        for made, put in ((of_all, along_rows), (of_all, beside_vectors), (of_one, along_rows)):
+            operands = {"x": backend.put(made.operands["x"].T).T, "grad": put(made.operands["grad"])}
+            for name in ("mean", "rstd"):
+                if name in made.operands:
+                    operands[name] = backend.put(np.repeat(made.operands[name], 2, axis=1))[:, ::2]
+            for way, patches in ways.items():
+                out = put(np.full_like(made.expected["out"], 7))
+                launch_with(backend, operation, made, operands | {"out": out}, patches)
+                message = f"columns of {n}, {put.__name__}, {way}"
+                assert_same_bits(np.ascontiguousarray(backend.get(out)), made.expected["out"], message)
 
 
 def compare_beside_vectors(backend: Any, operation: str, made: Case, patches: dict[str, Any], message: str) -> None:
@@ -337,12 +391,11 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
                 resident = ring.resident_ctas(operation, n, itemsize)
                 assert 0 < ring.threads <= resident * ring.threads <= schedules.ring_threads(operation, itemsize)
                 assert ring.slots > 1 or rows * ring.ctas <= gpu.multiprocessors * resident
-            for width in {1, schedules.vector_width(element)}:
-                one = schedules.choose_column_schedule(rows, n, width, gpu)
-                assert one.groups * 8 >= min(n, schedules.SUM_LANES)
-                assert one.threads % one.groups == 0
-                if schedules.chunks_of(n) <= schedules.MAX_COLUMN_CHUNKS:
-                    assert one.bytes(n, accumulate) <= 48 * 1024
+            one = schedules.choose_column_schedule(rows, n, gpu)
+            assert one.groups * 8 >= min(n, schedules.SUM_LANES)
+            assert one.tile * one.groups == schedules.COLUMN_THREADS
+            if schedules.chunks_of(n) <= schedules.MAX_COLUMN_CHUNKS:
+                assert one.bytes(n, accumulate) <= 48 * 1024
 
 
 def test_few_long_columns_are_spread() -> None:

@@ -30,6 +30,9 @@ from .schedules import (
 SIDES = OPERANDS[2:]
 """Operands that an operation may have beside x and out."""
 
+COLUMN_SIDES = ("grad", "mean", "rstd")
+"""Those that kernels for columns take."""
+
 Addresses = tuple[int, ...]
 """Of those of SIDES that are there, in this order."""
 
@@ -103,6 +106,11 @@ class _Rows(NamedTuple):
         return abs(self.x.kept[-1]) < abs(self.x.row[0])
 
     @property
+    def has_accumulated_statistics(self) -> bool:
+        """Whether those that there are have the accumulate dtype."""
+        return all(self.operands[name].dtype == self.accumulate for name in ("mean", "rstd") if name in self.operands)
+
+    @property
     def fits_registers(self) -> bool:
         """Whether the kernels for rows in registers read and write such a layout, and whole vectors of it if addresses
         allow that.
@@ -113,7 +121,7 @@ class _Rows(NamedTuple):
         sides = [named[name] for name in ("weight", "bias") if name in named]
         if any(one.dtype != self.element or any(one.kept) for one in sides):
             return False
-        if any(self.operands[name].dtype != self.accumulate for name in ("mean", "rstd") if name in self.operands):
+        if not self.has_accumulated_statistics:
             return False
         if named["out"].row == (0,):  # a result of one element for each row
             del named["out"]
@@ -125,7 +133,12 @@ class _Rows(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Columns that a thread takes: those of a vector, if they lie side by side wherever they begin, or 1."""
+        """Columns that a thread takes: those of a vector, if they lie side by side wherever they begin, statistics have
+        the accumulate dtype and 32 bits reach them; or 1.
+        """
+        statistics = [self.operands[name] for name in ("mean", "rstd") if name in self.operands]
+        if not self.has_accumulated_statistics or any(abs(one.row[0]) * self.n >= 2**31 for one in statistics):
+            return 1
         width = schedules.vector_width(self.element)
         *others, last = self.x.kept
         lines_up = self.kept[-1] % width == 0 and all(step % width == 0 for step in (*others, *self.x.row))
@@ -248,7 +261,7 @@ def prepare(spec: ReductionSpec, device: Device) -> ReductionLaunch:
         _plan_single(plan, _register_launch(plan, rows, operation, held))
     elif rows.in_columns and operation in schedules.TERMS:
         _plan_column_tree(plan, rows, operation)
-    elif rows.in_columns and operation in schedules.COLUMN_OPERATIONS and rows.chunks <= rows.max_column_chunks:
+    elif rows.in_columns and _has_column_kernel(rows, operation):
         if (spread := _choose_spread(plan, rows, operation)) is not None:
             _plan_spread_tiles(plan, rows, operation, spread)
         else:
@@ -297,10 +310,16 @@ def _resident_long(plan: _Plan, rows: _Rows, operation: str, schedule: LongSched
     return resident_ctas(function, schedule.threads, shared_bytes, schedule.ctas)
 
 
+def _has_column_kernel(rows: _Rows, operation: str) -> bool:
+    """Whether one kernel for columns can compute what is no sum."""
+    if operation not in schedules.COLUMN_OPERATIONS or rows.chunks > rows.max_column_chunks:
+        return False
+    how = schedules.choose_columns(operation, rows.number, rows.n, rows.element, rows.width)
+    return how != schedules.SINGLY or operation in schedules.SINGLE_COLUMN_OPERATIONS
+
+
 def _choose_spread(plan: _Plan, rows: _Rows, operation: str) -> TileSchedule | None:
     """The schedule of column_tiles.cu whose CTAs meet in global memory; None if there is none, or others are better."""
-    if operation in schedules.WEIGHT_GRADIENTS:
-        return None
     if schedules.choose_columns(operation, rows.number, rows.n, rows.element, rows.width) != schedules.TILES:
         return None
     chosen = schedules.choose_spread_schedule(rows.number, rows.n, rows.element, operation, plan.gpu)
@@ -430,20 +449,19 @@ def _long_launch(plan: _Plan, rows: _Rows, operation: str, schedule: LongSchedul
 
 def _column_launch(plan: _Plan, rows: _Rows, operation: str) -> Launch:
     """A launch of a kernel for columns, given the addresses of out, x and its sides."""
-    if operation not in schedules.WEIGHT_GRADIENTS:
-        how = schedules.choose_columns(operation, rows.number, rows.n, rows.element, rows.width)
-        if how == schedules.SHORT:
-            return _short_column_launch(plan, rows, operation)
-        if how == schedules.SHORT_TILES:
-            return _short_tile_launch(plan, rows, operation)
-        if how == schedules.TILES:
-            return _tile_launch(plan, rows, operation)
-    schedule: ColumnSchedule = schedules.choose_column_schedule(rows.number, rows.n, rows.width, plan.gpu)
+    how = schedules.choose_columns(operation, rows.number, rows.n, rows.element, rows.width)
+    if how == schedules.SHORT and rows.has_accumulated_statistics:
+        return _short_column_launch(plan, rows, operation)
+    if how == schedules.SHORT_TILES:
+        return _short_tile_launch(plan, rows, operation)
+    if how == schedules.TILES:
+        return _tile_launch(plan, rows, operation)
+    schedule: ColumnSchedule = schedules.choose_column_schedule(rows.number, rows.n, plan.gpu)
     return plan.shape(
-        schedules.column_kernel(operation, rows.element, rows.accumulate, schedule.width, schedule.ctas > 1),
+        schedules.column_kernel(operation, rows.element, rows.accumulate, schedule.ctas > 1),
         "reduce_columns",
         -(-rows.number // schedule.tile) * schedule.ctas,
-        schedule.threads,
+        schedules.COLUMN_THREADS,
         schedule.bytes(rows.n, rows.accumulate),
         (rows.parameters(operation), np.int32(schedule.bits), *_addresses(rows)),
         cluster=schedule.ctas,
@@ -452,7 +470,7 @@ def _column_launch(plan: _Plan, rows: _Rows, operation: str) -> Launch:
 
 
 def _short_column_launch(plan: _Plan, rows: _Rows, operation: str) -> Launch:
-    """A launch of short_columns.cu, given the addresses of out and x."""
+    """A launch of short_columns.cu, given the addresses of out, x and its sides."""
     schedule = schedules.short_schedule(rows.number, rows.n)
     return plan.shape(
         schedules.short_kernel(operation, rows.element, rows.out_dtype),
@@ -460,7 +478,7 @@ def _short_column_launch(plan: _Plan, rows: _Rows, operation: str) -> Launch:
         -(-rows.number // schedule.columns),
         schedule.threads,
         0,
-        (rows.parameters(operation), np.int32(schedule.columns.bit_length() - 1), ADDRESS, ADDRESS),
+        (rows.parameters(operation), np.int32(schedule.columns.bit_length() - 1), *_addresses(rows, COLUMN_SIDES)),
         overlapping=True,
     )
 
@@ -480,16 +498,16 @@ def _short_tile_launch(plan: _Plan, rows: _Rows, operation: str) -> Launch:
 
 
 def _tile_launch(plan: _Plan, rows: _Rows, operation: str, of_chunks: bool = False) -> Launch:
-    """A launch of column_tiles.cu, given the addresses of out and x. `of_chunks`: each chunk is summed apart."""
+    """A launch of column_tiles.cu, given the addresses of out, x and its sides. `of_chunks`: of each chunk."""
     times, n = (rows.chunks, SUM_CHUNK) if of_chunks else (1, rows.n)
-    computed = "chunks" if of_chunks else operation
-    shape = rows.number, n, rows.element, computed, plan.gpu, times
+    shape = rows.number, n, rows.element, operation, plan.gpu, times
     schedule = schedules.choose_tile_schedule(*shape)
-    if schedule.ctas > PORTABLE_CTAS and _resident_tiles(plan, rows, computed, schedule, n) == 0:
+    if schedule.ctas > PORTABLE_CTAS and _resident_tiles(plan, rows, operation, schedule, n) == 0:
         schedule = schedules.choose_tile_schedule(*shape, PORTABLE_CTAS)
     items = -(-rows.number // schedule.tile) * times
     begun = schedules.tile_items(schedule, items, plan.gpu)
-    kernel, name = schedules.tile_kernel(computed, rows.element, rows.out_dtype, schedule), "reduce_column_tiles"
+    out_dtype, name = rows.accumulate if of_chunks else rows.out_dtype, "reduce_column_tiles"
+    kernel = schedules.tile_kernel(operation, rows.element, out_dtype, schedule, of_chunks)
     phase = schedules.tile_phase(schedule, items, plan.gpu)
     return plan.shape(
         kernel,
@@ -518,7 +536,7 @@ def _tile_arguments(
 ) -> tuple[Argument, ...]:
     """Those of column_tiles.cu."""
     numbers = (*schedule.arguments(n, goes_on), schedule.ctas, phase)
-    return rows.parameters(operation), *map(np.int32, numbers), ADDRESS, ADDRESS, meeting
+    return rows.parameters(operation), *map(np.int32, numbers), *_addresses(rows, COLUMN_SIDES), meeting
 
 
 def _plan_spread_tiles(plan: _Plan, rows: _Rows, operation: str, schedule: TileSchedule) -> None:
@@ -542,7 +560,7 @@ def _plan_spread_tiles(plan: _Plan, rows: _Rows, operation: str, schedule: TileS
 
     def reduce(stream: int, out: int, x: int, sides: Addresses, workspace: int) -> None:
         cupy.cuda.runtime.memsetAsync(workspace + meeting, 0, zeros, stream)
-        run(stream, out, x, workspace + meeting)
+        run(stream, out, x, *sides, workspace + meeting)
 
     plan.steps.append(reduce)
 
@@ -595,17 +613,17 @@ def _plan_row_sums(plan: _Plan, rows: _Rows, source: int | None) -> tuple[int, _
 def _plan_column_sums(plan: _Plan, rows: _Rows, operation: str, source: int | None) -> tuple[int, _Rows]:
     """One level: the sums of all chunks, chunk by chunk, those of neighbouring rows side by side."""
     target = plan.reserve(rows.number * rows.chunks, rows.accumulate)
-    if operation in schedules.SUMS and rows.width > 1:
+    if rows.width > 1:
         run = _tile_launch(plan, rows, operation, of_chunks=True)
     else:
-        schedule = schedules.column_schedules(rows.n, rows.width, plan.gpu)[0]
+        schedule = schedules.column_schedules(rows.n, plan.gpu)[0]
         run = plan.shape(
-            schedules.column_chunk_kernel(operation, rows.element, rows.accumulate, schedule.width),
+            schedules.column_chunk_kernel(operation, rows.element, rows.accumulate),
             "sum_column_chunks",
             -(-rows.number // schedule.tile) * rows.chunks,
-            schedule.threads,
+            schedules.COLUMN_THREADS,
             schedule.bytes(SUM_CHUNK, rows.accumulate),
-            (rows.parameters(operation), np.int32(schedule.bits), *_addresses(rows, ("grad", "mean", "rstd"))),
+            (rows.parameters(operation), np.int32(schedule.bits), *_addresses(rows, COLUMN_SIDES)),
         )
 
     def sums(stream: int, out: int, x: int, sides: Addresses, workspace: int) -> None:

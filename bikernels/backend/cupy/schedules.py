@@ -55,10 +55,10 @@ OPERATIONS = {
 COLUMN_OPERATIONS = frozenset(
     {
         *("sum", "mean", "var", "std", "softmax", "log_softmax", "logsumexp"),
-        *("rms_norm_weight_backward", "layer_norm_weight_backward"),
+        *("softmax_backward", "log_softmax_backward", "rms_norm_weight_backward", "layer_norm_weight_backward"),
     }
 )
-"""Those that columns.cu has."""
+"""Those that have kernels for columns."""
 
 SUMS = frozenset(("sum", "mean"))
 VARIANCES = frozenset(("var", "std"))
@@ -66,6 +66,12 @@ TERMS = {"sum": 0, "mean": 0, "rms_norm_weight_backward": 1, "layer_norm_weight_
 """The operations that are a sum along a column, and of what (column_chunks.cu)."""
 
 WEIGHT_GRADIENTS = frozenset(TERMS) - SUMS
+SOFTMAX_GRADIENTS = frozenset(("softmax_backward", "log_softmax_backward"))
+COLUMN_GRADIENTS = WEIGHT_GRADIENTS | SOFTMAX_GRADIENTS
+"""Which read the gradient of the result beside x."""
+
+SINGLE_COLUMN_OPERATIONS = COLUMN_OPERATIONS - SOFTMAX_GRADIENTS
+"""Those that columns.cu has."""
 
 EXPONENTIALS = frozenset(("softmax", "log_softmax", "logsumexp"))
 """Their kernels differ by the result's dtype."""
@@ -541,19 +547,17 @@ def teams(rows: int, resident: int) -> int:
 # ------------------------------------------------------------------------------------------------------------ columns
 
 
+COLUMN_THREADS = 1024
+"""Of a CTA of columns.cu: 32 columns side by side or more, for every group of lanes."""
+
+
 class ColumnSchedule(NamedTuple):
     """How threads share columns (columns.cuh)."""
 
-    width: int
-    """Columns of a thread: those of a 16-byte vector, or 1."""
     groups: int
     """Threads that share a column in a CTA."""
     ctas: int
     """That share a tile."""
-
-    @property
-    def threads(self) -> int:
-        return column_threads(self.width)
 
     @property
     def bits(self) -> int:
@@ -562,7 +566,7 @@ class ColumnSchedule(NamedTuple):
     @property
     def tile(self) -> int:
         """Columns."""
-        return self.threads // self.groups * self.width
+        return COLUMN_THREADS // self.groups
 
     def bytes(self, n: int, accumulate: str) -> int:
         """Of shared memory: partial sums, the chunks' sums, maxima and counts of each CTA."""
@@ -570,27 +574,22 @@ class ColumnSchedule(NamedTuple):
         return elements * ITEMSIZE[accumulate]
 
 
-def column_threads(width: int) -> int:
-    """Of a CTA: 32 columns side by side or more, for every group of lanes."""
-    return 256 if width > 1 else 1024
-
-
 def vector_width(element: str) -> int:
     """Columns of a 16-byte vector."""
     return 1 if element == ANY else 16 // ITEMSIZE[element]
 
 
-def column_schedules(n: int, width: int, device: GPU) -> list[ColumnSchedule]:
-    """The schedules for columns of n elements, of which a thread takes `width`, the fewest CTAs first."""
+def column_schedules(n: int, device: GPU) -> list[ColumnSchedule]:
+    """The schedules for columns of n elements, the fewest CTAs first."""
     lanes = min(max(n, 1), SUM_LANES)
     groups = 1 << max(0, -(-lanes // GROUP_LANES) - 1).bit_length()
     most = MAX_CTAS if device.compute_capability >= FIRST_WITH_CLUSTERS else 1
-    return [ColumnSchedule(width, groups, ctas) for ctas in (1, 2, 4, 8) if ctas <= min(most, max(1, chunks_of(n)))]
+    return [ColumnSchedule(groups, ctas) for ctas in (1, 2, 4, 8) if ctas <= min(most, max(1, chunks_of(n)))]
 
 
-def choose_column_schedule(columns: int, n: int, width: int, device: GPU) -> ColumnSchedule:
+def choose_column_schedule(columns: int, n: int, device: GPU) -> ColumnSchedule:
     """The fewest CTAs of which there are two for every multiprocessor."""
-    found = column_schedules(n, width, device)
+    found = column_schedules(n, device)
     for one in found:
         if -(-columns // one.tile) * one.ctas >= 2 * device.multiprocessors:
             return one
@@ -600,32 +599,50 @@ def choose_column_schedule(columns: int, n: int, width: int, device: GPU) -> Col
 def splits_columns(operation: str, columns: int, n: int, element: str, width: int, device: GPU, first: bool) -> bool:
     """Whether a sum along a strided axis is spread over CTAs, a chunk each; `first`: not yet, at the first level."""
     chunks = chunks_of(n)
-    if operation in SUMS and width > 1:
-        return chunks > MAX_TILE_CHUNKS or (first and chunks > 1 and _is_faster_by_chunks(columns, n, element, device))
+    if width > 1:
+        is_faster = first and chunks > 1 and _is_faster_by_chunks(operation, columns, n, element, device)
+        return chunks > MAX_TILE_CHUNKS or is_faster
     if chunks > MAX_COLUMN_CHUNKS:
         return True
-    most = column_schedules(n, width, device)[-1]
+    most = column_schedules(n, device)[-1]
     return first and chunks > most.ctas and -(-columns // most.tile) * most.ctas < device.multiprocessors
 
 
-PASSES = {"sum": 1, "mean": 1, "chunks": 1, "var": 2, "std": 2, "logsumexp": 2, "softmax": 3, "log_softmax": 3}
-"""How often column_tiles.cu uses each element; "chunks": the sums of chunks."""
+PASSES = {
+    "sum": 1,
+    "mean": 1,
+    "var": 2,
+    "std": 2,
+    "logsumexp": 2,
+    "softmax": 3,
+    "log_softmax": 3,
+    "softmax_backward": 2,
+    "log_softmax_backward": 2,
+    "rms_norm_weight_backward": 1,
+    "layer_norm_weight_backward": 1,
+}
+"""How often column_tiles.cu uses each element, except that the first pass of log_softmax_backward uses no x."""
 
 TILE_THREADS = 256
 """Of a CTA."""
 AT_ONCE, DEPTH = 4, 6
-"""Elements of a lane that are one group of copies, and groups that are on their way."""
+"""Elements of a lane that are one group of copies, and groups that are on their way, of an array."""
 
 
-def _is_faster_by_chunks(columns: int, n: int, element: str, device: GPU) -> bool:
+def arrays_of(operation: str) -> int:
+    """Arrays of which column_tiles.cu reads all elements: x, and the gradient of the result."""
+    return 2 if operation in COLUMN_GRADIENTS else 1
+
+
+def _is_faster_by_chunks(operation: str, columns: int, n: int, element: str, device: GPU) -> bool:
     """Whether two kernels, the first of which has a chunk for each CTA, are estimated to be faster than one."""
-    size, chunks = columns * n * ITEMSIZE[element], chunks_of(n)
+    size, chunks = columns * n * ITEMSIZE[element] * arrays_of(operation), chunks_of(n)
     if size < MOST_BYTES:
         return chunks > 2 * MAX_CTAS and _ceil(columns, vector_width(element)) * MAX_CTAS < device.multiprocessors
 
     def us(length: int, times: int) -> float:
-        one = choose_tile_schedule(columns, length, element, "chunks", device, times)
-        return size / (device.bytes_per_us * _reading_speed(one, columns, times, device))
+        one = choose_tile_schedule(columns, length, element, operation, device, times)
+        return size / (device.bytes_per_us * _reading_speed(one, columns, length, times, device))
 
     return us(SUM_CHUNK, chunks) + SECOND_KERNEL_US < us(n, 1)
 
@@ -645,6 +662,8 @@ class TileSchedule(NamedTuple):
     """Whether elements are read once, if an operation has several passes."""
     spread: bool = False
     """Whether the CTAs are no cluster."""
+    arrays: int = 1
+    """That are read."""
 
     @property
     def tile(self) -> int:
@@ -655,6 +674,11 @@ class TileSchedule(NamedTuple):
     def levels(self) -> int:
         """Of the tree, that a thread adds: more take registers, of which three CTAs have few."""
         return (1 if self.width == 8 else 2) if self.keeps else 3
+
+    @property
+    def depth(self) -> int:
+        """Groups that are on their way, if they are not kept."""
+        return DEPTH // self.arrays
 
     @property
     def lanes(self) -> int:
@@ -674,11 +698,11 @@ class TileSchedule(NamedTuple):
         """Groups of a thread's elements that shared memory holds; `goes_on`: to other tiles, which it copies ahead."""
         rounds = SUM_CHUNK // SUM_LANES // AT_ONCE if n > AT_ONCE * SUM_LANES else 1
         groups = _ceil(chunks_of(n) * self.parts, self.ctas) * self.lanes * rounds
-        return groups if self.keeps else DEPTH if goes_on else min(DEPTH, groups)
+        return groups if self.keeps else self.depth if goes_on else min(self.depth, groups)
 
     def bytes(self, n: int, accumulate: str, goes_on: bool = True) -> int:
         """Of shared memory: elements, two times the sums of each warp, those of pieces, maxima, values, counts."""
-        elements = self.room(n, goes_on) * min(AT_ONCE, _ceil(n, SUM_LANES)) * TILE_THREADS * 16
+        elements = self.room(n, goes_on) * min(AT_ONCE, _ceil(n, SUM_LANES)) * self.arrays * TILE_THREADS * 16
         ctas = 1 if self.spread else self.ctas
         pieces = chunks_of(n) * self.parts
         sums = 2 * (_ceil(pieces, 8) if self.spread else pieces)  # of two passes
@@ -714,7 +738,7 @@ def tile_schedules(n: int, element: str, operation: str, device: GPU, keeps: boo
     for vectors in (16, 8, 4, 2, 1):
         for ctas in sizes:
             parts = 1
-            one = TileSchedule(width, vectors, parts, ctas, keeps)
+            one = TileSchedule(width, vectors, parts, ctas, keeps, False, arrays_of(operation))
             while chunks_of(n) * parts < ctas or SUM_LANES * vectors > TILE_THREADS * parts << one.levels:
                 parts *= 2
             one = one._replace(parts=parts)
@@ -731,7 +755,7 @@ def spread_schedules(n: int, element: str, operation: str, device: GPU, keeps: b
             pieces = chunks_of(n) * parts
             for rounds in (1, 2, 4):
                 team = _ceil(pieces, rounds)
-                one = TileSchedule(vector_width(element), vectors, parts, team, keeps, True)
+                one = TileSchedule(vector_width(element), vectors, parts, team, keeps, True, arrays_of(operation))
                 is_new = team > 1 and (not found or one != found[-1])
                 if is_new and one.is_possible and 0 < team <= one.resident(n, element, operation, device):
                     found.append(one)
@@ -749,6 +773,8 @@ def choose_spread_schedule(columns: int, n: int, element: str, operation: str, d
     if passes == 1 or chunks_of(n) <= MAX_CTAS:
         return None
     if _ceil(across, PREFERRED_BYTES_ACROSS // 2) * MAX_CTAS >= device.multiprocessors:
+        if operation in SOFTMAX_GRADIENTS:
+            return None
         for one in spread_schedules(n, element, operation, device, True):
             sums = one.tile * one.parts * chunks_of(n)
             is_wide = PREFERRED_BYTES_ACROSS // 2 <= one.vectors * 16 <= PREFERRED_BYTES_ACROSS
@@ -764,7 +790,7 @@ def choose_spread_schedule(columns: int, n: int, element: str, operation: str, d
         tiles, pieces = _ceil(columns, one.tile), chunks_of(n) * one.parts
         teams = min(tiles, one.resident(n, element, operation, device) // one.ctas)
         turns = _ceil(tiles, teams)
-        of_cta = turns * _ceil(pieces, one.ctas) * (one.vectors * 16 * SUM_CHUNK // one.parts)
+        of_cta = turns * _ceil(pieces, one.ctas) * (one.arrays * one.vectors * 16 * SUM_CHUNK // one.parts)
         of_multiprocessor = of_cta * _ceil(teams * one.ctas, device.multiprocessors)
         speed = 1.0 if one.vectors * 16 == row else OF_WIDTH[one.vectors]
         read = of_multiprocessor * device.multiprocessors / (device.bytes_per_us * speed)
@@ -787,16 +813,17 @@ def choose_tile_schedule(
     Sums are as `_reading_speed` has it. Columns that are read again are kept, if tiles that are wide enough fit,
     several to a multiprocessor; of such schedules, the one with as few CTAs as fill the GPU. Else variances of much, if
     pairs of CTAs fill the GPU, are as `_read_twice` has it, and two passes over columns that fill the GPU without
-    clusters read them twice. `most_ctas`: of a cluster.
+    clusters read them twice. Gradients of softmax, of which a tile has twice the bytes, are kept several to a
+    multiprocessor, in the widest tiles that small clusters can share, or read twice. `most_ctas`: of a cluster.
     """
-    size = columns * n * ITEMSIZE[element] * times
+    size = columns * n * ITEMSIZE[element] * arrays_of(operation) * times
     row = max(16, _power_of_two(columns * ITEMSIZE[element]))
     streaming = [one for one in tile_schedules(n, element, operation, device, False) if one.vectors * 16 <= row]
     if PASSES[operation] == 1:
         read = size / device.bytes_per_us
 
         def us(one: TileSchedule) -> float:
-            return read / _reading_speed(one, columns, times, device) + (CLUSTER_US if one.ctas > 1 else 0)
+            return read / _reading_speed(one, columns, n, times, device) + (CLUSTER_US if one.ctas > 1 else 0)
 
         return min(streaming, key=us)
     wide = min(PREFERRED_BYTES_ACROSS // 2, row)
@@ -813,6 +840,8 @@ def choose_tile_schedule(
         """The best first."""
         ctas, across = _ceil(columns, one.tile) * one.ctas * times, one.vectors * 16
         missing, few = (max(0, enough * device.multiprocessors // 10 - ctas) for enough in (9, 19))
+        if one.keeps and one.arrays > 1:
+            return missing, int(across < wide), 0 if across == PREFERRED_BYTES_ACROSS and one.ctas <= 4 else one.ctas
         if one.keeps:
             return missing, int(across < wide), one.ctas, few, -one.vectors
         return few, *((-one.vectors, one.ctas) if size >= MOST_BYTES else (one.ctas, -one.vectors))
@@ -824,6 +853,12 @@ def choose_tile_schedule(
         return min(found, key=order, default=None)
 
     across, many = columns * ITEMSIZE[element], kept(KEEPING_CTAS)
+    if operation in SOFTMAX_GRADIENTS:
+        # The second time, what has stayed in the L2 is quick; log_softmax reads only half of it twice.
+        is_quick = operation == "log_softmax_backward" and MANY_BYTES < size <= L2_BYTES
+        if many is not None and not is_quick:
+            return many
+        return max(streaming, key=lambda one: _reading_speed(one, columns, n, times, device))
     in_pairs = operation in VARIANCES and size >= MOST_BYTES and across >= PAIRS_ACROSS * device.multiprocessors
     if many is not None and not (in_pairs and size <= L2_BYTES):
         return many
@@ -845,14 +880,21 @@ def _read_twice(streaming: list[TileSchedule], columns: int, n: int, device: GPU
         fits = at_once * one.vectors * 16 * n <= L2_BYTES and tiles <= L2_ROUNDS * at_once
         if fits and at_once * one.ctas >= device.multiprocessors and one.ctas <= 2 and one.vectors >= 4:
             return one
-    return max(streaming, key=lambda one: _reading_speed(one, columns, 1, device))
+    return max(streaming, key=lambda one: _reading_speed(one, columns, n, 1, device))
 
 
-def _reading_speed(one: TileSchedule, columns: int, times: int, device: GPU) -> float:
-    """Relative to the fastest: the share of multiprocessors that have work to the end, and what an H200 has shown."""
-    of_cluster = {1: 1.0, 2: 0.93, 4: 0.72, 8: 0.6}[one.ctas]
+def _reading_speed(one: TileSchedule, columns: int, n: int, times: int, device: GPU) -> float:
+    """Relative to the fastest: the share of multiprocessors that have work to the end, and what an H200 has shown.
+
+    Of two arrays an H100 has shown that half of the multiprocessors, a long tile each, read all that memory gives.
+    """
     ctas = _ceil(columns, one.tile) * one.ctas * times
     is_alone = ctas <= device.multiprocessors
+    if is_alone and one.arrays > 1 and n >= SUM_CHUNK:
+        share = ctas / device.multiprocessors
+        of_cluster = {1: 0.96, 2: 1.0, 4: 0.97 if share < 0.75 else 0.85, 8: 0.95}[one.ctas]
+        return min(1.0, OF_WIDTH[one.vectors]) * of_cluster * min(1.0, 2.5 * share) * share**0.02
+    of_cluster = {1: 1.0, 2: 0.93, 4: 0.72, 8: 0.6}[one.ctas]
     places = device.multiprocessors * (1 if is_alone else STREAMING_CTAS)
     return OF_WIDTH[one.vectors] * of_cluster * (0.9 if is_alone else 1.0) * ctas / (_ceil(ctas, places) * places)
 
@@ -925,6 +967,8 @@ def choose_columns(operation: str, columns: int, n: int, element: str, width: in
     if element == ANY:
         return SINGLY
     is_little = n <= SHORT_COLUMNS or columns * n * ITEMSIZE[element] <= MANY_BYTES
+    if operation in COLUMN_GRADIENTS:
+        is_little &= n <= 2 * SHORT_COLUMNS
     if n <= SUM_LANES and (width == 1 or is_little):
         return SHORT
     if width == 1:
@@ -1024,30 +1068,34 @@ def ring_kernel(operation: str, element: str, out_dtype: str) -> Kernel:
     )
 
 
-def column_kernel(operation: str, element: str, accumulate: str, width: int, in_cluster: bool) -> Kernel:
-    """The kernel of columns.cu; WIDTH > 1 for the gradients of weights."""
+def column_kernel(operation: str, element: str, accumulate: str, in_cluster: bool) -> Kernel:
+    """The kernel of columns.cu."""
     return Kernel(
         "columns.cu",
         (
             ("OPERATION", OPERATIONS[operation]),
             ("IN_CLUSTER", str(in_cluster).lower()),
-            *_column_macros(element, accumulate, width),
+            *_column_macros(element, accumulate),
         ),
     )
 
 
-def tile_kernel(operation: str, element: str, out_dtype: str, schedule: TileSchedule) -> Kernel:
-    """The kernel of column_tiles.cu; operation "chunks" sums chunks."""
+def tile_kernel(
+    operation: str, element: str, out_dtype: str, schedule: TileSchedule, of_chunks: bool = False
+) -> Kernel:
+    """The kernel of column_tiles.cu; `of_chunks`: each chunk is summed apart."""
     return Kernel(
         "column_tiles.cu",
         (
             *_typed_macros(operation, element, out_dtype),
             ("PASSES", PASSES[operation]),
             ("SUMS", 2 if operation in VARIANCES else 1),
-            ("IS_OF_CHUNKS", str(operation == "chunks").lower()),
+            ("GRAD", str(operation in COLUMN_GRADIENTS).lower()),
+            ("X_FROM", int(operation == "log_softmax_backward")),
+            ("IS_OF_CHUNKS", str(of_chunks).lower()),
             ("KEPT", str(schedule.keeps).lower()),
             ("SPREAD", str(schedule.spread).lower()),
-            ("DEPTH", DEPTH),
+            ("DEPTH", schedule.depth),
             ("LEVELS", schedule.levels),
             ("THREADS", TILE_THREADS),
             ("CTAS", tile_ctas(operation, element, schedule.keeps, schedule.spread)),
@@ -1069,24 +1117,23 @@ def short_tile_kernel(operation: str, element: str, out_dtype: str) -> Kernel:
 def _typed_macros(operation: str, element: str, out_dtype: str) -> tuple[tuple[str, str | int], ...]:
     accumulate = ACCUMULATE[element]
     return (
-        ("OPERATION", "ChunkSum" if operation == "chunks" else OPERATIONS[operation]),
+        ("OPERATION", OPERATIONS[operation]),
         ("ELEMENT", c_type(element)),
         ("ACCUMULATE", C_TYPE[accumulate]),
         ("RESULT", C_TYPE[out_dtype if operation in EXPONENTIALS else accumulate]),
     )
 
 
-def column_chunk_kernel(operation: str, element: str, accumulate: str, width: int) -> Kernel:
+def column_chunk_kernel(operation: str, element: str, accumulate: str) -> Kernel:
     """The kernel of column_chunks.cu."""
-    return Kernel("column_chunks.cu", (("TERMS", TERMS[operation]), *_column_macros(element, accumulate, width)))
+    return Kernel("column_chunks.cu", (("TERMS", TERMS[operation]), *_column_macros(element, accumulate)))
 
 
-def _column_macros(element: str, accumulate: str, width: int) -> tuple[tuple[str, str | int], ...]:
+def _column_macros(element: str, accumulate: str) -> tuple[tuple[str, str | int], ...]:
     return (
         ("ELEMENT", c_type(element)),
         ("ACCUMULATE", C_TYPE[accumulate]),
-        ("WIDTH", width),
-        ("THREADS", column_threads(width)),
+        ("THREADS", COLUMN_THREADS),
     )
 
 
@@ -1097,13 +1144,11 @@ def reduction_kernels(compute_capability: int) -> Iterator[Kernel]:
     for element, accumulate in (*ACCUMULATE.items(), (ANY, "float32"), (ANY, "float64")):
         for source in ("row_chunks.cu", "softmax_split_rows.cu"):
             found[chunk_kernel(source, element, accumulate)] = None
-        for width in {1, vector_width(element)}:
-            for operation in TERMS:
-                if width == 1 or operation not in SUMS:
-                    found[column_chunk_kernel(operation, element, accumulate, width)] = None
-            for operation in filter((COLUMN_OPERATIONS if width == 1 else WEIGHT_GRADIENTS).__contains__, OPERATIONS):
-                for in_cluster in (False, True) if has_clusters else (False,):
-                    found[column_kernel(operation, element, accumulate, width, in_cluster)] = None
+        for operation in TERMS:
+            found[column_chunk_kernel(operation, element, accumulate)] = None
+        for operation in filter(SINGLE_COLUMN_OPERATIONS.__contains__, OPERATIONS):
+            for in_cluster in (False, True) if has_clusters else (False,):
+                found[column_kernel(operation, element, accumulate, in_cluster)] = None
         for operation in filter(REGISTER_OPERATIONS.__contains__, OPERATIONS):
             lengths = (1, SUM_LANES, WARP_STEPS * SUM_LANES, SUM_CHUNK, LONG_ROW, 2 * LONG_ROW)
             for n in lengths if element in ELEMENTS else ():
@@ -1112,10 +1157,11 @@ def reduction_kernels(compute_capability: int) -> Iterator[Kernel]:
         if has_clusters and element in LONG_WARPS:
             found[long_kernel("var", element)] = None
         if element != ANY:
-            one = TileSchedule(vector_width(element), 1, 1, 1, False)
-            ways = [one._replace(keeps=keeps, spread=spread) for keeps in (False, True) for spread in (False, True)]
-            found[tile_kernel("chunks", element, accumulate, ways[0])] = None
-            for operation in filter((COLUMN_OPERATIONS - WEIGHT_GRADIENTS).__contains__, OPERATIONS):
+            for operation in filter(COLUMN_OPERATIONS.__contains__, OPERATIONS):
+                one = TileSchedule(vector_width(element), 1, 1, 1, False, False, arrays_of(operation))
+                ways = [one._replace(keeps=keeps, spread=spread) for keeps in (False, True) for spread in (False, True)]
+                if operation in TERMS:
+                    found[tile_kernel(operation, element, accumulate, one, of_chunks=True)] = None
                 for out_dtype in (element, accumulate):
                     for way in ways if PASSES[operation] > 1 else ways[:1]:
                         found[tile_kernel(operation, element, out_dtype, way)] = None

@@ -7,12 +7,15 @@
 // on. A lane's elements are added one after the other, the lanes by a stack of partial sums, those of the threads by
 // shuffles and through shared memory; the pieces are the lowest levels of a tree that chunks continue.
 //
+// Backward passes have a second array, the gradient of the result, which lies beside x in shared memory.
+//
 // OPERATION: a struct below. ELEMENT: the dtype of x; ACCUMULATE: float or double. RESULT: the dtype of softmax's results,
-// that of x or the accumulate dtype. PASSES: how often it uses each element; SUMS: how many of them are sums. KEPT:
-// whether shared memory holds all of a tile from its first pass to its last. SPREAD: whether a team meets in global
-// memory; all teams are on the GPU at once then. DEPTH: groups of copies on their way, if they are not kept. LEVELS: of
-// the tree, in a thread: it has at most 2^LEVELS lanes of a piece. THREADS: of a CTA; CTAS: of a multiprocessor.
-// IS_OF_CHUNKS: whether each chunk is reduced apart.
+// that of x or the accumulate dtype. PASSES: how often it uses each element; SUMS: how many of them are sums. GRAD:
+// whether there is a gradient, which has the dtype of x; X_FROM: the first pass that uses x. KEPT: whether shared
+// memory holds all of a tile from its first pass to its last. SPREAD: whether a team meets in global memory; all teams
+// are on the GPU at once then. DEPTH: groups of copies on their way, if they are not kept. LEVELS: of the tree, in a
+// thread: it has at most 2^LEVELS lanes of a piece. THREADS: of a CTA; CTAS: of a multiprocessor. IS_OF_CHUNKS: whether
+// each chunk is reduced apart.
 #include "hopper.cuh"
 #include "softmax.cuh"
 
@@ -23,6 +26,7 @@ using A = ACCUMULATE;
 constexpr bool PRECISE = is_same<RESULT, A>::value;
 
 constexpr int VECTOR = 16, WIDTH = VECTOR / sizeof(X);  // bytes and columns of a thread
+constexpr int ARRAYS = GRAD ? 2 : 1;       // of which each element has a vector
 constexpr int AT_ONCE = 4;                 // elements of a lane that are one group of copies
 constexpr int WARPS = THREADS / WARP;
 constexpr int FEW_CTAS = 512;              // of a launch: they all begin at once
@@ -55,9 +59,27 @@ struct Larger {
     __device__ __forceinline__ A operator()(A a, A b) const { return larger_nan(a, b); }
 };
 
+// From a column to its neighbour.
+template <int OPERAND>
+__device__ __forceinline__ long long apart_of(const Reduction& p) {
+    return p.dims.stride[OPERAND][p.kept - 1];
+}
+
+// The operands beside x.
+struct Sides {
+    const void* grad;
+    const void* mean;
+    const void* rstd;
+};
+
+// What stands beside the elements of a group, where nothing does.
+struct Nothing {};
+__device__ __forceinline__ Nothing nothing_beside(int) { return {}; }
+
 struct Tile {
     const Reduction& p;
     const void* const all;
+    const Sides& sides;
     Word* const meeting;          // of teams that meet in global memory
     const int bits;               // the logarithm of the vectors of a tile
     const int part_bits;          // the logarithm of the pieces of a chunk
@@ -82,18 +104,20 @@ struct Tile {
     // The item that is copied, and the next group of it.
     long long in_item;
     const X* in_x;
+    const X* in_grad;
     int in_n;  // -1: none
     int in_pass, in_piece, in_group, in_place;
-    bool has_vectors;
+    bool has_vectors, grad_has_vectors;
 
     static constexpr int EIGHT = 8;  // sums that a thread folds at once
     static_assert(SUM_CHUNK / SUM_LANES <= 2 * AT_ONCE, "a lane has one group in a piece, or two");
 
     // `shared` has the bytes of TileSchedule (schedules.py).
     __device__ __forceinline__ Tile(const Reduction& p, int bits, int part_bits, int room, int team, const void* all,
-                                    void* meeting, unsigned char* shared)
+                                    const Sides& sides, void* meeting, unsigned char* shared)
         : p(p),
           all(all),
+          sides(sides),
           meeting(static_cast<Word*>(meeting)),
           bits(bits),
           part_bits(part_bits),
@@ -118,7 +142,7 @@ struct Tile {
             ctas = cluster_size();
 #endif
         }
-        partial = reinterpret_cast<A*>(shared + room * together * THREADS * VECTOR);
+        partial = reinterpret_cast<A*>(shared + room * together * ARRAYS * THREADS * VECTOR);
         sums = partial + 2 * WARPS * columns;
         const int of_sums = (SPREAD ? (pieces + EIGHT - 1) / EIGHT : pieces) * columns;
         other_sums = sums + (SUMS > 1 || SPREAD ? of_sums : 0);
@@ -149,14 +173,17 @@ struct Tile {
 
     // ---------------------------------------------------------------------------------------------------------- copies
 
-    // Begin to copy an item, and those that follow it if they are not kept. AHEAD: to the L2 only.
+    // Begin to copy an item, and those that follow it if they are not kept. AHEAD: to the L2 only, and more of it where
+    // long tiles leave some multiprocessors without one, so that few CTAs keep the memory busy while they begin.
     template <bool AHEAD>
     __device__ __forceinline__ void begin(long long item) {
         out_place = in_pass = in_group = in_place = 0;
         in_piece = rank;
         copy_from(item);
+        const bool are_few = GRAD && gridDim.x <= FEW_CTAS / 4 && p.n > SUM_CHUNK;
+        const int groups = KEPT ? room : AHEAD && are_few ? 2 * DEPTH : DEPTH;
 #pragma unroll 1
-        for (int group = 0; group < (KEPT ? room : DEPTH); group++) {
+        for (int group = 0; group < groups; group++) {
             copy_group<AHEAD>();
             if (!AHEAD) commit_copies();
         }
@@ -179,25 +206,30 @@ struct Tile {
         }
     }
 
-    // Calls work(i, vector) for the elements of the next group, of which the first is `first`.
-    template <bool UNROLLED, bool FIRST_PASS, class Work>
-    __device__ __forceinline__ void use_group(int first, Work work) {
-        if constexpr (!KEPT) {
-            wait_for_copies<DEPTH - 1>();
-        } else if (FIRST_PASS) {
-            await_kept(room - 1 - out_place);
-        }
-        uint4* const from = slots + out_place * together * THREADS;
+    // Calls work(i, beside(i), vector, gradient) for the elements of the next group, of which the first is `first`;
+    // what stands beside elements may be read before the group is there. Without a gradient the vector is given twice.
+    template <bool UNROLLED, bool FIRST_PASS, class Beside, class Work>
+    __device__ __forceinline__ void use_group(int first, Beside beside, Work work) {
+        uint4* const from = slots + out_place * together * ARRAYS * THREADS;
         if (UNROLLED && together == AT_ONCE && first + (AT_ONCE - 1) * SUM_LANES < n) {
-            uint4 raw[AT_ONCE];
+            decltype(beside(0)) others[AT_ONCE];
 #pragma unroll
-            for (int j = 0; j < AT_ONCE; j++) raw[j] = from[j * THREADS];
+            for (int j = 0; j < AT_ONCE; j++) others[j] = beside(first + j * SUM_LANES);
+            await_group<FIRST_PASS>();
+            uint4 raw[AT_ONCE * ARRAYS];
 #pragma unroll
-            for (int j = 0; j < AT_ONCE; j++) work(first + j * SUM_LANES, raw[j]);
+            for (int j = 0; j < AT_ONCE * ARRAYS; j++) raw[j] = from[j * THREADS];
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; j++)
+                work(first + j * SUM_LANES, others[j], raw[j * ARRAYS], raw[j * ARRAYS + ARRAYS - 1]);
         } else {
+            await_group<FIRST_PASS>();
 #pragma unroll 1
-            for (int j = 0; j < together && first + j * SUM_LANES < n; j++)
-                work(first + j * SUM_LANES, from[j * THREADS]);
+            for (int j = 0; j < together && first + j * SUM_LANES < n; j++) {
+                const int i = first + j * SUM_LANES;
+                uint4* const at = from + j * ARRAYS * THREADS;
+                work(i, beside(i), at[0], at[(ARRAYS - 1) * THREADS]);
+            }
         }
         out_place = out_place + 1 == room ? 0 : out_place + 1;
         if constexpr (!KEPT) {
@@ -206,21 +238,30 @@ struct Tile {
         }
     }
 
-    // Calls work(i, vector) for all elements of the thread.
+    // Calls work(i, vector, gradient) for all elements of the thread.
     template <bool UNROLLED, bool FIRST_PASS, class Work>
     __device__ __forceinline__ void for_elements(Work work) {
 #pragma unroll 1
         for (int piece = rank; piece < pieces; piece += ctas) {
 #pragma unroll 1
             for (int group = 0; group < lanes << round_bits; group++)
-                use_group<UNROLLED, FIRST_PASS>(position(piece, group), work);
+                use_group<UNROLLED, FIRST_PASS>(
+                    position(piece, group), nothing_beside,
+                    [&](int i, Nothing, uint4& raw, uint4& grad) { work(i, raw, grad); });
         }
         end_pass();
     }
 
-    // Share the sum of each piece, of what add(i, vector, lane) adds of element i to a lane.
+    // Share the sum of each piece, of what add(i, vector, gradient, lane) adds of element i to a lane.
     template <bool UNROLLED, bool FIRST_PASS, class Term>
     __device__ __forceinline__ void sum_pieces(Term add) {
+        sum_pieces<UNROLLED, FIRST_PASS>(
+            nothing_beside, [&](int i, Nothing, uint4& raw, uint4& grad, A(&lane)[WIDTH]) { add(i, raw, grad, lane); });
+    }
+
+    // The same of add(i, beside(i), vector, gradient, lane).
+    template <bool UNROLLED, bool FIRST_PASS, class Beside, class Term>
+    __device__ __forceinline__ void sum_pieces(Beside beside, Term add) {
 #pragma unroll 1
         for (int piece = rank; piece < pieces; piece += ctas) {
             A sum[WIDTH], waiting[LEVELS][WIDTH];
@@ -230,8 +271,9 @@ struct Tile {
                 for (int w = 0; w < WIDTH; w++) sum[w] = 0;
 #pragma unroll 1
                 for (int round = 0; round <= round_bits; round++)
-                    use_group<UNROLLED, FIRST_PASS>(position(piece, (lane << round_bits) + round),
-                                                    [&](int i, uint4& raw) { add(i, raw, sum); });
+                    use_group<UNROLLED, FIRST_PASS>(
+                        position(piece, (lane << round_bits) + round), beside,
+                        [&](int i, const auto& other, uint4& raw, uint4& grad) { add(i, other, raw, grad, sum); });
                 push<0>(lane, sum, waiting);
             }
             const A of_piece = fold(sum, Add<A>());
@@ -365,6 +407,16 @@ struct Tile {
     }
 
   private:
+    // Wait for the next group.
+    template <bool FIRST_PASS>
+    __device__ __forceinline__ void await_group() const {
+        if constexpr (!KEPT) {
+            wait_for_copies<DEPTH - 1>();
+        } else if (FIRST_PASS) {
+            await_kept(room - 1 - out_place);
+        }
+    }
+
     // Fold `count` numbers of each column that the team shares, to array[at]; `nothing` changes no number.
     template <class T, class Fold>
     __device__ __forceinline__ void collect_words(int count, T* array, Fold fold, T nothing) {
@@ -457,34 +509,55 @@ struct Tile {
         in_x = static_cast<const X*>(all) + p.row_offset<OF_X>(min(column + left, p.rows - WIDTH));
         if (chunk > 0) in_x += chunk * SUM_CHUNK * p.step[OF_X];
         has_vectors = is_vector_aligned(in_x);
+        if constexpr (GRAD) {
+            in_grad = static_cast<const X*>(sides.grad) + p.row_offset<OF_GRAD>(min(column + left, p.rows - WIDTH));
+            if (chunk > 0) in_grad += chunk * SUM_CHUNK * p.step[OF_GRAD];
+            grad_has_vectors = apart_of<OF_GRAD>(p) == 1 && p.step[OF_GRAD] % WIDTH == 0 && is_vector_aligned(in_grad);
+        }
     }
 
     template <bool AHEAD>
     __device__ __forceinline__ void copy_group() {
         if (in_n < 0) return;
         const int first = position(in_piece, in_group);
-        const long long step = p.step[OF_X];
-        uint4* to = slots + in_place * together * THREADS;
-        const X* from = in_x + first * step;
-#pragma unroll
-        for (int j = 0; j < AT_ONCE; j++) {
-            if (j < together && first + j * SUM_LANES < in_n) {
-                if (AHEAD) {
-                    prefetch_line(from + j * SUM_LANES * step);
-                } else if (has_vectors) {
-                    copy_vector_async(shared_address(to + j * THREADS), from + j * SUM_LANES * step);
-                } else {
-                    X* const one = reinterpret_cast<X*>(to + j * THREADS);
-#pragma unroll 1
-                    for (int w = 0; w < WIDTH; w++) one[w] = from[j * SUM_LANES * step + w];
-                }
-            }
-        }
+        uint4* const to = slots + in_place * together * ARRAYS * THREADS;
+        if (KEPT || in_pass >= X_FROM) copy_elements<AHEAD>(to, in_x, p.step[OF_X], 1, has_vectors, first);
+        if constexpr (GRAD)
+            copy_elements<AHEAD>(to + THREADS, in_grad, p.step[OF_GRAD], apart_of<OF_GRAD>(p), grad_has_vectors, first);
         in_place = in_place + 1 == room ? 0 : in_place + 1;
         if (++in_group == lanes << round_bits) {
             in_group = 0;
             in_piece += ctas;
             if (in_piece >= pieces) next_pass();
+        }
+    }
+
+    // Those of an array, of which columns lie `apart`: 1, or they are no vectors.
+    template <bool AHEAD>
+    __device__ __forceinline__ void copy_elements(uint4* to, const X* all, long long step, long long apart,
+                                                  bool are_vectors, int first) const {
+        const X* from = all + first * step;
+        if (!AHEAD && are_vectors && together == AT_ONCE && first + (AT_ONCE - 1) * SUM_LANES < in_n) {
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; j++) {
+                copy_vector_async(shared_address(to + j * ARRAYS * THREADS), from);
+                from += SUM_LANES * step;
+            }
+            return;
+        }
+#pragma unroll 1
+        for (int j = 0; j < together && first + j * SUM_LANES < in_n; j++) {
+            uint4* const there = to + j * ARRAYS * THREADS;
+            if (AHEAD) {
+                prefetch_line(from);
+            } else if (are_vectors) {
+                copy_vector_async(shared_address(there), from);
+            } else {
+                X* const one = reinterpret_cast<X*>(there);
+#pragma unroll 1
+                for (int w = 0; w < WIDTH; w++) one[w] = from[w * apart];
+            }
+            from += SUM_LANES * step;
         }
     }
 
@@ -546,34 +619,90 @@ __device__ __forceinline__ void write_columns(const Tile& tile, void* out, Resul
         store(out, p.row_offset<OF_OUT>(tile.first + at), p.out_dtype(), result(at));
 }
 
+// Write what is a sum, of which result(sum) is made; or, of one chunk, elements of the tree's next level,
+// sums[chunk][column].
+template <class Result>
+__device__ __forceinline__ void write_sums(const Tile& tile, void* out, Result result) {
+    if constexpr (IS_OF_CHUNKS) {
+        const int at = threadIdx.x;
+        if (at < tile.columns && tile.first + at < tile.p.rows)
+            static_cast<A*>(out)[tile.only * tile.p.rows + tile.first + at] = tile.sums[at];
+    } else {
+        write_columns(tile, out, [&](int at) { return result(tile.sums[at]); });
+    }
+}
+
 struct Mean {
     static __device__ __forceinline__ void run(Tile& tile, const Reduction& p, void* out) {
-        tile.sum_pieces<true, true>([](int, uint4 raw, A(&lane)[WIDTH]) { add_elements(raw, lane); });
-        if (!tile.collect<false>()) return;
-        write_columns(tile, out, [&](int at) { return tile.sums[at] / static_cast<A>(p.divisor); });
+        tile.sum_pieces<true, true>([](int, uint4 raw, uint4, A(&lane)[WIDTH]) { add_elements(raw, lane); });
+        if (tile.collect<false>()) write_sums(tile, out, [&](A sum) { return sum / static_cast<A>(p.divisor); });
     }
 };
 
-// Of one chunk: an element of the tree's next level, sums[chunk][column].
-struct ChunkSum {
+// The gradient of a norm's weight: of the rows of a batch g * h, h = (x - mean) * rstd, without the mean in rms_norm. A
+// column has the elements of the batch at one place of the normalised axes.
+template <bool CENTRED>
+struct WeightBackward {
+    struct Statistics {
+        A mean, rstd;
+    };
+
     static __device__ __forceinline__ void run(Tile& tile, const Reduction& p, void* out) {
-        tile.sum_pieces<true, true>([](int, uint4 raw, A(&lane)[WIDTH]) { add_elements(raw, lane); });
-        if (!tile.collect<false>()) return;
-        const int at = threadIdx.x;
-        if (at < tile.columns && tile.first + at < p.rows)
-            static_cast<A*>(out)[tile.only * p.rows + tile.first + at] = tile.sums[at];
+        const int before = IS_OF_CHUNKS ? tile.only * SUM_CHUNK : 0;
+        const int mean_step = static_cast<int>(p.step[OF_MEAN]), rstd_step = static_cast<int>(p.step[OF_RSTD]);
+        const A* const mean = static_cast<const A*>(tile.sides.mean) + before * mean_step;
+        const A* const rstd = static_cast<const A*>(tile.sides.rstd) + before * rstd_step;
+        tile.sum_pieces<true, true>(
+            [&](int i) {
+                return Statistics{CENTRED ? __ldg(mean + i * mean_step) : A(0), __ldg(rstd + i * rstd_step)};
+            },
+            [&](int, const Statistics& of_row, uint4 raw, uint4 raw_grad, A(&lane)[WIDTH]) {
+                A x[WIDTH], g[WIDTH];
+                unpack(raw, static_cast<X*>(nullptr), x);
+                unpack(raw_grad, static_cast<X*>(nullptr), g);
+#pragma unroll
+                for (int w = 0; w < WIDTH; w++) lane[w] += g[w] * ((CENTRED ? x[w] - of_row.mean : x[w]) * of_row.rstd);
+            });
+        if (tile.collect<false>()) write_sums(tile, out, [](A sum) { return sum; });
     }
 };
+
+using RmsNormWeightBackward = WeightBackward<false>;
+using LayerNormWeightBackward = WeightBackward<true>;
+
+__device__ __forceinline__ uint4 packed(const float (&v)[4]) {
+    return make_uint4(to_float32_bits(v[0]), to_float32_bits(v[1]), to_float32_bits(v[2]), to_float32_bits(v[3]));
+}
+__device__ __forceinline__ uint4 packed(const double (&v)[2]) {
+    union {
+        unsigned long long bits[2];
+        uint4 raw;
+    } all;
+    all.bits[0] = to_float64_bits(v[0]);
+    all.bits[1] = to_float64_bits(v[1]);
+    return all.raw;
+}
+
+template <class R, class T>
+__device__ __forceinline__ void store_columns(R* to, const T (&v)[8]) {
+    store_8<R>(to, v);
+}
+__device__ __forceinline__ void store_columns(float* to, const float (&v)[4]) {
+    *reinterpret_cast<uint4*>(to) = packed(v);
+}
+__device__ __forceinline__ void store_columns(double* to, const double (&v)[2]) {
+    *reinterpret_cast<uint4*>(to) = packed(v);
+}
 
 struct Variance {
     static __device__ __forceinline__ void run(Tile& tile, const Reduction& p, void* out) {
-        tile.sum_pieces<true, true>([](int, uint4 raw, A(&lane)[WIDTH]) { add_elements(raw, lane); });
+        tile.sum_pieces<true, true>([](int, uint4 raw, uint4, A(&lane)[WIDTH]) { add_elements(raw, lane); });
         tile.collect<true>();
         A mean[WIDTH];
         tile.column_values(mean, [&](int at) { return tile.sums[at] / static_cast<A>(p.n); });
         tile.turn();
         tile.before_last_pass();
-        tile.sum_pieces<true, false>([&](int, uint4 raw, A(&lane)[WIDTH]) {
+        tile.sum_pieces<true, false>([&](int, uint4 raw, uint4, A(&lane)[WIDTH]) {
             A v[WIDTH];
             unpack(raw, static_cast<X*>(nullptr), v);
 #pragma unroll
@@ -655,19 +784,6 @@ struct Extremes<float16> : PairExtremes<float16> {
 };
 #endif
 
-__device__ __forceinline__ uint4 packed(const float (&v)[4]) {
-    return make_uint4(to_float32_bits(v[0]), to_float32_bits(v[1]), to_float32_bits(v[2]), to_float32_bits(v[3]));
-}
-__device__ __forceinline__ uint4 packed(const double (&v)[2]) {
-    union {
-        unsigned long long bits[2];
-        uint4 raw;
-    } all;
-    all.bits[0] = to_float64_bits(v[0]);
-    all.bits[1] = to_float64_bits(v[1]);
-    return all.raw;
-}
-
 enum class Form { SOFTMAX, LOG_SOFTMAX, LOGSUMEXP };
 
 // Where the elements of a warp lie: near enough to their maxima for exponential_near(), and whether some are the maximum.
@@ -683,7 +799,7 @@ struct SoftmaxFamily {
         Where where;
         {
             Extremes<X> extremes;
-                tile.for_elements<true, true>([&](int, uint4 raw) { extremes.add(raw); });
+            tile.for_elements<true, true>([&](int, uint4 raw, uint4) { extremes.add(raw); });
             A own[WIDTH];
             extremes.get_largest(own);
             if (threadIdx.x < tile.columns) tile.own_counts()[threadIdx.x] = 0;
@@ -695,7 +811,7 @@ struct SoftmaxFamily {
         unsigned count[WIDTH / 2] = {};  // of two columns, in 16 bits each: a thread has fewer elements of a column
         if (FORM == Form::LOGSUMEXP) tile.before_last_pass();
         tile.sum_pieces<false, false>(
-            [&](int, uint4& raw, A(&lane)[WIDTH]) { add_terms(raw, maximum, where, lane, count); });
+            [&](int, uint4& raw, uint4, A(&lane)[WIDTH]) { add_terms(raw, maximum, where, lane, count); });
         if (where != Where::BELOW) {
 #pragma unroll
             for (int w = 0; w < WIDTH; w++) {
@@ -808,7 +924,7 @@ struct SoftmaxFamily {
                                                  const Divisors& divisor, Where where) {
         using R = RESULT;
         const long long start = p.row_offset<OF_OUT>(min(tile.first + tile.left, p.rows - WIDTH)), step = p.step[OF_OUT];
-        const long long apart = p.dims.stride[OF_OUT][p.kept - 1];
+        const long long apart = apart_of<OF_OUT>(p);
         R* const to = static_cast<R*>(out) + start;
         const bool has_vectors = apart == 1 && is_vector_aligned(to) && step % WIDTH == 0;
         A reciprocal[WIDTH];
@@ -817,7 +933,7 @@ struct SoftmaxFamily {
             for (int w = 0; w < WIDTH; w++) reciprocal[w] = A(1) / normaliser[w];
         }
         tile.before_last_pass();
-        tile.for_elements<false, false>([&](int i, uint4 raw) {
+        tile.for_elements<false, false>([&](int i, uint4 raw, uint4) {
             A t[WIDTH];
             if constexpr (FORM == Form::LOG_SOFTMAX) {
                 unpack(raw, static_cast<X*>(nullptr), t);
@@ -863,18 +979,48 @@ struct SoftmaxFamily {
 #pragma unroll
         for (int w = 0; w < WIDTH; w++) quotient[w] = divide_near(e[w], divisor[w], reciprocal[w]);
     }
+};
 
-    template <class R, class T>
-    static __device__ __forceinline__ void store_columns(R* to, const T (&v)[8]) {
-        store_8<R>(to, v);
-    }
-    static __device__ __forceinline__ void store_columns(float* to, const float (&v)[4]) {
-        *reinterpret_cast<uint4*>(to) = packed(v);
-    }
-    static __device__ __forceinline__ void store_columns(double* to, const double (&v)[2]) {
-        *reinterpret_cast<uint4*>(to) = packed(v);
+// The gradient of x, where that is given as y, from that of the result.
+template <bool IS_LOG>
+struct SoftmaxFamilyBackward {
+    static __device__ __forceinline__ void run(Tile& tile, const Reduction& p, void* out) {
+        tile.sum_pieces<!KEPT, true>([](int, uint4 raw, uint4 raw_grad, A(&lane)[WIDTH]) {
+            A y[WIDTH], g[WIDTH];
+            unpack(raw, static_cast<X*>(nullptr), y);
+            unpack(raw_grad, static_cast<X*>(nullptr), g);
+#pragma unroll
+            for (int w = 0; w < WIDTH; w++) lane[w] += IS_LOG ? g[w] : g[w] * y[w];
+        });
+        tile.collect<true>();
+        A sum[WIDTH];
+        tile.column_values(sum, [&](int at) { return tile.sums[at]; });
+
+        const int dtype = p.out_dtype(), size = dtype == DTYPE_FLOAT64 ? 8 : dtype == DTYPE_FLOAT32 ? 4 : 2;
+        const long long start = p.row_offset<OF_OUT>(min(tile.first + tile.left, p.rows - WIDTH));
+        const long long step = p.step[OF_OUT], apart = apart_of<OF_OUT>(p);
+        const bool has_vectors = p.dtype[OF_OUT] == p.dtype[OF_X] && apart == 1 && step % WIDTH == 0 &&
+                                 is_vector_aligned(static_cast<char*>(out) + start * size);
+        tile.before_last_pass();
+        tile.for_elements<false, false>([&](int i, uint4 raw, uint4 raw_grad) {
+            A y[WIDTH], g[WIDTH];
+            unpack(raw, static_cast<X*>(nullptr), y);
+            unpack(raw_grad, static_cast<X*>(nullptr), g);
+#pragma unroll
+            for (int w = 0; w < WIDTH; w++)
+                g[w] = IS_LOG ? fused(-exponential(y[w], A(0)), sum[w], g[w]) : y[w] * (g[w] - sum[w]);
+            if (has_vectors) {
+                store_columns(static_cast<X*>(out) + start + i * step, g);
+            } else {
+#pragma unroll
+                for (int w = 0; w < WIDTH; w++) store(out, start + i * step + w * apart, dtype, g[w]);
+            }
+        });
     }
 };
+
+using SoftmaxBackward = SoftmaxFamilyBackward<false>;
+using LogSoftmaxBackward = SoftmaxFamilyBackward<true>;
 
 using Softmax = SoftmaxFamily<Form::SOFTMAX>;
 using LogSoftmax = SoftmaxFamily<Form::LOG_SOFTMAX>;
@@ -884,9 +1030,10 @@ using LogSumExp = SoftmaxFamily<Form::LOGSUMEXP>;
 // `phase`: how many CTAs begin at the same time, or 0: all.
 extern "C" __global__ void __launch_bounds__(THREADS, CTAS)
     reduce_column_tiles(const __grid_constant__ Reduction p, int bits, int part_bits, int room, int team, int phase,
-                        void* out, const void* x, void* meeting) {
+                        void* out, const void* x, const void* grad, const void* mean, const void* rstd, void* meeting) {
     extern __shared__ __align__(16) unsigned char shared[];
-    Tile tile(p, bits, part_bits, room, team, x, meeting, shared);
+    const Sides sides{grad, mean, rstd};
+    Tile tile(p, bits, part_bits, room, team, x, sides, meeting, shared);
     tile.arrive_at_start();
     long long item = blockIdx.x / tile.ctas;
     const bool is_ahead = gridDim.x <= FEW_CTAS;  // of more, most begin when the kernel before has ended
@@ -898,7 +1045,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS)
     if (KEPT && phase > 0 && blockIdx.x < CTAS * phase) {
         // Of the first CTAs of a multiprocessor, one reads while another computes, and then it stays so.
         const long long start = clock64();
-        const int cycles = blockIdx.x / phase * (room * tile.together * THREADS * VECTOR / BYTES_OF_A_CYCLE);
+        const int cycles = blockIdx.x / phase * (room * tile.together * ARRAYS * THREADS * VECTOR / BYTES_OF_A_CYCLE);
         while (clock64() - start < cycles) continue;
     }
     tile.begin<false>(item);

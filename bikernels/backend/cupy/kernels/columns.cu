@@ -1,12 +1,12 @@
 // Reductions along a strided axis (see columns.cuh). A column has at most 32 chunks.
 //
-// OPERATION: a struct below. ELEMENT: the dtype of x; ACCUMULATE: float or double. WIDTH: columns of a thread.
-// IN_CLUSTER: whether a tile is a cluster's. THREADS: of a CTA, at most.
+// OPERATION: a struct below. ELEMENT: the dtype of x; ACCUMULATE: float or double. IN_CLUSTER: whether a tile is a
+// cluster's. THREADS: of a CTA, at most.
 #include "columns.cuh"
 #include "softmax.cuh"
 
 using A = ACCUMULATE;
-using Tile = Columns<ELEMENT, A, WIDTH, IN_CLUSTER>;
+using Tile = Columns<ELEMENT, A, IN_CLUSTER>;
 
 struct Arrays {
     void* out;
@@ -17,25 +17,21 @@ struct Arrays {
 
 __device__ __forceinline__ A add(A a, A b) { return a + b; }
 
-// Share a sum of each chunk, which of_chunk(chunk, sum) writes for the thread's columns and lanes.
+// Share a sum of each chunk: of_chunk(chunk) is that of the thread's column and lanes.
 template <class OfChunk>
 __device__ __forceinline__ void share_chunks(const Tile& tile, OfChunk of_chunk) {
-    for (int chunk = tile.rank; chunk < tile.chunks; chunk += tile.ctas) {
-        A sum[WIDTH];
-        of_chunk(chunk, sum);
-        tile.fold_groups(sum, tile.chunk_sums + chunk * tile.tile, add);
-    }
+    for (int chunk = tile.rank; chunk < tile.chunks; chunk += tile.ctas)
+        tile.fold_groups(of_chunk(chunk), tile.chunk_sums + chunk * tile.tile, add);
     tile.meet();
 }
 
-// of[w] = value(at) of the thread's columns, each computed once in a CTA.
+// value(at) of the thread's column, computed once in a CTA.
 template <class Value>
-__device__ __forceinline__ void column_values(const Tile& tile, A (&of)[WIDTH], Value value) {
+__device__ __forceinline__ A column_value(const Tile& tile, Value value) {
 #pragma unroll 1
     for (int at = threadIdx.x; at < tile.tile; at += blockDim.x) tile.partial[at] = value(at);
     __syncthreads();
-#pragma unroll
-    for (int w = 0; w < WIDTH; w++) of[w] = tile.partial[tile.left + w];
+    return tile.partial[tile.left];
 }
 
 // Write result(at) for each column of the tile.
@@ -50,7 +46,7 @@ __device__ __forceinline__ void write_columns(const Tile& tile, long long first,
 struct Mean {
     static __device__ __forceinline__ void run(const Tile& tile, const Reduction& p, long long first,
                                                const Arrays& arrays) {
-        share_chunks(tile, [&](int chunk, A(&sum)[WIDTH]) { tile.sum_elements(chunk, sum); });
+        share_chunks(tile, [&](int chunk) { return tile.sum_elements(chunk); });
         write_columns(tile, first, arrays.out,
                       [&](int at) { return tile.sum_of_chunks(at) / static_cast<A>(p.divisor); });
     }
@@ -59,19 +55,13 @@ struct Mean {
 struct Variance {
     static __device__ __forceinline__ void run(const Tile& tile, const Reduction& p, long long first,
                                                const Arrays& arrays) {
-        share_chunks(tile, [&](int chunk, A(&sum)[WIDTH]) { tile.sum_elements(chunk, sum); });
-        A mean[WIDTH];
-        column_values(tile, mean, [&](int at) { return tile.sum_of_chunks(at) / static_cast<A>(p.n); });
+        share_chunks(tile, [&](int chunk) { return tile.sum_elements(chunk); });
+        const A mean = column_value(tile, [&](int at) { return tile.sum_of_chunks(at) / static_cast<A>(p.n); });
         tile.meet();  // every CTA has read what the next sums overwrite
-        share_chunks(tile, [&](int chunk, A(&sum)[WIDTH]) {
-            tile.sum_terms<8>(chunk, sum, [&](int i, A(&lane)[WIDTH]) {
-                A v[WIDTH];
-                tile.read(i, v);
-#pragma unroll
-                for (int w = 0; w < WIDTH; w++) {
-                    const A y = v[w] - mean[w];
-                    lane[w] += y * y;
-                }
+        share_chunks(tile, [&](int chunk) {
+            return tile.sum_terms<8>(chunk, [&](int i, A& lane) {
+                const A y = tile.read(i) - mean;
+                lane += y * y;
             });
         });
         write_columns(tile, first, arrays.out, [&](int at) {
@@ -83,18 +73,13 @@ struct Variance {
 
 template <bool CENTRED>
 struct WeightBackward {
-    // At a time; single columns have 64 registers a thread.
-    static constexpr int STEPS = WIDTH == 1 && sizeof(A) == 8 ? 1 : 8;
+    static constexpr int STEPS = sizeof(A) == 8 ? 1 : 8;  // at a time; there are 64 registers a thread
 
     static __device__ __forceinline__ void run(const Tile& tile, const Reduction& p, long long first,
                                                const Arrays& arrays) {
-        const WeightTerms<ELEMENT, A, WIDTH, CENTRED> terms(p, tile.column, arrays.grad, arrays.mean, arrays.rstd);
-        share_chunks(tile, [&](int chunk, A(&sum)[WIDTH]) {
-            tile.sum_terms<STEPS>(chunk, sum, [&](int i, A(&lane)[WIDTH]) {
-                A v[WIDTH];
-                tile.read(i, v);
-                terms.add(i, v, lane);
-            });
+        const WeightTerms<ELEMENT, A, CENTRED> term(p, tile.column, arrays.grad, arrays.mean, arrays.rstd);
+        share_chunks(tile, [&](int chunk) {
+            return tile.sum_terms<STEPS>(chunk, [&](int i, A& lane) { lane += term(i, tile.read(i)); });
         });
         write_columns(tile, first, arrays.out, [&](int at) { return tile.sum_of_chunks(at); });
     }
@@ -111,31 +96,16 @@ struct SoftmaxFamily {
                                                const Arrays& arrays) {
         const bool is_precise = p.is_precise();
 
-        A maximum[WIDTH];  // it is exact, so its order is free
-#pragma unroll
-        for (int w = 0; w < WIDTH; w++) maximum[w] = lowest<A>();
-        tile.for_elements([&](int i) {
-            A v[WIDTH];
-            tile.read(i, v);
-#pragma unroll
-            for (int w = 0; w < WIDTH; w++) maximum[w] = larger_nan(maximum[w], v[w]);
-        });
+        A maximum = lowest<A>();  // it is exact, so its order is free
+        tile.for_elements([&](int i) { maximum = larger_nan(maximum, tile.read(i)); });
         tile.fold_groups(maximum, tile.maxima + tile.rank * tile.tile, [](A a, A b) { return larger_nan(a, b); });
         tile.meet();
-#pragma unroll
-        for (int w = 0; w < WIDTH; w++) {
-            maximum[w] = tile.maxima[tile.left + w];
-            for (int cta = 1; cta < tile.ctas; cta++)
-                maximum[w] = larger_nan(maximum[w], tile.maxima[cta * tile.tile + tile.left + w]);
-        }
+        maximum = maximum_of(tile, tile.left);
 
-        A count[WIDTH] = {};  // exact, and so is their sum: a column has at most 2^16 elements
-        share_chunks(tile, [&](int chunk, A(&sum)[WIDTH]) {
-            tile.sum_terms<2>(chunk, sum, [&](int i, A(&lane)[WIDTH]) {
-                A v[WIDTH];
-                tile.read(i, v);
-                add_terms(v, maximum, is_precise, lane, count);
-            });
+        A count = 0;  // exact, and so is their sum: a column has at most 2^16 elements
+        share_chunks(tile, [&](int chunk) {
+            return tile.sum_terms<2>(
+                chunk, [&](int i, A& lane) { add_term(tile.read(i), maximum, is_precise, lane, count); });
         });
         tile.fold_groups(count, tile.counts + tile.rank * tile.tile, add);
         tile.meet();
@@ -146,54 +116,39 @@ struct SoftmaxFamily {
         };
         if constexpr (FORM == Form::LOGSUMEXP) {
             write_columns(tile, first, arrays.out, [&](int at) {
-                A m = tile.maxima[at];
-                for (int cta = 1; cta < tile.ctas; cta++) m = larger_nan(m, tile.maxima[cta * tile.tile + at]);
+                const A m = maximum_of(tile, at);
                 return m - m != 0 && m == m ? m : m + normaliser_of(at);
             });
             return;
         }
-        A normaliser[WIDTH];
-        column_values(tile, normaliser, normaliser_of);
-
-        const ColumnWriter<A, WIDTH> writer(p, arrays.out, p.row_offset<OF_OUT>(min(tile.column, p.rows - WIDTH)));
+        const A normaliser = column_value(tile, normaliser_of);
+        const long long start = p.row_offset<OF_OUT>(min(tile.column, p.rows - 1));
         tile.for_elements([&](int i) {
-            A v[WIDTH];
-            tile.read(i, v);
-#pragma unroll
-            for (int w = 0; w < WIDTH; w++)
-                v[w] = softmax_element(v[w], maximum[w], normaliser[w], FORM == Form::LOG_SOFTMAX, is_precise);
-            writer.write(i, v);
+            const A v = softmax_element(tile.read(i), maximum, normaliser, FORM == Form::LOG_SOFTMAX, is_precise);
+            store(arrays.out, start + i * p.step[OF_OUT], p.out_dtype(), v);
         });
     }
 
   private:
+    static __device__ __forceinline__ A maximum_of(const Tile& tile, int at) {
+        A maximum = tile.maxima[at];
+        for (int cta = 1; cta < tile.ctas; cta++) maximum = larger_nan(maximum, tile.maxima[cta * tile.tile + at]);
+        return maximum;
+    }
+
     template <class F>
-    static __device__ __forceinline__ void add_terms(const F (&v)[WIDTH], const F (&maximum)[WIDTH], bool is_precise,
-                                                     F (&lane)[WIDTH], F (&count)[WIDTH]) {
+    static __device__ __forceinline__ void add_term(F v, F maximum, bool is_precise, F& lane, F& count) {
         if constexpr (is_same<F, float>::value) {
-            float least = 0, most = NEAR;
-#pragma unroll
-            for (int w = 0; w < WIDTH; w++) {
-                const float t = v[w] - maximum[w];
-                least = t > NEAR ? least : t;  // a NaN, too
-                most = fmaxf(most, t);
-            }
-            if (least == 0 && most < 0) {
-#pragma unroll
-                for (int w = 0; w < WIDTH; w++) {
-                    float error;
-                    const float t = difference(v[w], maximum[w], error);
-                    lane[w] += exponential_near<true>(t, is_precise ? error : 0.0f);
-                }
+            float error;
+            const float t = difference(v, maximum, error);
+            if (t > NEAR && t < 0) {
+                lane += exponential_near<true>(t, is_precise ? error : 0.0f);
                 return;
             }
         }
-#pragma unroll
-        for (int w = 0; w < WIDTH; w++) {
-            unsigned is_maximum = 0;
-            lane[w] += counted_exponential(v[w], maximum[w], is_precise, is_maximum);
-            count[w] += is_maximum;
-        }
+        unsigned is_maximum = 0;
+        lane += counted_exponential(v, maximum, is_precise, is_maximum);
+        count += is_maximum;
     }
 };
 

@@ -12,6 +12,14 @@ using A = ACCUMULATE;
 // Whether exponentials make up for the rounding of x - maximum.
 constexpr bool PRECISE = is_same<RESULT, A>::value;
 
+struct Arrays {
+    void* out;
+    const void* x;
+    const void* grad;
+    const void* mean;
+    const void* rstd;
+};
+
 struct Column {
     const Reduction& p;
     const int n, bits, groups;  // elements; the logarithm of the CTA's columns; threads of a column
@@ -31,8 +39,14 @@ struct Column {
         const long long wanted = (static_cast<long long>(blockIdx.x) << bits) + at;
         is_present = wanted < p.rows;
         number = min(wanted, p.rows - 1);
-        const long long step = p.step[OF_X];
-        const X* const from = static_cast<const X*>(x) + p.row_offset<OF_X>(number) + begin * step;
+        read<OF_X>(x, absent, v);
+    }
+
+    // The thread's elements of an operand that has the dtype of x.
+    template <int OPERAND>
+    __device__ __forceinline__ void read(const void* operand, A absent, A (&v)[THREAD_LANES]) const {
+        const long long step = p.step[OPERAND];
+        const X* const from = static_cast<const X*>(operand) + p.row_offset<OPERAND>(number) + begin * step;
 #pragma unroll
         for (int j = 0; j < THREAD_LANES; j++) v[j] = begin + j < n ? accumulate<A>(from[j * step]) : absent;
     }
@@ -87,17 +101,17 @@ struct Column {
 };
 
 struct Mean {
-    static __device__ __forceinline__ void run(const Reduction& p, int bits, void* out, const void* x) {
+    static __device__ __forceinline__ void run(const Reduction& p, int bits, const Arrays& arrays) {
         __shared__ A sums[THREADS];
-        const Column column(p, bits, x, A(0));
-        column.write_one(out, column.sum(sums, column.v) / static_cast<A>(p.divisor));
+        const Column column(p, bits, arrays.x, A(0));
+        column.write_one(arrays.out, column.sum(sums, column.v) / static_cast<A>(p.divisor));
     }
 };
 
 struct Variance {
-    static __device__ __forceinline__ void run(const Reduction& p, int bits, void* out, const void* x) {
+    static __device__ __forceinline__ void run(const Reduction& p, int bits, const Arrays& arrays) {
         __shared__ A sums[2][THREADS];
-        Column column(p, bits, x, A(0));
+        Column column(p, bits, arrays.x, A(0));
         const A mean = column.sum(sums[0], column.v) / static_cast<A>(p.n);
 #pragma unroll
         for (int j = 0; j < THREAD_LANES; j++) {
@@ -105,7 +119,7 @@ struct Variance {
             column.v[j] = column.begin + j < column.n ? y * y : A(0);
         }
         const A variance = column.sum(sums[1], column.v) / static_cast<A>(p.divisor);
-        column.write_one(out, p.logarithm ? root(variance) : variance);
+        column.write_one(arrays.out, p.logarithm ? root(variance) : variance);
     }
 };
 
@@ -113,10 +127,10 @@ enum class Form { SOFTMAX, LOG_SOFTMAX, LOGSUMEXP };
 
 template <Form FORM>
 struct SoftmaxFamily {
-    static __device__ __forceinline__ void run(const Reduction& p, int bits, void* out, const void* x) {
+    static __device__ __forceinline__ void run(const Reduction& p, int bits, const Arrays& arrays) {
         __shared__ A maxima[THREADS], sums[THREADS];
         __shared__ unsigned counts[THREADS];
-        Column column(p, bits, x, lowest<A>());
+        Column column(p, bits, arrays.x, lowest<A>());
         A(&v)[THREAD_LANES] = column.v;
         A maximum = v[0];
 #pragma unroll
@@ -137,7 +151,7 @@ struct SoftmaxFamily {
 
         if constexpr (FORM == Form::LOGSUMEXP) {
             const bool is_infinite = maximum - maximum != 0 && maximum == maximum;
-            column.write_one(out, is_infinite ? maximum : maximum + normaliser);
+            column.write_one(arrays.out, is_infinite ? maximum : maximum + normaliser);
         } else {
             if constexpr (FORM == Form::LOG_SOFTMAX) {
 #pragma unroll
@@ -148,7 +162,8 @@ struct SoftmaxFamily {
                 for (int j = 0; j < THREAD_LANES; j++) v[j] = exponential[j];
             }
             const long long step = p.step[OF_OUT];
-            RESULT* const to = static_cast<RESULT*>(out) + p.row_offset<OF_OUT>(column.number) + column.begin * step;
+            RESULT* const to =
+                static_cast<RESULT*>(arrays.out) + p.row_offset<OF_OUT>(column.number) + column.begin * step;
 #pragma unroll
             for (int j = 0; j < THREAD_LANES; j++)
                 if (column.is_present && column.begin + j < column.n) store(to + j * step, v[j]);
@@ -156,14 +171,66 @@ struct SoftmaxFamily {
     }
 };
 
+// The gradient of x, where that is given as y, from that of the result.
+template <bool IS_LOG>
+struct SoftmaxFamilyBackward {
+    static __device__ __forceinline__ void run(const Reduction& p, int bits, const Arrays& arrays) {
+        __shared__ A sums[THREADS];
+        const Column column(p, bits, arrays.x, A(0));
+        const A(&y)[THREAD_LANES] = column.v;
+        A g[THREAD_LANES], terms[THREAD_LANES];
+        column.read<OF_GRAD>(arrays.grad, A(0), g);
+#pragma unroll
+        for (int j = 0; j < THREAD_LANES; j++) terms[j] = IS_LOG || column.begin + j >= column.n ? g[j] : g[j] * y[j];
+        const A sum = column.sum(sums, terms);
+#pragma unroll
+        for (int j = 0; j < THREAD_LANES; j++) {
+            const A result = IS_LOG ? fused(-exponential(y[j], A(0)), sum, g[j]) : y[j] * (g[j] - sum);
+            if (column.is_present && column.begin + j < column.n) {
+                const long long at = p.row_offset<OF_OUT>(column.number) + (column.begin + j) * p.step[OF_OUT];
+                store(arrays.out, at, p.out_dtype(), result);
+            }
+        }
+    }
+};
+
+using SoftmaxBackward = SoftmaxFamilyBackward<false>;
+using LogSoftmaxBackward = SoftmaxFamilyBackward<true>;
+
+// The gradient of a norm's weight (column_tiles.cu).
+template <bool CENTRED>
+struct WeightBackward {
+    static __device__ __forceinline__ void run(const Reduction& p, int bits, const Arrays& arrays) {
+        __shared__ A sums[THREADS];
+        const Column column(p, bits, arrays.x, A(0));
+        const A* const mean = static_cast<const A*>(arrays.mean) + column.begin * p.step[OF_MEAN];
+        const A* const rstd = static_cast<const A*>(arrays.rstd) + column.begin * p.step[OF_RSTD];
+        A g[THREAD_LANES], terms[THREAD_LANES];
+        column.read<OF_GRAD>(arrays.grad, A(0), g);
+#pragma unroll
+        for (int j = 0; j < THREAD_LANES; j++) {
+            terms[j] = 0;
+            if (column.begin + j < column.n) {
+                const A r = rstd[j * p.step[OF_RSTD]], m = CENTRED ? mean[j * p.step[OF_MEAN]] : A(0);
+                terms[j] = g[j] * ((CENTRED ? column.v[j] - m : column.v[j]) * r);
+            }
+        }
+        column.write_one(arrays.out, column.sum(sums, terms));
+    }
+};
+
+using RmsNormWeightBackward = WeightBackward<false>;
+using LayerNormWeightBackward = WeightBackward<true>;
+
 using Softmax = SoftmaxFamily<Form::SOFTMAX>;
 using LogSoftmax = SoftmaxFamily<Form::LOG_SOFTMAX>;
 using LogSumExp = SoftmaxFamily<Form::LOGSUMEXP>;
 
 // `bits`: the logarithm of the columns of a CTA.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    reduce_short_columns(const __grid_constant__ Reduction p, int bits, void* out, const void* x) {
+    reduce_short_columns(const __grid_constant__ Reduction p, int bits, void* out, const void* x, const void* grad,
+                         const void* mean, const void* rstd) {
     launch_dependents();  // they wait for this kernel's end
     wait_for_predecessors();
-    OPERATION::run(p, bits, out, x);
+    OPERATION::run(p, bits, Arrays{out, x, grad, mean, rstd});
 }
