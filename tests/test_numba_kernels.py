@@ -47,7 +47,7 @@ SHARED_BYTES = 99 << 10
 """Shared memory that every GPU from sm_80 on has for a thread block."""
 
 
-PRODUCTS_SHARE, REDUCTIONS_SHARE, ROWS_SHARE, COLUMNS_SHARE = 2, 9, 31, 3
+PRODUCTS_SHARE, REDUCTIONS_SHARE, ROWS_SHARE, COLUMNS_SHARE = 4, 9, 31, 3
 """One in so many kernels of each product, which differ by their tiles, and of each reduction: of the general ones,
 which differ by stage, mode and dtype, those of rows and those of columns, unless --every-kernel asks for all.
 """
