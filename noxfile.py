@@ -112,7 +112,7 @@ def sanitize(session: nox.Session) -> None:
 
 @nox.session
 def exhaustive(session: nox.Session) -> None:
-    """exp and log of every float32 on this machine's GPU and CPU, in every form that the reductions have."""
+    """exp and log of every float32 on this machine's GPU and CPU, alone and within reductions."""
     install(session, *group("test"), *group("docs"), extras=("cuda13",))
     session.run("python", "docs/polynomials.py", "check")
     session.run("python", "-m", "tests.exhaustive", *session.posargs)

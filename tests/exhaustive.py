@@ -1,4 +1,4 @@
-"""exp and log of every float32, in each form that the reductions have: `python -m tests.exhaustive [--every N]`.
+"""exp and log of every float32, alone and within reductions: `python -m tests.exhaustive [--every N]`.
 
 On a GPU and on a CPU, compared in bytes; and how far the results lie from the exact ones, in units in the last place,
 which must not be further than docs/polynomials.py states. `--every N` takes each N-th block of 2^24 bit patterns.

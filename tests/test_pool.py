@@ -81,10 +81,11 @@ def test_a_pool_that_is_taken_says_so(two: pool.Pool, meet: int) -> None:
     call[EXPECTED] = 3
     caller.join()
     assert call[LEFT] == 3
+    assert run(two, 0, meet, other)
     assert run(two, 2, meet, numbers(3))
 
 
-def test_a_call_of_a_taken_pool_is_done_elsewhere(meet: int) -> None:
+def test_what_a_taken_pool_refuses_is_done_elsewhere(meet: int) -> None:
     for cost, expected in ((0.0, 1), (1e9, 2)):  # alone, then with a thread of Python
         call = numbers(expected)
         threads.run_compiled(meet, call.ctypes.data, 2, cost)
@@ -106,6 +107,7 @@ def test_a_reduction_whose_pool_is_taken(two: pool.Pool, meet: int, monkeypatch:
         assert bikernels.mean(x, axis=1).tobytes() == expected
     call[EXPECTED] = 3
     caller.join()
+    assert call[LEFT] == 3
 
 
 def test_after_the_end_calls_are_done_alone(meet: int) -> None:

@@ -366,7 +366,8 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
                     assert 32 % held.lanes == 0 and held.threads <= 512
                 long = schedules.choose_long_schedule(operation, rows, n, element, gpu)
                 if long is not None:
-                    assert gpu is H100 and long.bytes(n, element) <= gpu.shared_bytes and long.threads <= 1024
+                    assert gpu is H100 and long.bytes(n, element) <= gpu.shared_bytes
+                    assert long.warps <= schedules.LONG_WARPS[element] and long.ctas <= schedules.MOST_CTAS
                     chunks = long.warps // schedules.LONG_PARTS[element] * long.ctas
                     assert chunks * schedules.SUM_CHUNK >= n and schedules.long_bits(n) <= 3 - (element == "float64")
             is_short = 0 < n <= schedules.MAX_TILE_CHUNKS * schedules.SUM_CHUNK
