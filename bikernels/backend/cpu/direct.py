@@ -535,17 +535,15 @@ class _AlongRows(_Code):
         """The lanes folded into one vector, and the level of its next fold."""
         b = self.builder
 
-        def fold_all(lanes: list[list[Any]]) -> list[Any]:
-            return [fold(b, [fold(b, sums, 0, pairs) for sums in lanes], levels)]
-
         levels = (group // 2 if pairs else group).bit_length() - 1
         level = levels + (SUM_LANES // (group * self.count)).bit_length() - 1
 
         def in_blocks() -> list[Any]:
-            return fold_all(self._lanes_in_blocks(terms, pairs, group, fetch, first, length))
+            return [fold(b, self._lanes_in_blocks(terms, pairs, group, fetch, first, length), levels)]
 
         def in_order() -> list[Any]:
-            return fold_all(self._lanes_in_order(terms, pairs, group, first, length))
+            lanes = self._lanes_in_order(terms, pairs, group, first, length)
+            return [fold(b, [fold(b, sums, 0, pairs) for sums in lanes], levels)]
 
         if VECTOR_BYTES == 64 or self.dtype("x") != "float32":  # blocks that are as fast
             return in_blocks()[0], level
@@ -580,8 +578,8 @@ class _AlongRows(_Code):
 
     def _lanes_in_blocks(
         self, terms: Callable[..., list[Any]], pairs: bool, group: int, fetch: Any, first: Any, length: Any
-    ) -> list[list[Any]]:
-        """The lanes, in groups, of which each is summed in registers."""
+    ) -> list[Any]:
+        """The lanes, in groups, of which each is summed in registers and folded into one vector."""
         b, lanes = self.builder, group * self.count
         rounds, end, result = b.sdiv(length, I64(SUM_LANES)), b.add(first, length), []
         for lane in range(0, SUM_LANES, lanes):
@@ -597,7 +595,7 @@ class _AlongRows(_Code):
             sums = vectors.for_range(
                 b, b.add(start, I64(SUM_LANES)), end, SUM_LANES, terms(start, group, pairs, []), add
             )
-            result.append(sums)
+            result.append(fold(b, sums, 0, pairs))
         return result
 
     def _plain(self, address: Any, number: int, pairs: bool) -> list[Any]:
