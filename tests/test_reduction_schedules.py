@@ -294,6 +294,27 @@ def test_columns_beside_other_gradients(backend: Any, operation: str, dtype: str
                 assert_same_bits(np.ascontiguousarray(backend.get(out)), made.expected["out"], message)
 
 
+@pytest.mark.parametrize("dtype", schedules.ELEMENTS)
+def test_variances_of_columns_beside_vectors(backend: Any, dtype: str) -> None:
+    """Columns that lie side by side, of which the first begins an element behind a vector."""
+    if backend.name != "cupy":
+        pytest.skip("the schedules are those of the backend 'cupy'")
+    rng, gpu, n = np.random.default_rng(9), launch.gpu(backend.xp.cuda.runtime.getDevice()), 2100
+    made = case(rng, "var", rows_to_reduce(rng, "var", (48, n), dtype), dtype, True)
+    x, expected = backend.put(place_of(made.operands["x"].T))[:, 1:-7].T, made.expected["out"]
+    kinds = {
+        "choose_tile_schedule": [schedules.tile_schedules(n, dtype, "var", gpu, keeps)[0] for keeps in (False, True)],
+        "choose_spread_schedule": schedules.spread_schedules(n, dtype, "var", gpu, True)[:1],
+        "choose_tall_schedule": schedules.tall_schedules(n, dtype, "var", gpu),
+    }
+    others = dict.fromkeys(kinds, None) | {"choose_columns": schedules.TILES}
+    for function, found in kinds.items():
+        for schedule in found:
+            out = backend.put(np.full_like(expected, 7))
+            launch_with(backend, "var", made, {"x": x, "out": out}, others | {function: schedule})
+            assert_same_bits(backend.get(out), expected, str(schedule))
+
+
 def compare_beside_vectors(backend: Any, operation: str, made: Case, patches: dict[str, Any], message: str) -> None:
     """Compute a case whose arrays begin an element behind a vector, and look at what lies beside the results."""
     ends = {name: backend.put(np.zeros(place_of(array).shape, array.dtype)) for name, array in made.expected.items()}

@@ -1,12 +1,12 @@
 // var and std along a strided axis of long columns that lie side by side in whole 16-byte vectors, read once. A tile of
-// columns is shared by a team of CTAs, each of which has a chunk of it or an equal share of a chunk's lanes, and takes tile
-// after tile. Teams meet in global memory (meeting.cuh); all are on the GPU at once, one CTA to a multiprocessor.
+// columns is shared by a team of CTAs, each of which has a chunk of it or an equal share of a chunk's lanes, and takes
+// tile after tile. Teams meet in global memory (meeting.cuh); all are on the GPU at once, a CTA to a multiprocessor.
 //
-// A thread has the columns of one vector and two neighbouring lanes of the tree. It copies its elements (cp.async) to shared
-// memory, where it alone reads them, and which holds three such lanes: two of a tile, and one of the next that is on its
-// way. When it has added up a tile, it squares the elements of the tile before, which wait in registers and whose mean has
-// arrived meanwhile; then those of this tile take their place, and the next ones are copied to where they were. So nobody
-// waits for a mean, and reading never stops.
+// A thread has the columns of one vector and two neighbouring lanes of the tree. It copies its elements (cp.async) to
+// shared memory, where it alone reads them, and which holds three such lanes: two of a tile, and one of the next that is
+// on its way. When it has added up a tile, it squares the elements of the tile before, which wait in registers and whose
+// mean has arrived meanwhile; then those of this tile take their place, and the next ones are copied to where they were.
+// So nobody waits for a mean, and reading never stops.
 //
 // ELEMENT: the dtype of x; ACCUMULATE: float or double. THREADS: of a CTA.
 #include "async_copy.cuh"
@@ -35,11 +35,14 @@ __device__ __forceinline__ void read_words(const unsigned* from, unsigned (&to)[
 __device__ __forceinline__ void read_words(const unsigned long long* from, unsigned long long (&to)[WORDS]) {
 #pragma unroll
     for (int i = 0; i < WORDS; i += 2)
-        asm volatile("ld.volatile.global.v2.u64 {%0, %1}, [%2];" : "=l"(to[i]), "=l"(to[i + 1]) : "l"(from + i) : "memory");
+        asm volatile("ld.volatile.global.v2.u64 {%0, %1}, [%2];"
+                     : "=l"(to[i]), "=l"(to[i + 1])
+                     : "l"(from + i)
+                     : "memory");
 }
 
-// Copy a vector. Whole lines are fetched to the L2, which keeps them as what is not read again, or, of tiles of half a
-// line, is read again with the next tile.
+// Copy a vector. Whole lines are fetched to the L2, which keeps them as what is not read again, or as what is: of tiles
+// of half a line, with the next one, if that is not read at the same time.
 template <bool IS_READ_AGAIN>
 __device__ __forceinline__ void copy_vector(uint4* to, const X* from) {
     unsigned long long policy;
@@ -48,8 +51,8 @@ __device__ __forceinline__ void copy_vector(uint4* to, const X* from) {
     } else {
         asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     }
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-                 "l"(policy)
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+                 "l"(from), "l"(policy)
                  : "memory");
 }
 
@@ -66,10 +69,10 @@ struct Team {
     const Reduction& p;
     const X* const x;
     Word* const meeting;
-    const int bits, part_bits, group_bits;  // logarithms: of a tile's vectors, of a chunk's parts, of the WORDS of pieces
+    const int bits, part_bits, group_bits;  // logarithms: of a tile's vectors, of a chunk's parts, of a column's WORDS
     const int ctas;                         // of the team
     const int tiles, teams;                 // in all
-    unsigned char* const shared;            // of the bytes of TallSchedule (schedules.py), which names these numbers, too
+    unsigned char* const shared;            // of the bytes of TallSchedule (schedules.py), which has these numbers
     const int rank;                         // of this CTA
     const int first;                        // of this thread: its first element
     int place = 0;                          // in shared memory, where the tile that has not been taken begins
@@ -106,8 +109,8 @@ struct Team {
     }
     static __device__ __forceinline__ int next(int place) { return place + 1 == PLACES ? 0 : place + 1; }
 
-    // What the team shares of a tile: first the elements' sums (0), then those of squares (1), WORDS pieces of a column after
-    // the other.
+    // What the team shares of a tile: first the elements' sums (0), then those of squares (1), of each column those of
+    // all pieces side by side.
     __device__ __forceinline__ Word* words(int tile, int which) const {
         return meeting + (tile * 2 + which) * (columns() * WORDS << group_bits);
     }
@@ -127,7 +130,7 @@ struct Team {
             const X* at = from + LANE * p.step[OF_X];
             uint4* const to = slots(place);
             if (is_vector_aligned(at)) {
-                if (bits < LINE_BITS && tile % 2 == 0) {
+                if (bits < LINE_BITS && teams == 1 && tile % 2 == 0 && tile + 1 < tiles) {
                     copy_vectors<true>(to, at, number);
                 } else {
                     copy_vectors<false>(to, at, number);
@@ -157,7 +160,8 @@ struct Team {
 
     // That of the squares of a lane's elements.
     template <int LANE>
-    __device__ __forceinline__ void add_squares(const uint4 (&raw)[ROUNDS], const A (&mean)[WIDTH], A (&lane)[WIDTH]) const {
+    __device__ __forceinline__ void add_squares(const uint4 (&raw)[ROUNDS], const A (&mean)[WIDTH],
+                                                A (&lane)[WIDTH]) const {
         const int present = rounds(LANE);
 #pragma unroll
         for (int w = 0; w < WIDTH; w++) lane[w] = 0;
@@ -206,12 +210,12 @@ struct Team {
         }
     }
 
-    // Read the words of a column's WORDS pieces, which are unit number `unit` of a tile, if it has so many.
+    // Read unit number `unit` of a tile, WORDS of a column, if it has so many.
     __device__ __forceinline__ void read(int tile, int which, int unit, Word (&to)[WORDS]) const {
         if (unit < columns() << group_bits) read_words(words(tile, which) + unit * WORDS, to);
     }
 
-    // The sum of a column, in each thread that has read a unit of it, once all is there.
+    // The sum of a column, in each thread that has read a unit of it, once all words are there.
     __device__ __forceinline__ A sum(int tile, int which, int unit, Word (&word)[WORDS]) const {
         A of[WORDS] = {};
         if (unit < columns() << group_bits) {
