@@ -128,6 +128,7 @@ def forced(case: Case, operation: str, element: str, out_dtype: str, gpu: launch
     elsewhere = no_registers | {
         "choose_ring_schedule": None,
         "choose_long_schedule": None,
+        "choose_tall_schedule": None,
         "choose_spread_schedule": None,
     }
     if case.in_columns and operation in schedules.COLUMN_OPERATIONS:
@@ -146,6 +147,10 @@ def forced(case: Case, operation: str, element: str, out_dtype: str, gpu: launch
                                     "choose_columns": schedules.TILES,
                                 }
                                 yield f"{tiles}, {most}", patches | {"teams": functools.partial(min, most)}
+                for tall in schedules.tall_schedules(n, element, operation, gpu):
+                    for most in (1, 2):
+                        patches = elsewhere | {"choose_tall_schedule": tall, "choose_columns": schedules.TILES}
+                        yield f"{tall}, {most}", patches | {"teams": functools.partial(min, most)}
             elif (
                 operation in schedules.SINGLE_COLUMN_OPERATIONS
                 and schedules.chunks_of(n) <= schedules.MAX_COLUMN_CHUNKS
@@ -289,6 +294,27 @@ def test_columns_beside_other_gradients(backend: Any, operation: str, dtype: str
                 assert_same_bits(np.ascontiguousarray(backend.get(out)), made.expected["out"], message)
 
 
+@pytest.mark.parametrize("dtype", schedules.ELEMENTS)
+def test_variances_of_columns_beside_vectors(backend: Any, dtype: str) -> None:
+    """Columns that lie side by side, of which the first begins an element behind a vector."""
+    if backend.name != "cupy":
+        pytest.skip("the schedules are those of the backend 'cupy'")
+    rng, gpu, n = np.random.default_rng(9), launch.gpu(backend.xp.cuda.runtime.getDevice()), 2100
+    made = case(rng, "var", rows_to_reduce(rng, "var", (48, n), dtype), dtype, True)
+    x, expected = backend.put(place_of(made.operands["x"].T))[:, 1:-7].T, made.expected["out"]
+    kinds = {
+        "choose_tile_schedule": [schedules.tile_schedules(n, dtype, "var", gpu, keeps)[0] for keeps in (False, True)],
+        "choose_spread_schedule": schedules.spread_schedules(n, dtype, "var", gpu, True)[:1],
+        "choose_tall_schedule": schedules.tall_schedules(n, dtype, "var", gpu),
+    }
+    others = dict.fromkeys(kinds, None) | {"choose_columns": schedules.TILES}
+    for function, found in kinds.items():
+        for schedule in found:
+            out = backend.put(np.full_like(expected, 7))
+            launch_with(backend, "var", made, {"x": x, "out": out}, others | {function: schedule})
+            assert_same_bits(backend.get(out), expected, str(schedule))
+
+
 def compare_beside_vectors(backend: Any, operation: str, made: Case, patches: dict[str, Any], message: str) -> None:
     """Compute a case whose arrays begin an element behind a vector, and look at what lies beside the results."""
     ends = {name: backend.put(np.zeros(place_of(array).shape, array.dtype)) for name, array in made.expected.items()}
@@ -381,6 +407,12 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
                     assert spread in schedules.spread_schedules(n, element, operation, gpu, spread.keeps)
                     assert spread.ctas <= min(spread.parts * schedules.chunks_of(n), 3 * gpu.multiprocessors)
                     assert spread.bytes(n, ACCUMULATE[element]) <= gpu.shared_bytes
+                tall = schedules.choose_tall_schedule(rows, n, element, operation, gpu)
+                if tall is not None:
+                    assert gpu is H100 and tall in schedules.tall_schedules(n, element, operation, gpu)
+                    assert tall.bytes <= gpu.shared_bytes and tall.ctas <= gpu.multiprocessors
+                    assert tall.ctas // tall.parts * SUM_CHUNK >= n
+                    assert tall.groups * (schedules.TALL_WORD_BYTES // tall.itemsize) >= tall.ctas
             short = schedules.short_schedule(rows, n)
             assert short.groups * schedules.GROUP_LANES >= min(n, schedules.SUM_LANES)
             assert n > schedules.SUM_LANES or short.threads <= schedules.SHORT_THREADS
@@ -406,6 +438,18 @@ def test_few_long_columns_are_spread() -> None:
     assert many is not None and not many.keeps  # which read them twice
     for columns, n, operation in ((4096, 262_144, "var"), (16, 2048, "softmax"), (16, 262_144, "mean")):
         assert schedules.choose_spread_schedule(columns, n, "bfloat16", operation, H100) is None
+
+
+def test_long_columns_are_read_once_for_variances() -> None:
+    """However many there are, if there is much to read."""
+    for element in schedules.ELEMENTS:
+        for columns, n in ((65536, 4096), (4096, 16384), (4096, 65536), (256, 262_144)):
+            chosen = schedules.choose_tall_schedule(columns, n, element, "var", H100)
+            assert chosen is not None and chosen.vectors * 16 >= 64
+            assert schedules.choose_tall_schedule(columns, n, element, "softmax", H100) is None
+            assert schedules.choose_tall_schedule(columns, n, element, "var", A100) is None
+        assert schedules.choose_tall_schedule(16, 4096, element, "var", H100) is None
+        assert schedules.choose_tall_schedule(65536, 1024, element, "var", H100) is None
 
 
 def test_long_rows_go_to_the_ring() -> None:

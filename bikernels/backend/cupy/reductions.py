@@ -24,6 +24,7 @@ from .schedules import (
     RegisterSchedule,
     RingSchedule,
     RowSchedule,
+    TallSchedule,
     TileSchedule,
 )
 
@@ -262,7 +263,9 @@ def prepare(spec: ReductionSpec, device: Device) -> ReductionLaunch:
     elif rows.in_columns and operation in schedules.TERMS:
         _plan_column_tree(plan, rows, operation)
     elif rows.in_columns and _has_column_kernel(rows, operation):
-        if (spread := _choose_spread(plan, rows, operation)) is not None:
+        if (tall := _choose_tall(plan, rows, operation)) is not None:
+            _plan_tall(plan, rows, operation, tall)
+        elif (spread := _choose_spread(plan, rows, operation)) is not None:
             _plan_spread_tiles(plan, rows, operation, spread)
         else:
             _plan_single(plan, _column_launch(plan, rows, operation))
@@ -316,6 +319,21 @@ def _has_column_kernel(rows: _Rows, operation: str) -> bool:
         return False
     how = schedules.choose_columns(operation, rows.number, rows.n, rows.element, rows.width)
     return how != schedules.SINGLY or operation in schedules.SINGLE_COLUMN_OPERATIONS
+
+
+def _choose_tall(plan: _Plan, rows: _Rows, operation: str) -> TallSchedule | None:
+    """The schedule of tall_variance.cu; None if the operation or the layout has none, or others are better."""
+    if schedules.choose_columns(operation, rows.number, rows.n, rows.element, rows.width) != schedules.TILES:
+        return None
+    chosen = schedules.choose_tall_schedule(rows.number, rows.n, rows.element, operation, plan.gpu)
+    return None if chosen is None or _resident_tall(plan, rows, chosen) < chosen.ctas else chosen
+
+
+def _resident_tall(plan: _Plan, rows: _Rows, schedule: TallSchedule) -> int:
+    """CTAs that the GPU holds at a time."""
+    kernel, shared_bytes = schedules.tall_kernel(rows.element), schedule.bytes
+    function = load(kernel, "reduce_tall_columns", plan.index, shared_bytes)
+    return resident_ctas(function, schedules.TALL_THREADS, shared_bytes, 1)
 
 
 def _choose_spread(plan: _Plan, rows: _Rows, operation: str) -> TileSchedule | None:
@@ -506,6 +524,7 @@ def _tile_launch(plan: _Plan, rows: _Rows, operation: str, of_chunks: bool = Fal
         schedule = schedules.choose_tile_schedule(*shape, PORTABLE_CTAS)
     items = -(-rows.number // schedule.tile) * times
     begun = schedules.tile_items(schedule, items, plan.gpu)
+    goes_on = begun < items or schedules.PASSES[operation] > 1
     out_dtype, name = rows.accumulate if of_chunks else rows.out_dtype, "reduce_column_tiles"
     kernel = schedules.tile_kernel(operation, rows.element, out_dtype, schedule, of_chunks)
     phase = schedules.tile_phase(schedule, items, plan.gpu)
@@ -514,8 +533,8 @@ def _tile_launch(plan: _Plan, rows: _Rows, operation: str, of_chunks: bool = Fal
         name,
         begun * schedule.ctas,
         schedules.TILE_THREADS,
-        schedule.bytes(n, rows.accumulate, begun < items),
-        _tile_arguments(rows, operation, schedule, n, begun < items, phase, _NULL),
+        schedule.bytes(n, rows.accumulate, goes_on),
+        _tile_arguments(rows, operation, schedule, n, goes_on, phase, _NULL),
         cluster=schedule.ctas,
         overlapping=True,
     )
@@ -545,8 +564,6 @@ def _plan_spread_tiles(plan: _Plan, rows: _Rows, operation: str, schedule: TileS
     kernel, name = schedules.tile_kernel(operation, rows.element, rows.out_dtype, schedule), "reduce_column_tiles"
     shared_bytes = schedule.bytes(rows.n, rows.accumulate)
     resident = _resident_tiles(plan, rows, operation, schedule, rows.n)
-    zeros = tiles * schedule.meeting_bytes(rows.n, operation, rows.accumulate)
-    meeting = plan.reserve(zeros, "uint8")
     phase = schedules.tile_phase(schedule, tiles, plan.gpu)
     run = plan.shape(
         kernel,
@@ -557,6 +574,29 @@ def _plan_spread_tiles(plan: _Plan, rows: _Rows, operation: str, schedule: TileS
         _tile_arguments(rows, operation, schedule, rows.n, True, phase, ADDRESS),
         cooperative=True,
     )
+    _plan_meeting(plan, run, tiles * schedule.meeting_bytes(rows.n, operation, rows.accumulate))
+
+
+def _plan_tall(plan: _Plan, rows: _Rows, operation: str, schedule: TallSchedule) -> None:
+    """tall_variance.cu, whose CTAs meet in the workspace, all on the GPU at once."""
+    tiles, resident = -(-rows.number // schedule.tile), _resident_tall(plan, rows, schedule)
+    teams = schedules.teams(tiles, resident // schedule.ctas)
+    numbers = map(np.int32, (*schedule.arguments(), tiles, teams))
+    run = plan.shape(
+        schedules.tall_kernel(rows.element),
+        "reduce_tall_columns",
+        teams * schedule.ctas,
+        schedules.TALL_THREADS,
+        schedule.bytes,
+        (rows.parameters(operation), *numbers, *_addresses(rows, ()), ADDRESS),
+        cooperative=True,
+    )
+    _plan_meeting(plan, run, tiles * schedule.meeting_bytes)
+
+
+def _plan_meeting(plan: _Plan, run: Launch, zeros: int) -> None:
+    """A launch that takes out, x, its sides and, last, where its CTAs meet: so many zeros."""
+    meeting = plan.reserve(zeros, "uint8")
 
     def reduce(stream: int, out: int, x: int, sides: Addresses, workspace: int) -> None:
         cupy.cuda.runtime.memsetAsync(workspace + meeting, 0, zeros, stream)

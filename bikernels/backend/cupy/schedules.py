@@ -695,7 +695,7 @@ class TileSchedule(NamedTuple):
         return self.vectors.bit_length() - 1, self.parts.bit_length() - 1, self.room(n, goes_on)
 
     def room(self, n: int, goes_on: bool = True) -> int:
-        """Groups of a thread's elements that shared memory holds; `goes_on`: to other tiles, which it copies ahead."""
+        """Groups of a thread's elements that shared memory holds; `goes_on`: to other passes or tiles, copied ahead."""
         rounds = SUM_CHUNK // SUM_LANES // AT_ONCE if n > AT_ONCE * SUM_LANES else 1
         groups = _ceil(chunks_of(n) * self.parts, self.ctas) * self.lanes * rounds
         return groups if self.keeps else self.depth if goes_on else min(self.depth, groups)
@@ -929,6 +929,86 @@ MANY_BYTES, MOST_BYTES = 2**22, 2**25
 SECOND_KERNEL_US = 8
 """That the next level of a tree costs: two launches, of which the first one has to end."""
 
+# ------------------------------------------------------------------------------------------- variances of tall columns
+
+TALL_THREADS, TALL_LANES, TALL_PLACES = 512, 2, 3
+"""Of a CTA; lanes of a thread (tall_variance.cu), and those that it has in shared memory."""
+TALL_COLUMNS = SUM_CHUNK // 2
+"""Elements, up to which other kernels are faster: a chunk would be filled by half."""
+TALL_WORD_BYTES = 32
+"""Of a column's sums, that a thread reads at once where a team meets."""
+
+
+class TallSchedule(NamedTuple):
+    """How CTAs share long columns whose variance tall_variance.cu computes."""
+
+    element: str
+    vectors: int
+    """Side by side: threads of a tile."""
+    ctas: int
+    """Of a tile, each with a chunk of it or a part of one."""
+
+    @property
+    def tile(self) -> int:
+        """Columns."""
+        return self.vectors * vector_width(self.element)
+
+    @property
+    def itemsize(self) -> int:
+        """Of the accumulate dtype."""
+        return ITEMSIZE[ACCUMULATE[self.element]]
+
+    @property
+    def parts(self) -> int:
+        """Of a chunk."""
+        return SUM_LANES * self.vectors // (TALL_THREADS * TALL_LANES)
+
+    @property
+    def groups(self) -> int:
+        """Threads that read the words of a column."""
+        return _power_of_two(_ceil(self.ctas, TALL_WORD_BYTES // self.itemsize))
+
+    def arguments(self) -> tuple[int, ...]:
+        """Of the kernel, besides its operands."""
+        return *(number.bit_length() - 1 for number in (self.vectors, self.parts, self.groups)), self.ctas
+
+    @property
+    def bytes(self) -> int:
+        """Of shared memory: elements, two times the sums of each warp, and those of columns."""
+        elements = TALL_PLACES * SUM_CHUNK // SUM_LANES * TALL_THREADS * 16
+        return elements + (2 * TALL_THREADS // 32 + 1) * self.tile * self.itemsize
+
+    @property
+    def meeting_bytes(self) -> int:
+        """Of global memory, where a team meets, for each tile."""
+        return 2 * self.tile * self.groups * TALL_WORD_BYTES
+
+
+def tall_schedules(n: int, element: str, operation: str, device: GPU) -> list[TallSchedule]:
+    """The schedules of tall_variance.cu for columns of n elements, the widest tiles first."""
+    found = list[TallSchedule]()
+    if operation not in VARIANCES or device.compute_capability < FIRST_WITH_CLUSTERS:
+        return found
+    for vectors in (16, 8, 4):
+        one = TallSchedule(element, vectors, 0)
+        one = one._replace(ctas=chunks_of(n) * one.parts)
+        fits = one.bytes <= device.shared_bytes and one.tile * one.groups <= TALL_THREADS
+        if 0 < one.ctas <= device.multiprocessors and one.groups <= 32 and fits:
+            found.append(one)
+    return found
+
+
+def choose_tall_schedule(columns: int, n: int, element: str, operation: str, device: GPU) -> TallSchedule | None:
+    """The schedule of tall_variance.cu for much to be read, of columns that are not short; None if there is none.
+
+    Tiles of two lines of the L2 if few CTAs share them, else of one, else of half a line.
+    """
+    if columns * n * ITEMSIZE[element] < MOST_BYTES or n <= TALL_COLUMNS:
+        return None
+    found = tall_schedules(n, element, operation, device)
+    return next((one for one in found if one.vectors * 16 <= PREFERRED_BYTES_ACROSS or one.ctas <= MAX_CTAS), None)
+
+
 SHORT_THREADS = 512
 """Of a CTA, at most, where columns are short (short_columns.cu)."""
 
@@ -1103,6 +1183,13 @@ def tile_kernel(
     )
 
 
+def tall_kernel(element: str) -> Kernel:
+    """The kernel of tall_variance.cu."""
+    accumulate = C_TYPE[ACCUMULATE[element]]
+    macros = (("ELEMENT", c_type(element)), ("ACCUMULATE", accumulate), ("THREADS", TALL_THREADS))
+    return Kernel("tall_variance.cu", macros)
+
+
 def short_kernel(operation: str, element: str, out_dtype: str) -> Kernel:
     """The kernel of short_columns.cu."""
     return Kernel("short_columns.cu", (*_typed_macros(operation, element, out_dtype), ("THREADS", SHORT_THREADS)))
@@ -1156,6 +1243,7 @@ def reduction_kernels(compute_capability: int) -> Iterator[Kernel]:
                     found[register_kernel(operation, element, schedule)] = None
         if has_clusters and element in LONG_WARPS:
             found[long_kernel("var", element)] = None
+            found[tall_kernel(element)] = None
         if element != ANY:
             for operation in filter(COLUMN_OPERATIONS.__contains__, OPERATIONS):
                 one = TileSchedule(vector_width(element), 1, 1, 1, False, False, arrays_of(operation))

@@ -17,6 +17,7 @@
 // thread: it has at most 2^LEVELS lanes of a piece. THREADS: of a CTA; CTAS: of a multiprocessor. IS_OF_CHUNKS: whether
 // each chunk is reduced apart.
 #include "hopper.cuh"
+#include "meeting.cuh"
 #include "softmax.cuh"
 
 using X = ELEMENT;
@@ -31,25 +32,6 @@ constexpr int AT_ONCE = 4;                 // elements of a lane that are one gr
 constexpr int WARPS = THREADS / WARP;
 constexpr int FEW_CTAS = 512;              // of a launch: they all begin at once
 constexpr int BYTES_OF_A_CYCLE = 13;       // that a multiprocessor reads if all do, roughly
-
-// What CTAs that meet in global memory share, one word for each number. A word is 0 until it has been written, so that
-// who reads it knows; it is the complement of the number's bits, of which no number has only ones.
-template <class T>
-struct WordOf {
-    using Type = unsigned;
-};
-template <>
-struct WordOf<double> {
-    using Type = unsigned long long;
-};
-using Word = WordOf<A>::Type;
-
-__device__ __forceinline__ Word word_of(float x) { return ~to_float32_bits(x); }
-__device__ __forceinline__ Word word_of(double x) { return ~to_float64_bits(x); }
-__device__ __forceinline__ Word word_of(unsigned x) { return ~static_cast<Word>(x); }
-__device__ __forceinline__ void of_word(Word word, float& x) { x = __uint_as_float(~word); }
-__device__ __forceinline__ void of_word(Word word, double& x) { x = __longlong_as_double(~word); }
-__device__ __forceinline__ void of_word(Word word, unsigned& x) { x = ~word; }
 
 template <class T>
 struct Add {
