@@ -146,6 +146,10 @@ def forced(case: Case, operation: str, element: str, out_dtype: str, gpu: launch
                                     "choose_columns": schedules.TILES,
                                 }
                                 yield f"{tiles}, {most}", patches | {"teams": functools.partial(min, most)}
+                if operation in schedules.WEIGHT_GRADIENTS and n <= schedules.WEIGHT_ROWS:
+                    for weight_schedule in schedules.weight_schedules(n):
+                        patches = elsewhere | {"choose_weight_schedule": weight_schedule, "splits_columns": False}
+                        yield str(weight_schedule), patches | {"choose_columns": schedules.WEIGHT_TILES}
             elif (
                 operation in schedules.SINGLE_COLUMN_OPERATIONS
                 and schedules.chunks_of(n) <= schedules.MAX_COLUMN_CHUNKS
@@ -274,6 +278,8 @@ def test_columns_beside_other_gradients(backend: Any, operation: str, dtype: str
             ways["short"] = {"choose_columns": schedules.SHORT, "splits_columns": False}
         elif operation in schedules.TERMS:
             ways["chunks"] = {"splits_columns": lambda name, columns, length, *rest, n=n: length == n}
+        if n <= schedules.WEIGHT_ROWS and operation in schedules.WEIGHT_GRADIENTS:
+            ways["weight tiles"] = {"choose_columns": schedules.WEIGHT_TILES, "splits_columns": False}
         x = rows_to_reduce(rng, operation, (48, n), dtype)
         of_all = case(rng, operation, x, dtype, True)
         of_one = case(rng, operation, x, dtype, True, 1)
@@ -283,6 +289,8 @@ def test_columns_beside_other_gradients(backend: Any, operation: str, dtype: str
                 if name in made.operands:
                     operands[name] = backend.put(np.repeat(made.operands[name], 2, axis=1))[:, ::2]
             for way, patches in ways.items():
+                if way == "weight tiles" and put is along_rows:
+                    continue  # that kernel reads gradients that lie as x does
                 out = put(np.full_like(made.expected["out"], 7))
                 launch_with(backend, operation, made, operands | {"out": out}, patches)
                 message = f"columns of {n}, {put.__name__}, {way}"
@@ -384,6 +392,11 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
             short = schedules.short_schedule(rows, n)
             assert short.groups * schedules.GROUP_LANES >= min(n, schedules.SUM_LANES)
             assert n > schedules.SUM_LANES or short.threads <= schedules.SHORT_THREADS
+            if 0 < n <= schedules.WEIGHT_ROWS and element != schedules.ANY:
+                weight = schedules.choose_weight_schedule(rows, n, element)
+                assert weight in schedules.weight_schedules(n)
+                assert weight.groups * schedules.WEIGHT_LANES >= min(n, schedules.SUM_LANES)
+                assert 32 <= weight.threads <= schedules.WEIGHT_THREADS and weight.bytes(element) <= 48 * 1024
             itemsize = ITEMSIZE.get(element, 8)
             ring = schedules.choose_ring_schedule(rows, n, operation, itemsize, False, gpu) if itemsize <= 4 else None
             if ring is not None:

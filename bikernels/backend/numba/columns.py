@@ -12,8 +12,9 @@ the rest of a piece, whose sum every block of the cluster gets. The sums of the 
 those of the parts of a chunk are its upper levels, those of the chunks the next level of the tree.
 
 A kernel keeps its pieces in shared memory, where a thread copies its elements at once (cp.async) and alone reads them
-in every pass, or it reads them anew from global memory in each, some vectors of a thread at a time. What is computed of
-an element and of a column is written in `formulas.py`; other layouts are for `reduction.py`.
+in every pass, or it reads them anew from global memory in each, some vectors of a thread at a time. The gradients of
+weights read a second array, the gradient of the result, in the same way, and the statistics of the elements beside it.
+What is computed of an element and of a column is written in `formulas.py`; other layouts are for `reduction.py`.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from ...contract import ACCUMULATE, FLOAT_DTYPES, ITEMSIZE, SUM_CHUNK, SUM_LANES
-from ...specs import ReductionSpec
+from ...specs import Layout, ReductionSpec
 from ...views import Device
 from .. import ReductionLaunch
 from .device import (
     ALL_LANES,
     FIRST_WITH_CLUSTERS,
+    MEMBER,
     MOST_CTAS,
     OPERATIONS,
     STORAGE,
@@ -44,11 +46,14 @@ from .device import (
     copy_async,
     cuda,
     device,
+    folded,
     int64s,
     larger,
     larger_pair,
+    load_global,
     load_global_words,
     load_words,
+    mapped,
     offset,
     pack_words,
     pointer,
@@ -63,13 +68,14 @@ from .device import (
     wait_in_cluster,
     writer,
 )
-from .formulas import Formula, formula, numbers_of
+from .formulas import BESIDE, Formula, formula, numbers_of
 from .launch import Kernel, Launch, compute_capability, flat, multiprocessors, on
 from .vectors import MINUS_INFINITY
 
 MAX_COLUMNS = 2**31 // 8
 """So that they and thread blocks are counted in 32 bits."""
-OPERATIONS_TAKEN = ("sum", "mean", "var", "std", "softmax", "log_softmax", "logsumexp")
+WEIGHT_GRADIENTS = ("rms_norm_weight_backward", "layer_norm_weight_backward")
+OPERATIONS_TAKEN = ("sum", "mean", "var", "std", "softmax", "log_softmax", "logsumexp", *WEIGHT_GRADIENTS)
 
 WARPS = 8
 THREADS = WARPS * WARP
@@ -115,21 +121,30 @@ class Variant(NamedTuple):
         return any(one.counts for one in self.formula.passes)
 
     @property
+    def beside(self) -> tuple[str, ...]:
+        """The operands beside x: the gradient of the result, which lies as x does, and numbers of each element that all
+        columns share.
+        """
+        return BESIDE.get(self.operation, ())
+
+    @property
     def width(self) -> int:
         """Columns of a vector."""
         return VECTOR_BYTES // ITEMSIZE[self.x]
 
 
 def variants() -> Iterator[Variant]:
-    """Every operation kept in a cluster, and read anew by single blocks; the dtypes in turn."""
+    """Every operation kept in a cluster, if it can be, and read anew by single blocks; the dtypes in turn."""
     dtypes = itertools.cycle([*((one, one) for one in FLOAT_DTYPES), ("float32", "bfloat16")])
     for operation in OPERATIONS_TAKEN:
-        yield Variant(operation, *next(dtypes), 1, 0, True)
+        yield Variant(operation, *next(dtypes), 1, _ways(operation)[0], True)
         yield Variant(operation, *next(dtypes), 2, _ways(operation)[-1], False)
 
 
 def _ways(operation: str) -> tuple[int, ...]:
     """Vectors that an operation may read at a time; see `Variant`."""
+    if operation in WEIGHT_GRADIENTS:  # of two arrays
+        return (ROUNDS // 2,)
     # Exponentials of more vectors at a time would be much code.
     counts = any(one.counts for one in formula(operation, "float32").passes)
     return (0, ROUNDS // 4) if counts else (0, ROUNDS // 2, ROUNDS)
@@ -278,6 +293,90 @@ def _visit(at_once: int, work: Function) -> Function:
             return kept
 
     return visit
+
+
+def _visit_beside(variant: Variant) -> Function:
+    """visit(tile, first, kept, lane, sides, unused): add the terms of a lane's elements, of x and what is beside it.
+    What does not exist reads as zeros, and so is its term.
+    """
+    at_once, width, accumulate = variant.at_once, variant.width, variant.accumulate
+    real, add = OPERATIONS[accumulate].type, OPERATIONS[accumulate].add
+    term, unpack, load_number = variant.formula.passes[0].term, unpack_words(variant.x), load_global(accumulate)
+    centred = "mean" in variant.beside
+    assert term is not None
+
+    @device
+    def words_of(more: Any, j: Any) -> Any:
+        first, step, i, n = more
+        at = types.int32(i + j * SUM_LANES)
+        return load_global_words(first + types.int64(at) * step, types.uint32(at < n))
+
+    @device
+    def number_of(more: Any, j: Any) -> Any:
+        first, step, i, n = more
+        at = types.int32(i + j * SUM_LANES)
+        return load_number(first + types.int64(at) * step, types.uint32(at < n))
+
+    @device
+    def add_term(state: Any, lane: Any, j: Any, words: Any, grad_words: Any, m: Any, r: Any) -> Any:
+        values, gradients = cuda.local.array(width, real), cuda.local.array(width, real)
+        unpack(words, values)
+        unpack(grad_words, gradients)
+        zero = real(0)
+        for w in range(width):
+            lane[w] = add(lane[w], term(values[w], gradients[w], zero, zero, m, r, zero))
+        return state
+
+    all_words, numbers = mapped(words_of, count=at_once), mapped(number_of, count=at_once)
+    add_terms = folded(add_term, 4, 4, MEMBER, MEMBER)
+
+    @device
+    def visit(tile: Any, first: Any, kept: Any, lane: Any, sides: Any, unused: Any) -> Any:
+        n, step, x, rounds = tile[0], tile[1], tile[2], tile[8]
+        grad, grad_step, mean, mean_step, rstd, rstd_step = sides
+        i = first
+        done = types.int32(0)
+        while done < rounds:
+            words = all_words((x, step, i, n))
+            grad_words = all_words((grad, grad_step, i, n))
+            r = numbers((rstd, rstd_step, i, n))
+            m = numbers((mean, mean_step, i, n)) if centred else r
+            add_terms(types.int32(0), lane, words, grad_words, m, r)
+            i = types.int32(i + at_once * SUM_LANES)
+            done = types.int32(done + at_once)
+        return kept
+
+    return visit
+
+
+def _sides(variant: Variant) -> Function:
+    """sides(addresses, place, steps, s): what the first pass is given beside x, or the array s: of the gradient, the
+    mean and the reciprocal root the addresses of the first elements of this thread and the bytes to the next; `place`
+    is where its columns begin.
+    """
+    x_bytes, bytes_of_number = ITEMSIZE[variant.x], ITEMSIZE[variant.accumulate]
+    if not variant.beside:
+
+        @device
+        def sides(addresses: Any, place: Any, steps: Any, s: Any) -> Any:
+            return s
+
+    else:
+        mean = 3 if "mean" in variant.beside else 2
+        rstd = len(variant.beside) + 1
+
+        @device
+        def sides(addresses: Any, place: Any, steps: Any, s: Any) -> Any:
+            return (
+                addresses[2] + place * x_bytes,
+                types.int64(types.int32(steps[2] * x_bytes)),
+                addresses[mean],
+                types.int64(types.int32(steps[mean] * bytes_of_number)),
+                addresses[rstd],
+                types.int64(types.int32(steps[rstd] * bytes_of_number)),
+            )
+
+    return sides
 
 
 @functools.cache
@@ -439,7 +538,8 @@ def _sum(variant: Variant, number: int) -> Function:
             lane[w] = add(lane[w], value)
 
     levels, pairs = max_lanes(width).bit_length() - 1, width // 2
-    visit, push, stack = _visit(variant.at_once, work), _push(accumulate, width, 0, levels), levels * width
+    visit = _visit_beside(variant) if variant.beside else _visit(variant.at_once, work)
+    push, stack = _push(accumulate, width, 0, levels), levels * width
 
     @device
     def total(tile: Any, s: Any, exchange: Any, sums: Any, counts: Any) -> Any:
@@ -634,11 +734,13 @@ def _reduce(variant: Variant) -> Function:
     real, size = OPERATIONS[accumulate].type, ITEMSIZE[accumulate]
     first, second, tell = _step(variant, 0), _step(variant, 1), _tell(accumulate, width)
     keeps, in_cluster = variant.keeps, variant.in_cluster
+    last = 2 if variant.beside else 1  # of out, x and the gradient, what columns have places in
     two, has_counts, writes_rows = len(plan.passes) == 2, variant.has_counts, plan.element is not None
     results = _results(variant) if writes_rows else _no_results
     write_number, storage = writer(variant.out, accumulate), STORAGE[variant.out]
     x_bytes, out_bytes = ITEMSIZE[variant.x], ITEMSIZE[variant.out]
     store_count, wait = shared_access("uint32")[1], wait_for_copies(0)
+    sides = _sides(variant)
     place_of, has_outer = _place(variant.kept_dimensions), variant.kept_dimensions > 1
 
     def reduce_columns(addresses: Any, sizes: Any, numbers: Any, kept_shape: Any, kept: Any, step: Any) -> None:
@@ -693,7 +795,8 @@ def _reduce(variant: Variant) -> Function:
             wait()
         if in_cluster:
             wait_in_cluster()  # no block writes to another that has not begun
-        own = first(tile, real(0), s, numbers, exchange, shared_sums, counts)
+        beside = sides(addresses, place_of(outer, own_column, kept_shape, kept[last]), step, s)
+        own = first(tile, real(0), beside, numbers, exchange, shared_sums, counts)
         if two:
             tell(own, tile, told, s)
             own = second(tile, own, s, numbers, exchange, shared_sums_next, counts)
@@ -711,18 +814,18 @@ def _reduce(variant: Variant) -> Function:
 @functools.cache
 def kernel(variant: Variant) -> Kernel:
     """The kernel of a variant, not compiled yet."""
-    kept = int64s(variant.kept_dimensions)
+    kept, operands = int64s(variant.kept_dimensions), 2 + len(variant.beside)
     signature = types.void(
-        int64s(2),  # addresses
+        int64s(operands),  # addresses
         int64s(10),  # see `build`
         types.UniTuple(types.float64, 3),  # what divides the sums of both passes, eps
         kept,  # the columns' shape and strides
-        types.UniTuple(kept, 2),
-        int64s(2),  # from an element of a column to the next one
+        types.UniTuple(kept, 3 if variant.beside else 2),  # of out, x and the gradient
+        int64s(operands),  # from an element of a column to the next one
     )
     # So that no register spills; and of those that need few, more have room than their elements in shared memory.
     is_long = variant.at_once == ROUNDS and (variant.width == 8 or len(variant.formula.passes) > 1)
-    is_long |= variant.has_counts and not variant.keeps
+    is_long |= (variant.has_counts and not variant.keeps) or bool(variant.beside)
     is_small = variant.keeps and variant.width < 8 and not variant.in_cluster
     blocks = 2 if is_long or variant.accumulate == "float64" else BLOCKS + is_small
     return Kernel(
@@ -806,14 +909,16 @@ def choose(
     """
     found = list(schedules(operation, n, width, clusters))
     is_short, has_kept = n <= SHORT, any(one.at_once == 0 for one in found)
+    has_gradient = operation in WEIGHT_GRADIENTS
     if len(formula(operation, "float32").passes) == 1 and not is_short:
         at_once = ROUNDS // 2  # more take registers that other blocks make more of
     else:
         at_once = 0 if has_kept else max((one.at_once for one in found), default=0)
     # Wide enough for whole lines, and for a thread to have some lanes.
     widest = 4 if at_once == 0 and not is_short else max(8, min(32, 4 * THREADS >> (n - 1).bit_length()))
-    enough = 3 * multiprocessors // 2
-    us = arrays * vectors * n * VECTOR_BYTES / BYTES_PER_US
+    # Of two arrays, a block of a multiprocessor has enough on its way.
+    enough = 9 * multiprocessors // 10 if has_gradient else 3 * multiprocessors // 2
+    us = (2 if has_gradient else 1) * arrays * vectors * n * VECTOR_BYTES / BYTES_PER_US
 
     def blocks_of(one: Schedule) -> int:
         return arrays * -(-vectors // one.vectors) * one.blocks
@@ -835,6 +940,11 @@ def takes(spec: ReductionSpec) -> bool:
         return False
     width = VECTOR_BYTES // ITEMSIZE[x.dtype]
     layouts = [(x, width)]
+    if spec.grad is not None:
+        statistics = [one for one in (spec.mean, spec.rstd) if one is not None]
+        if spec.grad.dtype != x.dtype or not all(_is_shared(one, ACCUMULATE[x.dtype]) for one in statistics):
+            return False
+        layouts.append((spec.grad, width))
     if not spec.one_for_a_row:
         layouts.append((out, VECTOR_BYTES // ITEMSIZE[out.dtype]))
     return (
@@ -848,6 +958,12 @@ def takes(spec: ReductionSpec) -> bool:
             for one, whole in layouts
         )
     )
+
+
+def _is_shared(statistic: Layout, dtype: str) -> bool:
+    """Whether all columns have the same numbers of this dtype, which 32 bits reach."""
+    *kept, step = statistic.strides
+    return statistic.dtype == dtype and not any(kept) and abs(step * ITEMSIZE[dtype]) < 2**31
 
 
 def prepare(spec: ReductionSpec, gpu: Device, otherwise: Callable[[], ReductionLaunch]) -> ReductionLaunch | None:
@@ -874,11 +990,13 @@ def build(
     tiles, in_cluster = math.prod(x.shape[:kept]) // inner * across, plan.blocks > 1
     variant = Variant(spec.operation, out.dtype, x.dtype, kept, plan.at_once, in_cluster)
     shared_bytes = plan.shared_bytes(n, spec.operation, width, ITEMSIZE[variant.accumulate])
-    steps = 0 if spec.one_for_a_row else out.strides[kept], x.strides[kept]
+    beside = [layout for name in variant.beside if (layout := getattr(spec, name)) is not None]
+    steps = 0 if spec.one_for_a_row else out.strides[kept], *(one.strides[kept] for one in (x, *beside))
+    places = [one.strides[:kept] for one in (out, x, *beside[:1])]
     arguments = (
         *(inner, n, across, plan.vectors.bit_length() - 1, plan.parts.bit_length() - 1),
         *(plan.lanes, rounds_of(n), plan.pieces(n), plan.blocks, plan.kept_vectors(n)),
-        *flat((*numbers_of(spec, n), x.shape[:kept], out.strides[:kept], x.strides[:kept], steps)),
+        *flat((*numbers_of(spec, n), x.shape[:kept], *places, steps)),
     )
     with on(gpu):
         aligned = Launch(
@@ -887,10 +1005,11 @@ def build(
     needed = VECTOR_BYTES - 1
 
     def launch(stream: int, out: int, *others: int) -> None:
-        if (others[0] | (0 if spec.one_for_a_row else out)) & needed:
+        vectors = others[0] | others[1] if beside else others[0]
+        if (vectors | (0 if spec.one_for_a_row else out)) & needed:
             otherwise()(stream, out, *others)
             return
         with on(gpu):
-            aligned(stream, out, others[0], *arguments)
+            aligned(stream, out, *others, *arguments)
 
     return launch

@@ -472,6 +472,15 @@ load_global_words = instruction(
 
 
 @functools.cache
+def load_global(dtype: str) -> Function:
+    """A device function load(address, exists): an element of float32 or float64 in global memory, or 0."""
+    bits, register = _register(dtype)
+    zero = f"mov.f{8 * ITEMSIZE[dtype]} $0, 0{register}{0:0{2 * ITEMSIZE[dtype]}};"
+    text = f"{{ .reg .pred p; setp.ne.b32 p, $2, 0; {zero} @p ld.global.{bits} $0, [$1]; }}"
+    return instruction(text, [f"=&{register}", "l", "r"], STORAGE[dtype], types.int64, types.uint32)
+
+
+@functools.cache
 def unpack_words(dtype: str) -> Function:
     """A device function unpack(words, values): to an array, the elements of four words in their accumulate dtype."""
     if dtype == "float64":
