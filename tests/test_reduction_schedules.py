@@ -395,8 +395,8 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
             if 0 < n <= schedules.WEIGHT_ROWS and element != schedules.ANY:
                 weight = schedules.choose_weight_schedule(rows, n, element)
                 assert weight in schedules.weight_schedules(n)
-                assert weight.groups * schedules.WEIGHT_LANES >= min(n, schedules.SUM_LANES)
-                assert 32 <= weight.threads <= schedules.WEIGHT_THREADS and weight.bytes(element) <= 48 * 1024
+                assert weight.groups * schedules.WEIGHT_AT_ONCE >= n and weight.threads % 32 == 0
+                assert weight.bytes(element) <= 48 * 1024
             itemsize = ITEMSIZE.get(element, 8)
             ring = schedules.choose_ring_schedule(rows, n, operation, itemsize, False, gpu) if itemsize <= 4 else None
             if ring is not None:
@@ -434,3 +434,17 @@ def test_long_rows_go_to_the_ring() -> None:
     assert schedules.choose_ring_schedule(8192, 2048, "log_softmax", 2, True, H100) is None
     assert schedules.choose_ring_schedule(4096, 50257, "mean", 2, False, H100) is not None
     assert schedules.choose_ring_schedule(4096, 50264, "mean", 2, True, H100) is None
+
+
+def test_gradients_of_weights_over_few_rows() -> None:
+    """They have a kernel of their own, if the gradient of the result lies as x does and columns share statistics."""
+
+    def how(n: int, grad: tuple[int, int] = (1, 4096), rstd: tuple[int, int] = (0, 1)) -> str:
+        x, shape = Layout("bfloat16", (4096, n), (1, 4096)), (4096, n)
+        sides = {"grad": Layout("bfloat16", shape, grad), "rstd": Layout("float32", shape, rstd)}
+        spec = ReductionSpec("rms_norm_weight_backward", 1, x, Layout("bfloat16", shape[:1], (1,)), **sides)
+        return reductions._choose_columns(reductions._rows_of(spec), spec.operation)
+
+    assert {how(n) for n in (1, 16, 256, 512)} == {schedules.WEIGHT_TILES}
+    others = how(513), how(300, (0, 0)), how(300, (512, 1)), how(300, (1, 4100)), how(300, (1, 4096), (1, 4096))
+    assert set(others) == {schedules.TILES}

@@ -954,10 +954,10 @@ def short_schedule(columns: int, n: int) -> ShortSchedule:
 
 WEIGHT_ROWS = 2 * SUM_LANES
 """Of a batch that has few, at most (weight_tiles.cu)."""
-WEIGHT_THREADS = 512
-"""Of a CTA, at most, of these."""
-WEIGHT_LANES = 4
-"""Of such a thread."""
+WEIGHT_AT_ONCE = 4
+"""Elements of a thread, each of another lane or, of more than SUM_LANES, two of each lane."""
+WEIGHT_THREADS = 1024
+"""Of a CTA, at most."""
 
 
 class WeightSchedule(NamedTuple):
@@ -981,7 +981,7 @@ class WeightSchedule(NamedTuple):
 
 def weight_schedules(n: int) -> list[WeightSchedule]:
     """The schedules for columns of n elements, the narrowest tiles first."""
-    groups = _power_of_two(_ceil(min(max(n, 1), SUM_LANES), WEIGHT_LANES))
+    groups = _power_of_two(_ceil(n, WEIGHT_AT_ONCE))
     found = (WeightSchedule(vectors, groups) for vectors in (1, 2, 4, 8, 16, 32))
     return [one for one in found if 32 <= one.threads <= WEIGHT_THREADS]
 
@@ -990,7 +990,7 @@ def choose_weight_schedule(columns: int, n: int, element: str) -> WeightSchedule
     """Tiles of whole lines, or half as wide where that leaves few."""
     whole = PREFERRED_BYTES_ACROSS // 16
     wanted = whole if columns * ITEMSIZE[element] >= FEW_LINES * PREFERRED_BYTES_ACROSS else whole // 2
-    return min(weight_schedules(n), key=lambda one: (one.vectors < wanted, one.vectors))
+    return min(weight_schedules(n), key=lambda one: abs(one.vectors - wanted))
 
 
 FEW_LINES = 32
@@ -1011,7 +1011,7 @@ def choose_columns(operation: str, columns: int, n: int, element: str, width: in
     if element == ANY:
         return SINGLY
     size = columns * n * ITEMSIZE[element]
-    if operation in WEIGHT_GRADIENTS and fits_weight_tiles and (n <= SUM_LANES or 2 * size < MOST_BYTES):
+    if operation in WEIGHT_GRADIENTS and fits_weight_tiles and (n <= SUM_LANES or size < MOST_BYTES):
         return WEIGHT_TILES
     is_little = n <= SHORT_COLUMNS or size <= MANY_BYTES
     if operation in COLUMN_GRADIENTS:
@@ -1177,9 +1177,8 @@ def weight_kernel(operation: str, element: str) -> Kernel:
         "weight_tiles.cu",
         (
             *(one for one in _typed_macros(operation, element, element) if one[0] != "RESULT"),
-            ("LANES", WEIGHT_LANES),
+            ("AT_ONCE", WEIGHT_AT_ONCE),
             ("THREADS", WEIGHT_THREADS),
-            ("CTAS", 1 if element == "float64" else 2),
         ),
     )
 

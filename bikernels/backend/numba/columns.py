@@ -50,6 +50,7 @@ from .device import (
     int64s,
     larger,
     larger_pair,
+    launch_dependents,
     load_global,
     load_global_words,
     load_words,
@@ -57,6 +58,7 @@ from .device import (
     offset,
     pack_words,
     pointer,
+    prefetch_line,
     rank_in_cluster,
     shared_access,
     shared_address,
@@ -65,6 +67,7 @@ from .device import (
     types,
     unpack_words,
     wait_for_copies,
+    wait_for_predecessors,
     wait_in_cluster,
     writer,
 )
@@ -91,6 +94,9 @@ SHORT, LONG = 2 * SUM_LANES, 32 * SUM_CHUNK
 """Columns up to which sums are kept, too, and from which on a cluster takes long for them."""
 BYTES_PER_US, CLUSTER_US = 3e6, 1.0
 """What a GPU with enough blocks reads, and how much longer blocks of a cluster take, on an H100, roughly."""
+WAIT_US, DOUBLE_CLUSTER_US, HALF_LINE = 0.25, 0.3, 4
+"""Of gradients of weights over few rows: what a thread waits for each lane, how much longer a cluster of twice the
+blocks takes, and vectors of a tile, at least."""
 
 
 class Variant(NamedTuple):
@@ -103,6 +109,8 @@ class Variant(NamedTuple):
     at_once: int
     """Vectors that a thread reads from global memory at a time; 0: they are kept in shared memory."""
     in_cluster: bool
+    overlaps: bool = False
+    """Whether it may be launched before the kernel in front has ended: gradients of weights that read little."""
 
     @property
     def keeps(self) -> bool:
@@ -137,7 +145,7 @@ def variants() -> Iterator[Variant]:
     """Every operation kept in a cluster, if it can be, and read anew by single blocks; the dtypes in turn."""
     dtypes = itertools.cycle([*((one, one) for one in FLOAT_DTYPES), ("float32", "bfloat16")])
     for operation in OPERATIONS_TAKEN:
-        yield Variant(operation, *next(dtypes), 1, _ways(operation)[0], True)
+        yield Variant(operation, *next(dtypes), 1, _ways(operation)[0], True, operation in WEIGHT_GRADIENTS)
         yield Variant(operation, *next(dtypes), 2, _ways(operation)[-1], False)
 
 
@@ -377,6 +385,38 @@ def _sides(variant: Variant) -> Function:
             )
 
     return sides
+
+
+def _overlap(variant: Variant) -> Function:
+    """begin(tile, sides): have the L2 fetch all that the thread reads, and wait for the kernels in front."""
+
+    @device
+    def nothing(tile: Any, sides: Any) -> None:
+        pass
+
+    @device
+    def begin(tile: Any, sides: Any) -> None:
+        launch_dependents()
+        n, step, x, _, _, _, _, lanes, rounds, pieces, rank, blocks, _ = tile
+        grad, grad_step = sides[0], sides[1]
+        piece = rank
+        while piece < pieces:
+            first = _first(tile, piece)
+            lane = types.int32(0)
+            while lane < lanes:
+                i = types.int32(first + lane)
+                done = types.int32(0)
+                while done < rounds:
+                    if i < n:
+                        prefetch_line(x + types.int64(i) * step)
+                        prefetch_line(grad + types.int64(i) * grad_step)
+                    i = types.int32(i + SUM_LANES)
+                    done = types.int32(done + 1)
+                lane = types.int32(lane + 1)
+            piece = types.int32(piece + blocks)
+        wait_for_predecessors()
+
+    return begin if variant.overlaps else nothing
 
 
 @functools.cache
@@ -740,7 +780,7 @@ def _reduce(variant: Variant) -> Function:
     write_number, storage = writer(variant.out, accumulate), STORAGE[variant.out]
     x_bytes, out_bytes = ITEMSIZE[variant.x], ITEMSIZE[variant.out]
     store_count, wait = shared_access("uint32")[1], wait_for_copies(0)
-    sides = _sides(variant)
+    sides, begin = _sides(variant), _overlap(variant)
     place_of, has_outer = _place(variant.kept_dimensions), variant.kept_dimensions > 1
 
     def reduce_columns(addresses: Any, sizes: Any, numbers: Any, kept_shape: Any, kept: Any, step: Any) -> None:
@@ -782,12 +822,14 @@ def _reduce(variant: Variant) -> Function:
         told = types.uint32(shared_sums_next + types.uint32(places * line if two else 0))
         told_next = types.uint32(told + types.uint32(line))
         counts = types.uint32(told_next + types.uint32(line))
+        s, t = cuda.local.array(width, real), cuda.local.array(width, real)
+        beside = sides(addresses, place_of(outer, own_column, kept_shape, kept[last]), step, s)
+        begin(tile, beside)
         if keeps:
             _copy(tile)
         if has_counts:
             for at in range(thread, types.int32(blocks * columns), THREADS):
                 store_count(types.uint32(counts + types.uint32(types.int32(at) * 4)), types.uint32(0))
-        s, t = cuda.local.array(width, real), cuda.local.array(width, real)
         for w in range(width):
             s[w] = real(0)
             t[w] = real(0)
@@ -795,7 +837,6 @@ def _reduce(variant: Variant) -> Function:
             wait()
         if in_cluster:
             wait_in_cluster()  # no block writes to another that has not begun
-        beside = sides(addresses, place_of(outer, own_column, kept_shape, kept[last]), step, s)
         own = first(tile, real(0), beside, numbers, exchange, shared_sums, counts)
         if two:
             tell(own, tile, told, s)
@@ -834,7 +875,8 @@ def kernel(variant: Variant) -> Kernel:
         THREADS,
         blocks,
         older_blocks=2,
-        oldest=FIRST_WITH_CLUSTERS if variant.in_cluster else (8, 0),
+        oldest=FIRST_WITH_CLUSTERS if variant.in_cluster or variant.overlaps else (8, 0),
+        overlaps=variant.overlaps,
     )
 
 
@@ -925,9 +967,15 @@ def choose(
 
     def cost(one: Schedule) -> float:
         detour = abs(math.log2(one.vectors / widest)) + math.log2(one.parts) / 4
-        return us * (1 + detour / 8) * enough / min(blocks_of(one), enough) + (CLUSTER_US if one.blocks > 1 else 0)
+        read = us * (1 + detour / 8) * enough / min(blocks_of(one), enough)
+        if has_gradient and is_short:
+            turns = max(1.0, blocks_of(one) / (2 * multiprocessors))
+            waits = -(-one.pieces(n) // one.blocks) * one.lanes
+            return read + turns * waits * WAIT_US + math.log2(one.blocks) * DOUBLE_CLUSTER_US
+        return read + (CLUSTER_US if one.blocks > 1 else 0)
 
-    best = min((one for one in found if one.at_once == at_once), key=cost, default=None)
+    narrowest = HALF_LINE if has_gradient else 1
+    best = min((one for one in found if one.at_once == at_once and one.vectors >= narrowest), key=cost, default=None)
     return best if best is None or n < LONG or blocks_of(best) >= multiprocessors // 2 else None
 
 
@@ -988,7 +1036,8 @@ def build(
     n, inner, width = x.shape[-1], x.shape[kept - 1], VECTOR_BYTES // ITEMSIZE[x.dtype]
     across = -(-inner // (plan.vectors * width))  # tiles
     tiles, in_cluster = math.prod(x.shape[:kept]) // inner * across, plan.blocks > 1
-    variant = Variant(spec.operation, out.dtype, x.dtype, kept, plan.at_once, in_cluster)
+    overlaps = spec.grad is not None and n <= SHORT and compute_capability(gpu) >= FIRST_WITH_CLUSTERS
+    variant = Variant(spec.operation, out.dtype, x.dtype, kept, plan.at_once, in_cluster, overlaps)
     shared_bytes = plan.shared_bytes(n, spec.operation, width, ITEMSIZE[variant.accumulate])
     beside = [layout for name in variant.beside if (layout := getattr(spec, name)) is not None]
     steps = 0 if spec.one_for_a_row else out.strides[kept], *(one.strides[kept] for one in (x, *beside))

@@ -602,6 +602,14 @@ def store_in_cluster(dtype: str) -> Function:
     return instruction(text, ["r", "r", register, "~{memory}"], types.none, types.uint32, types.uint32, STORAGE[dtype])
 
 
+launch_dependents = instruction("griddepcontrol.launch_dependents;", ["~{memory}"], types.none)
+"""launch_dependents(): let the next kernel of the stream be launched, if it overlaps."""
+wait_for_predecessors = instruction("griddepcontrol.wait;", ["~{memory}"], types.none)
+"""wait_for_predecessors(): until the kernels in front have ended and what they wrote is visible."""
+prefetch_line = instruction("prefetch.global.L2 [$0];", ["l", "~{memory}"], types.none, types.int64)
+"""prefetch_line(address): have the L2 fetch what lies there; it may be done before that wait."""
+
+
 # ------------------------------------------------------------------------------------------------------------- maxima
 
 
