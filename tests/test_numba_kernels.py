@@ -256,7 +256,10 @@ def test_schedules_of_columns_fit(operation: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("dtype", "operation"),
-    [("bfloat16", "log_softmax"), ("float16", "softmax"), ("float32", "var"), ("float64", "mean")],
+    [
+        *(("bfloat16", "log_softmax"), ("float16", "softmax"), ("float32", "var"), ("float64", "mean")),
+        *(("bfloat16", "layer_norm_weight_backward"), ("float32", "rms_norm_weight_backward")),
+    ],
 )
 def test_every_schedule_of_columns_gives_the_same_bits(
     backend: Any, dtype: str, operation: str, rng: np.random.Generator
@@ -267,7 +270,11 @@ def test_every_schedule_of_columns_gives_the_same_bits(
     tried, width = set(), device.VECTOR_BYTES // ITEMSIZE[dtype]
     for n in (2, 33, 300, 2049, 5000, 17000):
         x = np.ascontiguousarray(rows_to_reduce(rng, operation, (40, n), dtype).T)
-        source, results = backend.put(x), []
+        beside = {"grad": draw(rng, x.shape, dtype)} | {
+            name: abs(rng.standard_normal(n)).astype(np.float32) for name in ("mean", "rstd")
+        }
+        operands = [backend.put(array) for array in (x, *(beside[name] for name in formulas.BESIDE.get(operation, ())))]
+        results: list[np.ndarray] = []
         spec = columns_spec(operation, dtype, x.shape)
         shape = (40,) if spec.one_for_a_row else x.shape
         plans = {plan for clusters in (False, True) for plan in columns.schedules(operation, n, width, clusters)}
@@ -277,10 +284,12 @@ def test_every_schedule_of_columns_gives_the_same_bits(
         tried |= {(plan.at_once, plan.blocks > 1) for plan in plans}
         for name, run in {"rows": reduction.prepare_general(spec, gpu), **launches}.items():
             out = backend.put(np.zeros(shape, x.dtype))
-            run(0, out.data.ptr, source.data.ptr)
+            run(0, out.data.ptr, *(operand.data.ptr for operand in operands))
             results.append(backend.get(out))
             assert_same_bits(results[-1], results[0], f"{operation} of {n} elements, {name}")
-    assert len(tried) >= 4 or launch.compute_capability(gpu) < device.FIRST_WITH_CLUSTERS
+    assert (
+        len(tried) == 2 * len(columns._ways(operation)) or launch.compute_capability(gpu) < device.FIRST_WITH_CLUSTERS
+    )
 
 
 def columns_spec(operation: str, dtype: str, shape: tuple[int, int]) -> ReductionSpec:
@@ -288,7 +297,9 @@ def columns_spec(operation: str, dtype: str, shape: tuple[int, int]) -> Reductio
     n, count = shape
     x = Layout(dtype, (count, n), (1, count))
     out = Layout(dtype, (count,), (1,)) if operation in ONE_FOR_A_ROW else x
-    return ReductionSpec(operation, 1, x, out, correction=1.0)
+    of_rows = Layout(ACCUMULATE[dtype], (count, n), (0, 1))
+    beside = {name: x if name == "grad" else of_rows for name in formulas.BESIDE.get(operation, ())}
+    return ReductionSpec(operation, 1, x, out, **beside, correction=1.0)
 
 
 @pytest.mark.gpu

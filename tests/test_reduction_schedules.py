@@ -151,6 +151,10 @@ def forced(case: Case, operation: str, element: str, out_dtype: str, gpu: launch
                     for most in (1, 2):
                         patches = elsewhere | {"choose_tall_schedule": tall, "choose_columns": schedules.TILES}
                         yield f"{tall}, {most}", patches | {"teams": functools.partial(min, most)}
+                if operation in schedules.WEIGHT_GRADIENTS and n <= schedules.WEIGHT_ROWS:
+                    for weight_schedule in schedules.weight_schedules(n):
+                        patches = elsewhere | {"choose_weight_schedule": weight_schedule, "splits_columns": False}
+                        yield str(weight_schedule), patches | {"choose_columns": schedules.WEIGHT_TILES}
             elif (
                 operation in schedules.SINGLE_COLUMN_OPERATIONS
                 and schedules.chunks_of(n) <= schedules.MAX_COLUMN_CHUNKS
@@ -279,6 +283,8 @@ def test_columns_beside_other_gradients(backend: Any, operation: str, dtype: str
             ways["short"] = {"choose_columns": schedules.SHORT, "splits_columns": False}
         elif operation in schedules.TERMS:
             ways["chunks"] = {"splits_columns": lambda name, columns, length, *rest, n=n: length == n}
+        if n <= schedules.WEIGHT_ROWS and operation in schedules.WEIGHT_GRADIENTS:
+            ways["weight tiles"] = {"choose_columns": schedules.WEIGHT_TILES, "splits_columns": False}
         x = rows_to_reduce(rng, operation, (48, n), dtype)
         of_all = case(rng, operation, x, dtype, True)
         of_one = case(rng, operation, x, dtype, True, 1)
@@ -288,6 +294,8 @@ def test_columns_beside_other_gradients(backend: Any, operation: str, dtype: str
                 if name in made.operands:
                     operands[name] = backend.put(np.repeat(made.operands[name], 2, axis=1))[:, ::2]
             for way, patches in ways.items():
+                if way == "weight tiles" and put is along_rows:
+                    continue  # that kernel reads gradients that lie as x does
                 out = put(np.full_like(made.expected["out"], 7))
                 launch_with(backend, operation, made, operands | {"out": out}, patches)
                 message = f"columns of {n}, {put.__name__}, {way}"
@@ -416,6 +424,11 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
             short = schedules.short_schedule(rows, n)
             assert short.groups * schedules.GROUP_LANES >= min(n, schedules.SUM_LANES)
             assert n > schedules.SUM_LANES or short.threads <= schedules.SHORT_THREADS
+            if 0 < n <= schedules.WEIGHT_ROWS and element != schedules.ANY:
+                weight = schedules.choose_weight_schedule(rows, n, element)
+                assert weight in schedules.weight_schedules(n)
+                assert weight.groups * schedules.WEIGHT_AT_ONCE >= n and weight.threads % 32 == 0
+                assert weight.bytes(element) <= 48 * 1024
             itemsize = ITEMSIZE.get(element, 8)
             ring = schedules.choose_ring_schedule(rows, n, operation, itemsize, False, gpu) if itemsize <= 4 else None
             if ring is not None:
@@ -465,3 +478,17 @@ def test_long_rows_go_to_the_ring() -> None:
     assert schedules.choose_ring_schedule(8192, 2048, "log_softmax", 2, True, H100) is None
     assert schedules.choose_ring_schedule(4096, 50257, "mean", 2, False, H100) is not None
     assert schedules.choose_ring_schedule(4096, 50264, "mean", 2, True, H100) is None
+
+
+def test_gradients_of_weights_over_few_rows() -> None:
+    """They have a kernel of their own, if the gradient of the result lies as x does and columns share statistics."""
+
+    def how(n: int, grad: tuple[int, int] = (1, 4096), rstd: tuple[int, int] = (0, 1)) -> str:
+        x, shape = Layout("bfloat16", (4096, n), (1, 4096)), (4096, n)
+        sides = {"grad": Layout("bfloat16", shape, grad), "rstd": Layout("float32", shape, rstd)}
+        spec = ReductionSpec("rms_norm_weight_backward", 1, x, Layout("bfloat16", shape[:1], (1,)), **sides)
+        return reductions._choose_columns(reductions._rows_of(spec), spec.operation)
+
+    assert {how(n) for n in (1, 16, 256, 512)} == {schedules.WEIGHT_TILES}
+    others = how(513), how(300, (0, 0)), how(300, (512, 1)), how(300, (1, 4100)), how(300, (1, 4096), (1, 4096))
+    assert set(others) == {schedules.TILES}

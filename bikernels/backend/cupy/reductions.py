@@ -146,6 +146,22 @@ class _Rows(NamedTuple):
         return width if last == 1 and lines_up else 1
 
     @property
+    def fits_weight_tiles(self) -> bool:
+        """Whether weight_tiles.cu reads and writes such a layout: few elements of a column, a gradient that lies as x
+        does, statistics that columns share, and all of it where 32 bits reach.
+        """
+        if "grad" not in self.operands or not 0 < self.n <= schedules.WEIGHT_ROWS or self.width == 1:
+            return False
+        arrays = [self.operands[name] for name in ("x", "grad", "out")]
+        statistics = [self.operands[name] for name in ("mean", "rstd") if name in self.operands]
+        return (
+            self.number < 2**30
+            and all(one.kept == (1,) for one in arrays)
+            and all(one.kept == (0,) for one in statistics)
+            and all(one.row[0] % self.width == 0 and abs(one.row[0]) * self.n < 2**31 for one in arrays[:2])
+        )
+
+    @property
     def max_column_chunks(self) -> int:
         return schedules.MAX_COLUMN_CHUNKS if self.width == 1 else schedules.MAX_TILE_CHUNKS
 
@@ -317,13 +333,13 @@ def _has_column_kernel(rows: _Rows, operation: str) -> bool:
     """Whether one kernel for columns can compute what is no sum."""
     if operation not in schedules.COLUMN_OPERATIONS or rows.chunks > rows.max_column_chunks:
         return False
-    how = schedules.choose_columns(operation, rows.number, rows.n, rows.element, rows.width)
+    how = _choose_columns(rows, operation)
     return how != schedules.SINGLY or operation in schedules.SINGLE_COLUMN_OPERATIONS
 
 
 def _choose_tall(plan: _Plan, rows: _Rows, operation: str) -> TallSchedule | None:
     """The schedule of tall_variance.cu; None if the operation or the layout has none, or others are better."""
-    if schedules.choose_columns(operation, rows.number, rows.n, rows.element, rows.width) != schedules.TILES:
+    if _choose_columns(rows, operation) != schedules.TILES:
         return None
     chosen = schedules.choose_tall_schedule(rows.number, rows.n, rows.element, operation, plan.gpu)
     return None if chosen is None or _resident_tall(plan, rows, chosen) < chosen.ctas else chosen
@@ -336,9 +352,14 @@ def _resident_tall(plan: _Plan, rows: _Rows, schedule: TallSchedule) -> int:
     return resident_ctas(function, schedules.TALL_THREADS, shared_bytes, 1)
 
 
+def _choose_columns(rows: _Rows, operation: str) -> str:
+    """How columns are taken; see schedules.py."""
+    return schedules.choose_columns(operation, rows.number, rows.n, rows.element, rows.width, rows.fits_weight_tiles)
+
+
 def _choose_spread(plan: _Plan, rows: _Rows, operation: str) -> TileSchedule | None:
     """The schedule of column_tiles.cu whose CTAs meet in global memory; None if there is none, or others are better."""
-    if schedules.choose_columns(operation, rows.number, rows.n, rows.element, rows.width) != schedules.TILES:
+    if _choose_columns(rows, operation) != schedules.TILES:
         return None
     chosen = schedules.choose_spread_schedule(rows.number, rows.n, rows.element, operation, plan.gpu)
     if chosen is not None and _resident_tiles(plan, rows, operation, chosen, rows.n) < chosen.ctas:
@@ -467,11 +488,13 @@ def _long_launch(plan: _Plan, rows: _Rows, operation: str, schedule: LongSchedul
 
 def _column_launch(plan: _Plan, rows: _Rows, operation: str) -> Launch:
     """A launch of a kernel for columns, given the addresses of out, x and its sides."""
-    how = schedules.choose_columns(operation, rows.number, rows.n, rows.element, rows.width)
+    how = _choose_columns(rows, operation)
     if how == schedules.SHORT and rows.has_accumulated_statistics:
         return _short_column_launch(plan, rows, operation)
     if how == schedules.SHORT_TILES:
         return _short_tile_launch(plan, rows, operation)
+    if how == schedules.WEIGHT_TILES:
+        return _weight_launch(plan, rows, operation)
     if how == schedules.TILES:
         return _tile_launch(plan, rows, operation)
     schedule: ColumnSchedule = schedules.choose_column_schedule(rows.number, rows.n, plan.gpu)
@@ -511,6 +534,22 @@ def _short_tile_launch(plan: _Plan, rows: _Rows, operation: str) -> Launch:
         schedules.TILE_THREADS,
         0,
         (rows.parameters(operation), np.int32(vectors.bit_length() - 1), ADDRESS, ADDRESS),
+        overlapping=True,
+    )
+
+
+def _weight_launch(plan: _Plan, rows: _Rows, operation: str) -> Launch:
+    """A launch of weight_tiles.cu, given the addresses of out, x and its sides."""
+    schedule = schedules.choose_weight_schedule(rows.number, rows.n, rows.element)
+    steps = [rows.operands[name].row[0] if name in rows.operands else 0 for name in ("x", *COLUMN_SIDES)]
+    numbers = rows.n, rows.number, schedule.vectors.bit_length() - 1, DTYPE_CODE[rows.out_dtype]
+    return plan.shape(
+        schedules.weight_kernel(operation, rows.element),
+        "sum_weight_tiles",
+        -(-rows.number // (schedule.vectors * rows.width)),
+        schedule.threads,
+        schedule.bytes(rows.element),
+        (*map(np.int32, (*steps, *numbers)), *_addresses(rows, COLUMN_SIDES)),
         overlapping=True,
     )
 

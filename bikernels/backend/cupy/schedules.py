@@ -1032,8 +1032,52 @@ def short_schedule(columns: int, n: int) -> ShortSchedule:
     return ShortSchedule(groups, min(max(32, 256 // groups), SHORT_THREADS // groups, _power_of_two(columns)))
 
 
-SINGLY, TILES, SHORT, SHORT_TILES = "SINGLY", "TILES", "SHORT", "SHORT_TILES"
-"""How columns are taken: by columns.cu, column_tiles.cu, short_columns.cu, short_tiles.cu."""
+WEIGHT_ROWS = 2 * SUM_LANES
+"""Of a batch that has few, at most (weight_tiles.cu)."""
+WEIGHT_AT_ONCE = 4
+"""Elements of a thread, each of another lane or, of more than SUM_LANES, two of each lane."""
+WEIGHT_THREADS = 1024
+"""Of a CTA, at most."""
+
+
+class WeightSchedule(NamedTuple):
+    """How threads share columns of at most WEIGHT_ROWS elements (weight_tiles.cu)."""
+
+    vectors: int
+    """Side by side: threads of a tile."""
+    groups: int
+    """Threads that have the same columns."""
+
+    @property
+    def threads(self) -> int:
+        """Of a CTA."""
+        return self.vectors * self.groups
+
+    def bytes(self, element: str) -> int:
+        """Of shared memory: sums of each warp, where there are several."""
+        warps = self.threads // 32
+        return warps * self.vectors * 16 * ITEMSIZE[ACCUMULATE[element]] // ITEMSIZE[element] if warps > 1 else 0
+
+
+def weight_schedules(n: int) -> list[WeightSchedule]:
+    """The schedules for columns of n elements, the narrowest tiles first."""
+    groups = _power_of_two(_ceil(n, WEIGHT_AT_ONCE))
+    found = (WeightSchedule(vectors, groups) for vectors in (1, 2, 4, 8, 16, 32))
+    return [one for one in found if 32 <= one.threads <= WEIGHT_THREADS]
+
+
+def choose_weight_schedule(columns: int, n: int, element: str) -> WeightSchedule:
+    """Tiles of whole lines, or half as wide where that leaves few."""
+    whole = PREFERRED_BYTES_ACROSS // 16
+    wanted = whole if columns * ITEMSIZE[element] >= FEW_LINES * PREFERRED_BYTES_ACROSS else whole // 2
+    return min(weight_schedules(n), key=lambda one: abs(one.vectors - wanted))
+
+
+FEW_LINES = 32
+"""Of an element of all columns."""
+
+SINGLY, TILES, SHORT, SHORT_TILES, WEIGHT_TILES = "SINGLY", "TILES", "SHORT", "SHORT_TILES", "WEIGHT_TILES"
+"""How columns are taken: by columns.cu, column_tiles.cu, short_columns.cu, short_tiles.cu, weight_tiles.cu."""
 
 SHORT_COLUMNS = 32
 """Elements, up to which columns are a few threads' each, however many there are."""
@@ -1042,11 +1086,14 @@ SHORT_TILE_OPERATIONS = SUMS | VARIANCES
 """Those that short_tiles.cu has."""
 
 
-def choose_columns(operation: str, columns: int, n: int, element: str, width: int) -> str:
+def choose_columns(operation: str, columns: int, n: int, element: str, width: int, fits_weight_tiles: bool) -> str:
     """How columns are taken by operations that have a choice: a few threads' each are quick, but read by elements."""
     if element == ANY:
         return SINGLY
-    is_little = n <= SHORT_COLUMNS or columns * n * ITEMSIZE[element] <= MANY_BYTES
+    size = columns * n * ITEMSIZE[element]
+    if operation in WEIGHT_GRADIENTS and fits_weight_tiles and (n <= SUM_LANES or size < MOST_BYTES):
+        return WEIGHT_TILES
+    is_little = n <= SHORT_COLUMNS or size <= MANY_BYTES
     if operation in COLUMN_GRADIENTS:
         is_little &= n <= 2 * SHORT_COLUMNS
     if n <= SUM_LANES and (width == 1 or is_little):
@@ -1211,6 +1258,18 @@ def _typed_macros(operation: str, element: str, out_dtype: str) -> tuple[tuple[s
     )
 
 
+def weight_kernel(operation: str, element: str) -> Kernel:
+    """The kernel of weight_tiles.cu."""
+    return Kernel(
+        "weight_tiles.cu",
+        (
+            *(one for one in _typed_macros(operation, element, element) if one[0] != "RESULT"),
+            ("AT_ONCE", WEIGHT_AT_ONCE),
+            ("THREADS", WEIGHT_THREADS),
+        ),
+    )
+
+
 def column_chunk_kernel(operation: str, element: str, accumulate: str) -> Kernel:
     """The kernel of column_chunks.cu."""
     return Kernel("column_chunks.cu", (("TERMS", TERMS[operation]), *_column_macros(element, accumulate)))
@@ -1254,6 +1313,8 @@ def reduction_kernels(compute_capability: int) -> Iterator[Kernel]:
                     for way in ways if PASSES[operation] > 1 else ways[:1]:
                         found[tile_kernel(operation, element, out_dtype, way)] = None
                     found[short_kernel(operation, element, out_dtype)] = None
+                if operation in WEIGHT_GRADIENTS:
+                    found[weight_kernel(operation, element)] = None
                 if operation in SHORT_TILE_OPERATIONS:
                     found[short_tile_kernel(operation, element, accumulate)] = None
         for operation in OPERATIONS:

@@ -12,8 +12,9 @@ the rest of a piece, whose sum every block of the cluster gets. The sums of the 
 those of the parts of a chunk are its upper levels, those of the chunks the next level of the tree.
 
 A kernel keeps its pieces in shared memory, where a thread copies its elements at once (cp.async) and alone reads them
-in every pass, or it reads them anew from global memory in each, some vectors of a thread at a time. What is computed of
-an element and of a column is written in `formulas.py`; other layouts are for `reduction.py`.
+in every pass, or it reads them anew from global memory in each, some vectors of a thread at a time. The gradients of
+weights read a second array, the gradient of the result, in the same way, and the statistics of the elements beside it.
+What is computed of an element and of a column is written in `formulas.py`; other layouts are for `reduction.py`.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from ...contract import ACCUMULATE, FLOAT_DTYPES, ITEMSIZE, SUM_CHUNK, SUM_LANES
-from ...specs import ReductionSpec
+from ...specs import Layout, ReductionSpec
 from ...views import Device
 from .. import ReductionLaunch
 from .device import (
     ALL_LANES,
     FIRST_WITH_CLUSTERS,
+    MEMBER,
     MOST_CTAS,
     OPERATIONS,
     STORAGE,
@@ -44,14 +46,19 @@ from .device import (
     copy_async,
     cuda,
     device,
+    folded,
     int64s,
     larger,
     larger_pair,
+    launch_dependents,
+    load_global,
     load_global_words,
     load_words,
+    mapped,
     offset,
     pack_words,
     pointer,
+    prefetch_line,
     rank_in_cluster,
     shared_access,
     shared_address,
@@ -60,16 +67,18 @@ from .device import (
     types,
     unpack_words,
     wait_for_copies,
+    wait_for_predecessors,
     wait_in_cluster,
     writer,
 )
-from .formulas import Formula, formula, numbers_of
+from .formulas import BESIDE, Formula, formula, numbers_of
 from .launch import Kernel, Launch, compute_capability, flat, multiprocessors, on
 from .vectors import MINUS_INFINITY
 
 MAX_COLUMNS = 2**31 // 8
 """So that they and thread blocks are counted in 32 bits."""
-OPERATIONS_TAKEN = ("sum", "mean", "var", "std", "softmax", "log_softmax", "logsumexp")
+WEIGHT_GRADIENTS = ("rms_norm_weight_backward", "layer_norm_weight_backward")
+OPERATIONS_TAKEN = ("sum", "mean", "var", "std", "softmax", "log_softmax", "logsumexp", *WEIGHT_GRADIENTS)
 
 WARPS = 8
 THREADS = WARPS * WARP
@@ -85,6 +94,9 @@ SHORT, LONG = 2 * SUM_LANES, 32 * SUM_CHUNK
 """Columns up to which sums are kept, too, and from which on a cluster takes long for them."""
 BYTES_PER_US, CLUSTER_US = 3e6, 1.0
 """What a GPU with enough blocks reads, and how much longer blocks of a cluster take, on an H100, roughly."""
+WAIT_US, DOUBLE_CLUSTER_US, HALF_LINE = 0.25, 0.3, 4
+"""Of gradients of weights over few rows: what a thread waits for each lane, how much longer a cluster of twice the
+blocks takes, and vectors of a tile, at least."""
 
 
 class Variant(NamedTuple):
@@ -97,6 +109,8 @@ class Variant(NamedTuple):
     at_once: int
     """Vectors that a thread reads from global memory at a time; 0: they are kept in shared memory."""
     in_cluster: bool
+    overlaps: bool = False
+    """Whether it may be launched before the kernel in front has ended: gradients of weights that read little."""
 
     @property
     def keeps(self) -> bool:
@@ -115,21 +129,30 @@ class Variant(NamedTuple):
         return any(one.counts for one in self.formula.passes)
 
     @property
+    def beside(self) -> tuple[str, ...]:
+        """The operands beside x: the gradient of the result, which lies as x does, and numbers of each element that all
+        columns share.
+        """
+        return BESIDE.get(self.operation, ())
+
+    @property
     def width(self) -> int:
         """Columns of a vector."""
         return VECTOR_BYTES // ITEMSIZE[self.x]
 
 
 def variants() -> Iterator[Variant]:
-    """Every operation kept in a cluster, and read anew by single blocks; the dtypes in turn."""
+    """Every operation kept in a cluster, if it can be, and read anew by single blocks; the dtypes in turn."""
     dtypes = itertools.cycle([*((one, one) for one in FLOAT_DTYPES), ("float32", "bfloat16")])
     for operation in OPERATIONS_TAKEN:
-        yield Variant(operation, *next(dtypes), 1, 0, True)
+        yield Variant(operation, *next(dtypes), 1, _ways(operation)[0], True, operation in WEIGHT_GRADIENTS)
         yield Variant(operation, *next(dtypes), 2, _ways(operation)[-1], False)
 
 
 def _ways(operation: str) -> tuple[int, ...]:
     """Vectors that an operation may read at a time; see `Variant`."""
+    if operation in WEIGHT_GRADIENTS:  # of two arrays
+        return (ROUNDS // 2,)
     # Exponentials of more vectors at a time would be much code.
     counts = any(one.counts for one in formula(operation, "float32").passes)
     return (0, ROUNDS // 4) if counts else (0, ROUNDS // 2, ROUNDS)
@@ -278,6 +301,122 @@ def _visit(at_once: int, work: Function) -> Function:
             return kept
 
     return visit
+
+
+def _visit_beside(variant: Variant) -> Function:
+    """visit(tile, first, kept, lane, sides, unused): add the terms of a lane's elements, of x and what is beside it.
+    What does not exist reads as zeros, and so is its term.
+    """
+    at_once, width, accumulate = variant.at_once, variant.width, variant.accumulate
+    real, add = OPERATIONS[accumulate].type, OPERATIONS[accumulate].add
+    term, unpack, load_number = variant.formula.passes[0].term, unpack_words(variant.x), load_global(accumulate)
+    centred = "mean" in variant.beside
+    assert term is not None
+
+    @device
+    def words_of(more: Any, j: Any) -> Any:
+        first, step, i, n = more
+        at = types.int32(i + j * SUM_LANES)
+        return load_global_words(first + types.int64(at) * step, types.uint32(at < n))
+
+    @device
+    def number_of(more: Any, j: Any) -> Any:
+        first, step, i, n = more
+        at = types.int32(i + j * SUM_LANES)
+        return load_number(first + types.int64(at) * step, types.uint32(at < n))
+
+    @device
+    def add_term(state: Any, lane: Any, j: Any, words: Any, grad_words: Any, m: Any, r: Any) -> Any:
+        values, gradients = cuda.local.array(width, real), cuda.local.array(width, real)
+        unpack(words, values)
+        unpack(grad_words, gradients)
+        zero = real(0)
+        for w in range(width):
+            lane[w] = add(lane[w], term(values[w], gradients[w], zero, zero, m, r, zero))
+        return state
+
+    all_words, numbers = mapped(words_of, count=at_once), mapped(number_of, count=at_once)
+    add_terms = folded(add_term, 4, 4, MEMBER, MEMBER)
+
+    @device
+    def visit(tile: Any, first: Any, kept: Any, lane: Any, sides: Any, unused: Any) -> Any:
+        n, step, x, rounds = tile[0], tile[1], tile[2], tile[8]
+        grad, grad_step, mean, mean_step, rstd, rstd_step = sides
+        i = first
+        done = types.int32(0)
+        while done < rounds:
+            words = all_words((x, step, i, n))
+            grad_words = all_words((grad, grad_step, i, n))
+            r = numbers((rstd, rstd_step, i, n))
+            m = numbers((mean, mean_step, i, n)) if centred else r
+            add_terms(types.int32(0), lane, words, grad_words, m, r)
+            i = types.int32(i + at_once * SUM_LANES)
+            done = types.int32(done + at_once)
+        return kept
+
+    return visit
+
+
+def _sides(variant: Variant) -> Function:
+    """sides(addresses, place, steps, s): what the first pass is given beside x, or the array s: of the gradient, the
+    mean and the reciprocal root the addresses of the first elements of this thread and the bytes to the next; `place`
+    is where its columns begin.
+    """
+    x_bytes, bytes_of_number = ITEMSIZE[variant.x], ITEMSIZE[variant.accumulate]
+    if not variant.beside:
+
+        @device
+        def sides(addresses: Any, place: Any, steps: Any, s: Any) -> Any:
+            return s
+
+    else:
+        mean = 3 if "mean" in variant.beside else 2
+        rstd = len(variant.beside) + 1
+
+        @device
+        def sides(addresses: Any, place: Any, steps: Any, s: Any) -> Any:
+            return (
+                addresses[2] + place * x_bytes,
+                types.int64(types.int32(steps[2] * x_bytes)),
+                addresses[mean],
+                types.int64(types.int32(steps[mean] * bytes_of_number)),
+                addresses[rstd],
+                types.int64(types.int32(steps[rstd] * bytes_of_number)),
+            )
+
+    return sides
+
+
+def _overlap(variant: Variant) -> Function:
+    """begin(tile, sides): have the L2 fetch all that the thread reads, and wait for the kernels in front."""
+
+    @device
+    def nothing(tile: Any, sides: Any) -> None:
+        pass
+
+    @device
+    def begin(tile: Any, sides: Any) -> None:
+        launch_dependents()
+        n, step, x, _, _, _, _, lanes, rounds, pieces, rank, blocks, _ = tile
+        grad, grad_step = sides[0], sides[1]
+        piece = rank
+        while piece < pieces:
+            first = _first(tile, piece)
+            lane = types.int32(0)
+            while lane < lanes:
+                i = types.int32(first + lane)
+                done = types.int32(0)
+                while done < rounds:
+                    if i < n:
+                        prefetch_line(x + types.int64(i) * step)
+                        prefetch_line(grad + types.int64(i) * grad_step)
+                    i = types.int32(i + SUM_LANES)
+                    done = types.int32(done + 1)
+                lane = types.int32(lane + 1)
+            piece = types.int32(piece + blocks)
+        wait_for_predecessors()
+
+    return begin if variant.overlaps else nothing
 
 
 @functools.cache
@@ -439,7 +578,8 @@ def _sum(variant: Variant, number: int) -> Function:
             lane[w] = add(lane[w], value)
 
     levels, pairs = max_lanes(width).bit_length() - 1, width // 2
-    visit, push, stack = _visit(variant.at_once, work), _push(accumulate, width, 0, levels), levels * width
+    visit = _visit_beside(variant) if variant.beside else _visit(variant.at_once, work)
+    push, stack = _push(accumulate, width, 0, levels), levels * width
 
     @device
     def total(tile: Any, s: Any, exchange: Any, sums: Any, counts: Any) -> Any:
@@ -634,11 +774,13 @@ def _reduce(variant: Variant) -> Function:
     real, size = OPERATIONS[accumulate].type, ITEMSIZE[accumulate]
     first, second, tell = _step(variant, 0), _step(variant, 1), _tell(accumulate, width)
     keeps, in_cluster = variant.keeps, variant.in_cluster
+    last = 2 if variant.beside else 1  # of out, x and the gradient, what columns have places in
     two, has_counts, writes_rows = len(plan.passes) == 2, variant.has_counts, plan.element is not None
     results = _results(variant) if writes_rows else _no_results
     write_number, storage = writer(variant.out, accumulate), STORAGE[variant.out]
     x_bytes, out_bytes = ITEMSIZE[variant.x], ITEMSIZE[variant.out]
     store_count, wait = shared_access("uint32")[1], wait_for_copies(0)
+    sides, begin = _sides(variant), _overlap(variant)
     place_of, has_outer = _place(variant.kept_dimensions), variant.kept_dimensions > 1
 
     def reduce_columns(addresses: Any, sizes: Any, numbers: Any, kept_shape: Any, kept: Any, step: Any) -> None:
@@ -680,12 +822,14 @@ def _reduce(variant: Variant) -> Function:
         told = types.uint32(shared_sums_next + types.uint32(places * line if two else 0))
         told_next = types.uint32(told + types.uint32(line))
         counts = types.uint32(told_next + types.uint32(line))
+        s, t = cuda.local.array(width, real), cuda.local.array(width, real)
+        beside = sides(addresses, place_of(outer, own_column, kept_shape, kept[last]), step, s)
+        begin(tile, beside)
         if keeps:
             _copy(tile)
         if has_counts:
             for at in range(thread, types.int32(blocks * columns), THREADS):
                 store_count(types.uint32(counts + types.uint32(types.int32(at) * 4)), types.uint32(0))
-        s, t = cuda.local.array(width, real), cuda.local.array(width, real)
         for w in range(width):
             s[w] = real(0)
             t[w] = real(0)
@@ -693,7 +837,7 @@ def _reduce(variant: Variant) -> Function:
             wait()
         if in_cluster:
             wait_in_cluster()  # no block writes to another that has not begun
-        own = first(tile, real(0), s, numbers, exchange, shared_sums, counts)
+        own = first(tile, real(0), beside, numbers, exchange, shared_sums, counts)
         if two:
             tell(own, tile, told, s)
             own = second(tile, own, s, numbers, exchange, shared_sums_next, counts)
@@ -711,18 +855,18 @@ def _reduce(variant: Variant) -> Function:
 @functools.cache
 def kernel(variant: Variant) -> Kernel:
     """The kernel of a variant, not compiled yet."""
-    kept = int64s(variant.kept_dimensions)
+    kept, operands = int64s(variant.kept_dimensions), 2 + len(variant.beside)
     signature = types.void(
-        int64s(2),  # addresses
+        int64s(operands),  # addresses
         int64s(10),  # see `build`
         types.UniTuple(types.float64, 3),  # what divides the sums of both passes, eps
         kept,  # the columns' shape and strides
-        types.UniTuple(kept, 2),
-        int64s(2),  # from an element of a column to the next one
+        types.UniTuple(kept, 3 if variant.beside else 2),  # of out, x and the gradient
+        int64s(operands),  # from an element of a column to the next one
     )
     # So that no register spills; and of those that need few, more have room than their elements in shared memory.
     is_long = variant.at_once == ROUNDS and (variant.width == 8 or len(variant.formula.passes) > 1)
-    is_long |= variant.has_counts and not variant.keeps
+    is_long |= (variant.has_counts and not variant.keeps) or bool(variant.beside)
     is_small = variant.keeps and variant.width < 8 and not variant.in_cluster
     blocks = 2 if is_long or variant.accumulate == "float64" else BLOCKS + is_small
     return Kernel(
@@ -731,7 +875,8 @@ def kernel(variant: Variant) -> Kernel:
         THREADS,
         blocks,
         older_blocks=2,
-        oldest=FIRST_WITH_CLUSTERS if variant.in_cluster else (8, 0),
+        oldest=FIRST_WITH_CLUSTERS if variant.in_cluster or variant.overlaps else (8, 0),
+        overlaps=variant.overlaps,
     )
 
 
@@ -806,23 +951,31 @@ def choose(
     """
     found = list(schedules(operation, n, width, clusters))
     is_short, has_kept = n <= SHORT, any(one.at_once == 0 for one in found)
+    has_gradient = operation in WEIGHT_GRADIENTS
     if len(formula(operation, "float32").passes) == 1 and not is_short:
         at_once = ROUNDS // 2  # more take registers that other blocks make more of
     else:
         at_once = 0 if has_kept else max((one.at_once for one in found), default=0)
     # Wide enough for whole lines, and for a thread to have some lanes.
     widest = 4 if at_once == 0 and not is_short else max(8, min(32, 4 * THREADS >> (n - 1).bit_length()))
-    enough = 3 * multiprocessors // 2
-    us = arrays * vectors * n * VECTOR_BYTES / BYTES_PER_US
+    # Of two arrays, a block of a multiprocessor has enough on its way.
+    enough = 9 * multiprocessors // 10 if has_gradient else 3 * multiprocessors // 2
+    us = (2 if has_gradient else 1) * arrays * vectors * n * VECTOR_BYTES / BYTES_PER_US
 
     def blocks_of(one: Schedule) -> int:
         return arrays * -(-vectors // one.vectors) * one.blocks
 
     def cost(one: Schedule) -> float:
         detour = abs(math.log2(one.vectors / widest)) + math.log2(one.parts) / 4
-        return us * (1 + detour / 8) * enough / min(blocks_of(one), enough) + (CLUSTER_US if one.blocks > 1 else 0)
+        read = us * (1 + detour / 8) * enough / min(blocks_of(one), enough)
+        if has_gradient and is_short:
+            turns = max(1.0, blocks_of(one) / (2 * multiprocessors))
+            waits = -(-one.pieces(n) // one.blocks) * one.lanes
+            return read + turns * waits * WAIT_US + math.log2(one.blocks) * DOUBLE_CLUSTER_US
+        return read + (CLUSTER_US if one.blocks > 1 else 0)
 
-    best = min((one for one in found if one.at_once == at_once), key=cost, default=None)
+    narrowest = HALF_LINE if has_gradient else 1
+    best = min((one for one in found if one.at_once == at_once and one.vectors >= narrowest), key=cost, default=None)
     return best if best is None or n < LONG or blocks_of(best) >= multiprocessors // 2 else None
 
 
@@ -835,6 +988,11 @@ def takes(spec: ReductionSpec) -> bool:
         return False
     width = VECTOR_BYTES // ITEMSIZE[x.dtype]
     layouts = [(x, width)]
+    if spec.grad is not None:
+        statistics = [one for one in (spec.mean, spec.rstd) if one is not None]
+        if spec.grad.dtype != x.dtype or not all(_is_shared(one, ACCUMULATE[x.dtype]) for one in statistics):
+            return False
+        layouts.append((spec.grad, width))
     if not spec.one_for_a_row:
         layouts.append((out, VECTOR_BYTES // ITEMSIZE[out.dtype]))
     return (
@@ -848,6 +1006,12 @@ def takes(spec: ReductionSpec) -> bool:
             for one, whole in layouts
         )
     )
+
+
+def _is_shared(statistic: Layout, dtype: str) -> bool:
+    """Whether all columns have the same numbers of this dtype, which 32 bits reach."""
+    *kept, step = statistic.strides
+    return statistic.dtype == dtype and not any(kept) and abs(step * ITEMSIZE[dtype]) < 2**31
 
 
 def prepare(spec: ReductionSpec, gpu: Device, otherwise: Callable[[], ReductionLaunch]) -> ReductionLaunch | None:
@@ -872,13 +1036,16 @@ def build(
     n, inner, width = x.shape[-1], x.shape[kept - 1], VECTOR_BYTES // ITEMSIZE[x.dtype]
     across = -(-inner // (plan.vectors * width))  # tiles
     tiles, in_cluster = math.prod(x.shape[:kept]) // inner * across, plan.blocks > 1
-    variant = Variant(spec.operation, out.dtype, x.dtype, kept, plan.at_once, in_cluster)
+    overlaps = spec.grad is not None and n <= SHORT and compute_capability(gpu) >= FIRST_WITH_CLUSTERS
+    variant = Variant(spec.operation, out.dtype, x.dtype, kept, plan.at_once, in_cluster, overlaps)
     shared_bytes = plan.shared_bytes(n, spec.operation, width, ITEMSIZE[variant.accumulate])
-    steps = 0 if spec.one_for_a_row else out.strides[kept], x.strides[kept]
+    beside = [layout for name in variant.beside if (layout := getattr(spec, name)) is not None]
+    steps = 0 if spec.one_for_a_row else out.strides[kept], *(one.strides[kept] for one in (x, *beside))
+    places = [one.strides[:kept] for one in (out, x, *beside[:1])]
     arguments = (
         *(inner, n, across, plan.vectors.bit_length() - 1, plan.parts.bit_length() - 1),
         *(plan.lanes, rounds_of(n), plan.pieces(n), plan.blocks, plan.kept_vectors(n)),
-        *flat((*numbers_of(spec, n), x.shape[:kept], out.strides[:kept], x.strides[:kept], steps)),
+        *flat((*numbers_of(spec, n), x.shape[:kept], *places, steps)),
     )
     with on(gpu):
         aligned = Launch(
@@ -887,10 +1054,11 @@ def build(
     needed = VECTOR_BYTES - 1
 
     def launch(stream: int, out: int, *others: int) -> None:
-        if (others[0] | (0 if spec.one_for_a_row else out)) & needed:
+        vectors = others[0] | others[1] if beside else others[0]
+        if (vectors | (0 if spec.one_for_a_row else out)) & needed:
             otherwise()(stream, out, *others)
             return
         with on(gpu):
-            aligned(stream, out, others[0], *arguments)
+            aligned(stream, out, *others, *arguments)
 
     return launch

@@ -472,6 +472,15 @@ load_global_words = instruction(
 
 
 @functools.cache
+def load_global(dtype: str) -> Function:
+    """A device function load(address, exists): an element of float32 or float64 in global memory, or 0."""
+    bits, register = _register(dtype)
+    zero = f"mov.f{8 * ITEMSIZE[dtype]} $0, 0{register}{0:0{2 * ITEMSIZE[dtype]}};"
+    text = f"{{ .reg .pred p; setp.ne.b32 p, $2, 0; {zero} @p ld.global.{bits} $0, [$1]; }}"
+    return instruction(text, [f"=&{register}", "l", "r"], STORAGE[dtype], types.int64, types.uint32)
+
+
+@functools.cache
 def unpack_words(dtype: str) -> Function:
     """A device function unpack(words, values): to an array, the elements of four words in their accumulate dtype."""
     if dtype == "float64":
@@ -591,6 +600,14 @@ def store_in_cluster(dtype: str) -> Function:
     bits, register = _register(dtype)
     text = f"{{ .reg .b32 a; mapa.shared::cluster.u32 a, $0, $1; st.shared::cluster.{bits} [a], $2; }}"
     return instruction(text, ["r", "r", register, "~{memory}"], types.none, types.uint32, types.uint32, STORAGE[dtype])
+
+
+launch_dependents = instruction("griddepcontrol.launch_dependents;", ["~{memory}"], types.none)
+"""launch_dependents(): let the next kernel of the stream be launched, if it overlaps."""
+wait_for_predecessors = instruction("griddepcontrol.wait;", ["~{memory}"], types.none)
+"""wait_for_predecessors(): until the kernels in front have ended and what they wrote is visible."""
+prefetch_line = instruction("prefetch.global.L2 [$0];", ["l", "~{memory}"], types.none, types.int64)
+"""prefetch_line(address): have the L2 fetch what lies there; it may be done before that wait."""
 
 
 # ------------------------------------------------------------------------------------------------------------- maxima

@@ -42,11 +42,14 @@ from .device import (
     instruction,
     int64s,
     larger,
+    launch_dependents,
     mapped,
     pointer,
+    prefetch_line,
     shared_address,
     store_in_cluster,
     types,
+    wait_for_predecessors,
     writer,
 )
 from .formulas import BESIDE, OPERANDS, Formula, Pass, formula, numbers_of
@@ -657,18 +660,14 @@ def _threads_of_a_multiprocessor(variant: Variant) -> int:
     return MORE_THREADS if variant.lanes > LANES or held * (1 + sides) > HELD else MOST_THREADS
 
 
-_launch_dependents = instruction("griddepcontrol.launch_dependents;", ["~{memory}"], types.none)
-_wait_for_predecessors = instruction("griddepcontrol.wait;", ["~{memory}"], types.none)
-
-
 def _overlap(variant: Variant) -> tuple[Function, Function]:
-    """Let the next kernel be launched; wait until those in front have ended and what they wrote is visible."""
+    """`launch_dependents` and `wait_for_predecessors`, where kernels overlap."""
 
     @device
     def nothing() -> None:
         pass
 
-    return (_launch_dependents, _wait_for_predecessors) if variant.overlaps else (nothing, nothing)
+    return (launch_dependents, wait_for_predecessors) if variant.overlaps else (nothing, nothing)
 
 
 def _place(variant: Variant) -> Function:
@@ -695,7 +694,6 @@ def _place(variant: Variant) -> Function:
 
 LINE = 128
 """Bytes that the L2 fetches at a time."""
-_prefetch_line = instruction("prefetch.global.L2 [$0];", ["l", "~{memory}"], types.none, types.int64)
 
 
 def _prefetch(variant: Variant) -> Function:
@@ -714,7 +712,7 @@ def _prefetch(variant: Variant) -> Function:
             for i in range(lines):
                 at = types.int32(types.int32(thread + types.int32(i * threads)) * types.int32(LINE))
                 if at < types.int32(sizes[1]) * types.int32(itemsize):
-                    _prefetch_line(x + later * step * types.int64(itemsize) + types.int64(at))
+                    prefetch_line(x + later * step * types.int64(itemsize) + types.int64(at))
 
     return prefetch if ahead and lines else nothing
 
