@@ -327,6 +327,8 @@ def _spread_widths(operation: str, n: int, element: str) -> tuple[int, ...]:
     if element == "float64":
         return (4, 2) if operation in EXPONENTIALS and n > SUM_CHUNK * 4 else (2,)
     if operation in REGISTER_BACKWARD:  # which has more operands
+        if operation in SOFTMAX_GRADIENTS and ITEMSIZE[element] == 2 and n <= SUM_CHUNK * 2:
+            return (4, 2)
         return (4,) if ITEMSIZE[element] == 2 or n > SUM_CHUNK * 4 else (2,)
     if operation in REGISTER_NORMS and ITEMSIZE[element] == 2:
         return (8, 2) if n <= SUM_CHUNK * 4 else (8,)
@@ -334,14 +336,15 @@ def _spread_widths(operation: str, n: int, element: str) -> tuple[int, ...]:
 
 
 def choose_register_schedule(operation: str, rows: int, n: int, element: str, device: GPU) -> RegisterSchedule | None:
-    """The schedule of the fewest threads of a row that fill the GPU, else of the most; None for long rows, and for few
-    of those that are nearly as long.
+    """The schedule of the fewest threads of a row that fill the GPU (of gradients, half of it), else of the most; None
+    for long rows, and for few of those that are nearly as long.
     """
     if device.compute_capability < FIRST_WITH_PAIRS or n == 0:
         return None
     found = register_schedules(operation, n, element)
+    enough = THREADS_OF_A_MULTIPROCESSOR * device.multiprocessors // (2 if operation in REGISTER_BACKWARD else 1)
     for one in found:
-        if rows * one.threads >= THREADS_OF_A_MULTIPROCESSOR * device.multiprocessors * one.rows:
+        if rows * one.threads >= enough * one.rows:
             return one
     if not found or _is_nearly_long(operation, n, element):  # of few such rows, a cluster has more on its way
         return None

@@ -24,6 +24,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     clear_absent_warps(sums);
     const X* const from = static_cast<const X*>(x) + row * x_step;
     const X* const from_grad = static_cast<const X*>(grad) + row * grad_step;
+    prefetch_row(from, place, n);
+    prefetch_row(from_grad, place, n);
     wait_for_predecessors();
 
     if constexpr (!IS_NORM && !SPREAD && STEPS == 1) {
