@@ -174,7 +174,7 @@ def forced(case: Case, operation: str, element: str, out_dtype: str, gpu: launch
             # Where the layout does not allow them, another kernel is taken.
             for register_schedule in schedules.register_schedules(operation, n, element):
                 yield str(register_schedule), {"choose_register_schedule": register_schedule}
-        for long_schedule in schedules.long_schedules(operation, n, element, gpu):
+        for long_schedule in [] if case.in_columns else schedules.long_schedules(operation, n, element, gpu):
             for teams in (1, count):  # one that takes row after row, or one for each
                 patches = no_registers | {"choose_long_schedule": long_schedule, "teams": teams}
                 yield f"{long_schedule}, {teams}", patches
@@ -400,10 +400,11 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
                     assert 32 % held.lanes == 0 and held.threads <= 512
                 long = schedules.choose_long_schedule(operation, rows, n, element, gpu)
                 if long is not None:
-                    assert gpu is H100 and long.bytes(n, element) <= gpu.shared_bytes
-                    assert long.warps <= schedules.LONG_WARPS[element] and long.ctas <= schedules.MOST_CTAS
-                    chunks = long.warps // schedules.LONG_PARTS[element] * long.ctas
-                    assert chunks * schedules.SUM_CHUNK >= n and schedules.long_bits(n) <= 3 - (element == "float64")
+                    parts = schedules.long_parts(operation, element)
+                    assert gpu is H100 and long.bytes(operation, n, element) <= gpu.shared_bytes
+                    assert long.warps <= schedules.long_warps(operation, element) and long.ctas <= schedules.MOST_CTAS
+                    chunks = long.warps // parts * long.ctas
+                    assert chunks * schedules.SUM_CHUNK >= n and schedules.long_bits(n) <= 3 - (parts > 1)
             is_short = 0 < n <= schedules.MAX_TILE_CHUNKS * schedules.SUM_CHUNK
             if is_short and element != schedules.ANY and operation in schedules.PASSES:
                 tiles = schedules.choose_tile_schedule(rows, n, element, operation, gpu)
@@ -492,3 +493,14 @@ def test_gradients_of_weights_over_few_rows() -> None:
     assert {how(n) for n in (1, 16, 256, 512)} == {schedules.WEIGHT_TILES}
     others = how(513), how(300, (0, 0)), how(300, (512, 1)), how(300, (1, 4100)), how(300, (1, 4096), (1, 4096))
     assert set(others) == {schedules.TILES}
+
+
+def test_gradients_of_long_rows_are_read_once() -> None:
+    """By as few CTAs as fill the GPU, or by many if rows are few."""
+    choose = schedules.choose_long_schedule
+    for operation in schedules.REGISTER_BACKWARD:
+        many, few = (choose(operation, rows, 65536, "float32", H100) for rows in (4096, 1))
+        assert many is not None and few is not None and 1 < many.ctas < few.ctas
+        largest = choose(operation, 256, 262_144, "float32", H100)
+        assert largest is not None and largest.ctas > launch.PORTABLE_CTAS
+        assert choose(operation, 4096, 65536, "float32", A100) is None

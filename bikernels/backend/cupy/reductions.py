@@ -313,7 +313,7 @@ def _choose_registers(plan: _Plan, rows: _Rows, operation: str) -> RegisterSched
 
 
 def _choose_long(plan: _Plan, rows: _Rows, operation: str) -> LongSchedule | None:
-    """The schedule of long_variance.cu; None if the operation or the layout has none."""
+    """The schedule that reads a long row once; None if the operation or the layout has none."""
     if not rows.fits_registers:
         return None
     chosen = schedules.choose_long_schedule(operation, rows.number, rows.n, rows.element, plan.gpu)
@@ -322,10 +322,16 @@ def _choose_long(plan: _Plan, rows: _Rows, operation: str) -> LongSchedule | Non
     return chosen
 
 
+def _long_name(operation: str) -> str:
+    """Of the function."""
+    return "differentiate_long_rows" if operation in schedules.REGISTER_BACKWARD else "reduce_long_rows"
+
+
 def _resident_long(plan: _Plan, rows: _Rows, operation: str, schedule: LongSchedule) -> int:
     """CTAs that the GPU holds at a time."""
-    kernel, shared_bytes = schedules.long_kernel(operation, rows.element), schedule.bytes(rows.n, rows.element)
-    function = load(kernel, "reduce_long_rows", plan.index, shared_bytes, schedule.ctas)
+    kernel = schedules.long_kernel(operation, rows.element)
+    shared_bytes = schedule.bytes(operation, rows.n, rows.element)
+    function = load(kernel, _long_name(operation), plan.index, shared_bytes, schedule.ctas)
     return resident_ctas(function, schedule.threads, shared_bytes, schedule.ctas)
 
 
@@ -453,8 +459,7 @@ def _register_launch(plan: _Plan, rows: _Rows, operation: str, schedule: Registe
         name, sides = "normalise_rows", ("weight", "bias", "mean", "rstd")
         arguments = (*_steps(rows, "x", "out", "mean", "rstd"), divisor, eps, *shape, is_root, *_addresses(rows, sides))
     elif operation in schedules.REGISTER_BACKWARD:
-        name, sides = "differentiate_rows", ("grad", "weight", "mean", "rstd")
-        arguments = (*_steps(rows, "x", "out", "grad", "mean", "rstd"), divisor, *shape, *_addresses(rows, sides))
+        name, arguments = "differentiate_rows", _gradient_arguments(rows, shape)
     else:
         name = "reduce_rows"
         arguments = (*_steps(rows, "x", "out"), divisor, *shape, *_addresses(rows, ()))
@@ -470,20 +475,32 @@ def _register_launch(plan: _Plan, rows: _Rows, operation: str, schedule: Registe
 
 
 def _long_launch(plan: _Plan, rows: _Rows, operation: str, schedule: LongSchedule) -> Launch:
-    """A launch of long_variance.cu, given the addresses of out and x."""
+    """A launch of long_variance.cu or long_backward.cu, given the addresses of out, x and its sides."""
     resident = _resident_long(plan, rows, operation, schedule)
-    counts = rows.n, schedules.long_bits(rows.n), operation == "std"
-    numbers = np.dtype(rows.accumulate).type(rows.divisor), *map(np.int32, counts)
+    divisor = np.dtype(rows.accumulate).type(rows.divisor)
+    shape = np.int32(rows.n), np.int32(schedules.long_bits(rows.n))
+    arguments: tuple[Argument, ...]
+    if operation in schedules.REGISTER_BACKWARD:
+        arguments = _gradient_arguments(rows, shape)
+    else:
+        arguments = (*_steps(rows, "x", "out"), divisor, *shape, np.int32(operation == "std"), *_addresses(rows, ()))
     return plan.shape(
         schedules.long_kernel(operation, rows.element),
-        "reduce_long_rows",
+        _long_name(operation),
         schedules.teams(rows.number, resident // schedule.ctas) * schedule.ctas,
         schedule.threads,
-        schedule.bytes(rows.n, rows.element),
-        (np.int64(rows.number), *_steps(rows, "x", "out"), *numbers, *_addresses(rows, ())),
+        schedule.bytes(operation, rows.n, rows.element),
+        (np.int64(rows.number), *arguments),
         cluster=schedule.ctas,
         overlapping=True,
     )
+
+
+def _gradient_arguments(rows: _Rows, shape: tuple[np.int32, np.int32]) -> tuple[Argument, ...]:
+    """Those of the kernels for the gradients of rows that are read once, behind the number of rows."""
+    steps, sides = ("x", "out", "grad", "mean", "rstd"), ("grad", "weight", "mean", "rstd")
+    divisor = np.dtype(rows.accumulate).type(rows.divisor)
+    return (*_steps(rows, *steps), divisor, *shape, *_addresses(rows, sides))
 
 
 def _column_launch(plan: _Plan, rows: _Rows, operation: str) -> Launch:

@@ -327,6 +327,8 @@ def _spread_widths(operation: str, n: int, element: str) -> tuple[int, ...]:
     if element == "float64":
         return (4, 2) if operation in EXPONENTIALS and n > SUM_CHUNK * 4 else (2,)
     if operation in REGISTER_BACKWARD:  # which has more operands
+        if operation in SOFTMAX_GRADIENTS and ITEMSIZE[element] == 2 and n <= SUM_CHUNK * 2:
+            return (4, 2)
         return (4,) if ITEMSIZE[element] == 2 or n > SUM_CHUNK * 4 else (2,)
     if operation in REGISTER_NORMS and ITEMSIZE[element] == 2:
         return (8, 2) if n <= SUM_CHUNK * 4 else (8,)
@@ -334,30 +336,43 @@ def _spread_widths(operation: str, n: int, element: str) -> tuple[int, ...]:
 
 
 def choose_register_schedule(operation: str, rows: int, n: int, element: str, device: GPU) -> RegisterSchedule | None:
-    """The schedule of the fewest threads of a row that fill the GPU, else of the most; None for long rows, and for few
-    of those that are nearly as long.
+    """The schedule of the fewest threads of a row that fill the GPU (of gradients, half of it), else of the most; None
+    for long rows, and for few of those that are nearly as long.
     """
     if device.compute_capability < FIRST_WITH_PAIRS or n == 0:
         return None
     found = register_schedules(operation, n, element)
+    enough = THREADS_OF_A_MULTIPROCESSOR * device.multiprocessors // (2 if operation in REGISTER_BACKWARD else 1)
     for one in found:
-        if rows * one.threads >= THREADS_OF_A_MULTIPROCESSOR * device.multiprocessors * one.rows:
+        if rows * one.threads >= enough * one.rows:
             return one
     if not found or _is_nearly_long(operation, n, element):  # of few such rows, a cluster has more on its way
         return None
     return found[-1]
 
 
-# ----------------------------------------------------------------------------------------------- variances of long rows
+# ----------------------------------------------------------------------------------------- long rows that are read once
 
-LONG_WARPS = {"bfloat16": 20, "float16": 20, "float32": 20, "float64": 32}
-"""Of a CTA, at most: for as many there are registers."""
-LONG_PARTS = {"bfloat16": 1, "float16": 1, "float32": 1, "float64": 4}
-"""Warps that share a chunk: of a whole one of float64, a thread could not keep its elements."""
+LONG_OPERATIONS = VARIANCES | REGISTER_BACKWARD
+"""Those that have such kernels: long_variance.cu and long_backward.cu."""
+
+
+def long_parts(operation: str, element: str) -> int:
+    """Warps that share a chunk: of a whole one, a thread may have more elements than registers."""
+    if operation in REGISTER_BACKWARD:
+        return GROUP_LANES // vector_width(element)
+    return 4 if element == "float64" else 1
+
+
+def long_warps(operation: str, element: str) -> int:
+    """Of a CTA, at most: for as many there are registers."""
+    if operation in REGISTER_BACKWARD:
+        return 16
+    return 32 if element == "float64" else 20
 
 
 class LongSchedule(NamedTuple):
-    """How CTAs share rows whose variance long_variance.cu computes."""
+    """How CTAs share long rows that are read once."""
 
     warps: int
     """Of a CTA, with a chunk each or a part of it."""
@@ -368,10 +383,11 @@ class LongSchedule(NamedTuple):
     def threads(self) -> int:
         return self.warps * 32
 
-    def bytes(self, n: int, element: str) -> int:
+    def bytes(self, operation: str, n: int, element: str) -> int:
         """Of shared memory: elements, and four times the chunks' sums."""
-        parts, sums = LONG_PARTS[element], 32 << long_bits(n)
-        elements = self.warps * SUM_CHUNK // parts * ITEMSIZE[element]
+        parts, sums = long_parts(operation, element), 32 << long_bits(n)
+        arrays = 2 if operation in REGISTER_BACKWARD else 1
+        elements = arrays * self.warps * SUM_CHUNK // parts * ITEMSIZE[element]
         return elements + 4 * parts * sums * ITEMSIZE[ACCUMULATE[element]]
 
 
@@ -382,25 +398,29 @@ def long_bits(n: int) -> int:
 
 def long_schedules(operation: str, n: int, element: str, device: GPU) -> list[LongSchedule]:
     """The schedules for rows of n elements, if there are any; the fewest CTAs first."""
-    chunks, found = chunks_of(n), list[LongSchedule]()
-    has_kernel = operation in VARIANCES and element in LONG_WARPS
-    if not has_kernel or not 2 <= chunks <= SUM_LANES or device.compute_capability < FIRST_WITH_CLUSTERS:
+    chunks, parts, found = chunks_of(n), long_parts(operation, element), list[LongSchedule]()
+    has_kernel = operation in LONG_OPERATIONS and element in ELEMENTS
+    most = SUM_LANES if parts == 1 else SUM_LANES // 2  # chunks of which a warp adds up the sums
+    if not has_kernel or not 2 <= chunks <= most or device.compute_capability < FIRST_WITH_CLUSTERS:
         return found
     for ctas in (*_cluster_sizes(device), MOST_CTAS):
-        one = LongSchedule(_ceil(chunks, ctas) * LONG_PARTS[element], ctas)
-        fits = one.warps <= LONG_WARPS[element] and one.bytes(n, element) <= device.shared_bytes
+        one = LongSchedule(_ceil(chunks, ctas) * parts, ctas)
+        is_held = one.warps <= long_warps(operation, element)
+        fits = is_held and one.bytes(operation, n, element) <= device.shared_bytes
+        fits = fits and (ctas > 1 or operation in VARIANCES)  # which send their sums as only clusters can
         if ctas <= chunks and fits and (ctas <= MAX_CTAS or not found):
             found.append(one)
     return found
 
 
 def choose_long_schedule(operation: str, rows: int, n: int, element: str, device: GPU) -> LongSchedule | None:
-    """A CTA for each row, else the fewest of which a multiprocessor holds two, so that one reads while another waits;
-    the most where rows are few. None if there is no schedule.
+    """A CTA for each row, else the fewest of which a multiprocessor holds two, so that one reads while another waits
+    (of gradients, which always read: the fewest); the most where rows are few. None if there is no schedule.
     """
-    found = long_schedules(operation, n, element, device)
+    found, is_gradient = long_schedules(operation, n, element, device), operation in REGISTER_BACKWARD
     for one in found:
-        if rows * one.ctas >= device.multiprocessors and (one.ctas == 1 or one.warps <= LONG_WARPS[element] // 2):
+        is_small = one.ctas == 1 or one.warps <= long_warps(operation, element) // 2
+        if rows * one.ctas >= device.multiprocessors and (is_gradient or is_small):
             return one
     return found[-1] if found else None
 
@@ -1174,12 +1194,14 @@ def _register_macros(operation: str, element: str, schedule: RegisterSchedule) -
 
 
 def long_kernel(operation: str, element: str) -> Kernel:
-    """The kernel of long_variance.cu."""
-    width = vector_width(element)
-    is_spread = LONG_PARTS[element] > 1
+    """The kernel of long_variance.cu or long_backward.cu."""
+    width, is_backward = vector_width(element), operation in REGISTER_BACKWARD
+    is_spread = is_backward or long_parts(operation, element) > 1
     groups = 1 if is_spread else GROUP_LANES // width
-    schedule = RegisterSchedule(width, groups, CTA_STEPS, is_spread, 32, LONG_WARPS[element] * 32)
-    return Kernel("long_variance.cu", _register_macros(operation, element, schedule))
+    threads = long_warps(operation, element) * 32
+    schedule = RegisterSchedule(width, groups, CTA_STEPS, is_spread, 32, threads)
+    source = f"long_{'backward' if is_backward else 'variance'}.cu"
+    return Kernel(source, _register_macros(operation, element, schedule))
 
 
 def ring_kernel(operation: str, element: str, out_dtype: str) -> Kernel:
@@ -1300,8 +1322,9 @@ def reduction_kernels(compute_capability: int) -> Iterator[Kernel]:
             for n in lengths if element in ELEMENTS else ():
                 for schedule in register_schedules(operation, n, element):
                     found[register_kernel(operation, element, schedule)] = None
-        if has_clusters and element in LONG_WARPS:
-            found[long_kernel("var", element)] = None
+        if has_clusters and element in ELEMENTS:
+            for operation in filter(("var", *REGISTER_BACKWARD).__contains__, OPERATIONS):
+                found[long_kernel(operation, element)] = None
             found[tall_kernel(element)] = None
         if element != ANY:
             for operation in filter(COLUMN_OPERATIONS.__contains__, OPERATIONS):

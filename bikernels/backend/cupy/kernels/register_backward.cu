@@ -1,15 +1,9 @@
 // The gradients with respect to x, of softmax, log_softmax, rms_norm and layer_norm, of rows whose elements lie side by
 // side, kept in registers.
 //
-// OPERATION: as below. ELEMENT, ACCUMULATE, WIDTH, GROUPS, STEPS, SPREAD: see register_rows.cuh; the gradient of the
-// result and the weight have the dtype of x, of which an absent weight is 1. THREADS: of a CTA, at most.
-#include "register_rows.cuh"
-
-enum Operation { SoftmaxBackward, LogSoftmaxBackward, RmsNormBackward, LayerNormBackward };
-
-constexpr bool IS_CENTRED = OPERATION == LayerNormBackward, IS_NORM = OPERATION == RmsNormBackward || IS_CENTRED;
-
-// -------------------------------------------------------------------------------------------------------------- kernel
+// OPERATION: see gradients.cuh. ELEMENT, ACCUMULATE, WIDTH, GROUPS, STEPS, SPREAD: see register_rows.cuh. THREADS: of a CTA,
+// at most.
+#include "gradients.cuh"
 
 // `rows` rows of n elements, and as many threads as they take. Rows of x (of the softmax family, of the result), out
 // and the gradient of the result, and statistics, lie as far apart as the steps say.
@@ -19,7 +13,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                        const void* weight, const void* means, const void* rstds) {
     launch_dependents();  // they wait for this kernel's end
     const Place place(bits);
-    X* const type = nullptr;
     const long long row = min(place.row, rows - 1);
     const bool are_vectors =
         n % WIDTH == 0 && are_vectors_at(address_bits(x, x_step) | address_bits(out, out_step) |
@@ -29,36 +22,30 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
     __shared__ __align__(16) A sums[2][MOST_WARPS];
     clear_absent_warps(sums);
+    const X* const from = static_cast<const X*>(x) + row * x_step;
+    const X* const from_grad = static_cast<const X*>(grad) + row * grad_step;
+    prefetch_row(from, place, n);
+    prefetch_row(from_grad, place, n);
     wait_for_predecessors();
 
     if constexpr (!IS_NORM && !SPREAD && STEPS == 1) {
         if (are_single) {  // each thread has a row
-            const A y = accumulate<A>(static_cast<const X*>(x)[row * x_step]);
-            const A g = accumulate<A>(static_cast<const X*>(grad)[row * grad_step]);
-            const A sum = A(0) + (OPERATION == LogSoftmaxBackward ? g : g * y);
-            const A result = OPERATION == LogSoftmaxBackward ? fused(-exponential(y, A(0)), sum, g) : y * (g - sum);
-            if (n > 0) store(static_cast<X*>(out) + row * out_step, result);
+            const A y = accumulate<A>(*from), g = accumulate<A>(*from_grad);
+            const A sum = A(0) + term(y, g);
+            if (n > 0) store(static_cast<X*>(out) + row * out_step, result(y, g, sum, 0, {}));
             return;
         }
     }
 
     Words raw[VECTORS] = {}, raw_grad[VECTORS] = {};
-    load_row(static_cast<const X*>(x) + row * x_step, place, n, are_vectors, raw);
-    load_row(static_cast<const X*>(grad) + row * grad_step, place, n, are_vectors, raw_grad);
+    load_row(from, place, n, are_vectors, raw);
+    load_row(from_grad, place, n, are_vectors, raw_grad);
     Side<IS_NORM, false> weights(weight);
     weights.begin(place, n, are_vectors);
-    const A r = IS_NORM ? static_cast<const A*>(rstds)[row * rstd_step] : A(0);
-    const A m = IS_CENTRED ? static_cast<const A*>(means)[row * mean_step] : A(0);
+    const Statistics statistics(rstds, means, rstd_step, mean_step, row);
 
-    // h and p of a norm, or y and the gradient.
     const auto read = [&](int i, A(&h)[WIDTH], A(&p)[WIDTH]) {
-        const Words& w = weights.at(i, place, n, are_vectors);
-#pragma unroll
-        for (int j = 0; j < WIDTH; j++) {
-            const A value = element(raw[i], j, type), g = element(raw_grad[i], j, type);
-            h[j] = IS_NORM ? (IS_CENTRED ? value - m : value) * r : value;
-            p[j] = IS_NORM ? g * element(w, j, type) : g;
-        }
+        ::read(raw[i], raw_grad[i], weights.at(i, place, n, are_vectors), statistics, h, p);
     };
     A lane[GROUPS][WIDTH] = {}, lane_of_p[GROUPS][WIDTH] = {};
 #pragma unroll
@@ -67,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         read(i, h, p);
 #pragma unroll
         for (int j = 0; j < WIDTH; j++) {
-            if (place.has(i, j, n)) lane[i % GROUPS][j] += OPERATION == LogSoftmaxBackward ? p[j] : p[j] * h[j];
+            if (place.has(i, j, n)) lane[i % GROUPS][j] += term(h[j], p[j]);
             if (IS_CENTRED) lane_of_p[i % GROUPS][j] += p[j];
         }
     }
@@ -83,11 +70,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         A h[WIDTH], p[WIDTH], v[WIDTH];
         read(i, h, p);
 #pragma unroll
-        for (int j = 0; j < WIDTH; j++) {
-            if (OPERATION == SoftmaxBackward) v[j] = h[j] * (p[j] - sum);
-            if (OPERATION == LogSoftmaxBackward) v[j] = fused(-exponential(h[j], A(0)), sum, p[j]);
-            if (IS_NORM) v[j] = fused(-h[j], sum, IS_CENTRED ? p[j] - of_p : p[j]) * r;
-        }
+        for (int j = 0; j < WIDTH; j++) v[j] = result(h[j], p[j], sum, of_p, statistics);
         store_results(to, place(i), n, are_vectors, v);
     }
 }

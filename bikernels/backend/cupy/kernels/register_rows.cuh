@@ -122,6 +122,18 @@ __device__ __forceinline__ void load_row(const X* from, const Place& place, int 
     }
 }
 
+// Have the L2 fetch a row while the kernels before this one end; allowed before they have, see overlap.cuh. Of a grid of
+// which the GPU holds a part at a time, rows are soon read anyway.
+constexpr unsigned THREADS_AT_ONCE = 1 << 17;
+__device__ __forceinline__ void prefetch_row(const X* from, const Place& place, int n) {
+#if __CUDA_ARCH__ >= 900
+    if (gridDim.x * blockDim.x > THREADS_AT_ONCE) return;
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++)
+        if (place(i) < n && place(i) * sizeof(X) % 128 == 0) prefetch_line(from + place(i));
+#endif
+}
+
 __device__ __forceinline__ void store_vector(X* to, int position, int n, bool are_vectors, const Words& from) {
     if (!are_vectors)
         store_singly(to + position, n - position, from);
