@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 
 import bikernels
-from bikernels.backend.cupy import attention, schedules
+from bikernels.backend.cupy import attention, row_schedules
 from bikernels.backend.cupy.compile import Kernel
 from bikernels.backend.cupy.launch import gpu
 from bikernels.specs import REDUCTIONS
@@ -77,8 +77,8 @@ def main() -> None:
     print(f"{ran} products by {len(cases)} schedules, the bytes of the CPU's", flush=True)
     reductions.ROWS, reductions.COLUMNS = ROWS, COLUMNS
     if arguments.racecheck:
-        changed = functools.partial(every_thread_arriving, schedules.ring_kernel)
-        mock.patch.object(schedules, "ring_kernel", changed).start()
+        changed = functools.partial(every_thread_arriving, row_schedules.ring_kernel)
+        mock.patch.object(row_schedules, "ring_kernel", changed).start()
     for operation in sorted(REDUCTIONS)[share]:
         print(f"{reductions.run(backend, operation, 'bfloat16', 'bfloat16')} {operation}, the bytes of the reference")
     if arguments.first == 0:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from bikernels import reference
-from bikernels.contract import ACCUMULATE, ITEMSIZE, SUM_CHUNK
+from bikernels.contract import ACCUMULATE, ITEMSIZE, SUM_CHUNK, SUM_LANES
 from bikernels.dtypes import NUMPY_DTYPE
 from bikernels.specs import REDUCTIONS, Layout, ReductionSpec
 from bikernels.views import Device
@@ -20,7 +22,7 @@ from .cases import assert_same_bits, draw, rows_to_reduce
 
 pytest.importorskip("cupy", reason='CuPy is not installed; pip install "bikernels[cuda13]"')
 
-from bikernels.backend.cupy import launch, reductions, schedules
+from bikernels.backend.cupy import column_schedules, launch, operations, reductions, row_schedules
 
 DTYPES = (("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "float32"), ("float64", "float64"))
 CASTS = (("bfloat16", "float32"), ("float16", "float32"), ("float32", "bfloat16"), ("bfloat16", "float64"))
@@ -131,61 +133,64 @@ def forced(case: Case, operation: str, element: str, out_dtype: str, gpu: launch
         "choose_tall_schedule": None,
         "choose_spread_schedule": None,
     }
-    if case.in_columns and operation in schedules.COLUMN_OPERATIONS:
-        vector = schedules.vector_width(element)
+    if case.in_columns and operation in operations.COLUMN_OPERATIONS:
+        vector = operations.vector_width(element)
         for width in {1, vector if count % vector == 0 else 1}:
             if width > 1:
-                for keeps in (False, True) if schedules.PASSES[operation] > 1 else (False,):
-                    for tiles in schedules.tile_schedules(n, element, operation, gpu, keeps):
+                for keeps in (False, True) if column_schedules.PASSES[operation] > 1 else (False,):
+                    for tiles in column_schedules.tile_schedules(n, element, operation, gpu, keeps):
                         patches = elsewhere | {"choose_tile_schedule": tiles, "splits_columns": False}
-                        yield str(tiles), patches | {"choose_columns": schedules.TILES}
-                    if schedules.PASSES[operation] > 1:
-                        for tiles in schedules.spread_schedules(n, element, operation, gpu, keeps):
+                        yield str(tiles), patches | {"choose_columns": column_schedules.TILES}
+                    if column_schedules.PASSES[operation] > 1:
+                        for tiles in column_schedules.spread_schedules(n, element, operation, gpu, keeps):
                             for most in (1, 2):  # teams, of which each takes tile after tile
                                 patches = elsewhere | {
                                     "choose_spread_schedule": tiles,
-                                    "choose_columns": schedules.TILES,
+                                    "choose_columns": column_schedules.TILES,
                                 }
                                 yield f"{tiles}, {most}", patches | {"teams": functools.partial(min, most)}
-                for tall in schedules.tall_schedules(n, element, operation, gpu):
+                for tall in column_schedules.tall_schedules(n, element, operation, gpu):
                     for most in (1, 2):
-                        patches = elsewhere | {"choose_tall_schedule": tall, "choose_columns": schedules.TILES}
+                        patches = elsewhere | {"choose_tall_schedule": tall, "choose_columns": column_schedules.TILES}
                         yield f"{tall}, {most}", patches | {"teams": functools.partial(min, most)}
-                if operation in schedules.WEIGHT_GRADIENTS and n <= schedules.WEIGHT_ROWS:
-                    for weight_schedule in schedules.weight_schedules(n):
+                if operation in operations.WEIGHT_GRADIENTS and n <= column_schedules.WEIGHT_ROWS:
+                    for weight_schedule in column_schedules.weight_schedules(n):
                         patches = elsewhere | {"choose_weight_schedule": weight_schedule, "splits_columns": False}
-                        yield str(weight_schedule), patches | {"choose_columns": schedules.WEIGHT_TILES}
+                        yield str(weight_schedule), patches | {"choose_columns": column_schedules.WEIGHT_TILES}
             elif (
-                operation in schedules.SINGLE_COLUMN_OPERATIONS
-                and schedules.chunks_of(n) <= schedules.MAX_COLUMN_CHUNKS
+                operation in operations.SINGLE_COLUMN_OPERATIONS
+                and operations.chunks_of(n) <= column_schedules.MAX_COLUMN_CHUNKS
             ):
-                for column_schedule in schedules.column_schedules(n, gpu):
+                for column_schedule in column_schedules.column_schedules(n, gpu):
                     patches = elsewhere | {"choose_column_schedule": column_schedule, "splits_columns": False}
-                    yield str(column_schedule), patches | {"choose_columns": schedules.SINGLY}
-        if n <= schedules.SUM_LANES and element != schedules.ANY:
-            yield "short", elsewhere | {"choose_columns": schedules.SHORT, "splits_columns": False}
-            if operation in schedules.SHORT_TILE_OPERATIONS and count % vector == 0:
-                yield "short tiles", elsewhere | {"choose_columns": schedules.SHORT_TILES, "splits_columns": False}
-        if operation in schedules.TERMS and n > schedules.SUM_CHUNK:
+                    yield str(column_schedule), patches | {"choose_columns": column_schedules.SINGLY}
+        if n <= SUM_LANES and element != operations.ANY:
+            yield "short", elsewhere | {"choose_columns": column_schedules.SHORT, "splits_columns": False}
+            if operation in column_schedules.SHORT_TILE_OPERATIONS and count % vector == 0:
+                yield (
+                    "short tiles",
+                    elsewhere | {"choose_columns": column_schedules.SHORT_TILES, "splits_columns": False},
+                )
+        if operation in operations.TERMS and n > SUM_CHUNK:
             yield "chunks", elsewhere | {"splits_columns": lambda name, columns, length, *rest: length == n}
-    if not (case.in_columns and operation in schedules.SINGLE_COLUMN_OPERATIONS):
-        elsewhere["choose_columns"] = schedules.SINGLY
-        if operation in schedules.REGISTER_OPERATIONS and element in schedules.ELEMENTS:
+    if not (case.in_columns and operation in operations.SINGLE_COLUMN_OPERATIONS):
+        elsewhere["choose_columns"] = column_schedules.SINGLY
+        if operation in row_schedules.REGISTER_OPERATIONS and element in operations.ELEMENTS:
             # Where the layout does not allow them, another kernel is taken.
-            for register_schedule in schedules.register_schedules(operation, n, element):
+            for register_schedule in row_schedules.register_schedules(operation, n, element):
                 yield str(register_schedule), {"choose_register_schedule": register_schedule}
-        for long_schedule in [] if case.in_columns else schedules.long_schedules(operation, n, element, gpu):
+        for long_schedule in [] if case.in_columns else row_schedules.long_schedules(operation, n, element, gpu):
             for teams in (1, count):  # one that takes row after row, or one for each
                 patches = no_registers | {"choose_long_schedule": long_schedule, "teams": teams}
                 yield f"{long_schedule}, {teams}", patches
-        for schedule in schedules.row_schedules(n, schedules.kept(operation, element, accumulate), gpu):
+        for schedule in row_schedules.row_schedules(n, row_schedules.kept(operation, element, accumulate), gpu):
             yield str(schedule), elsewhere | {"choose_row_schedule": schedule, "splits_rows": False}
-        if operation not in schedules.SPLIT:
+        if operation not in operations.SPLIT:
             yield "streaming", elsewhere | {"choose_row_schedule": None}
-        elif n > schedules.SUM_CHUNK:
+        elif n > SUM_CHUNK:
             yield "chunks", elsewhere | {"splits_rows": lambda rows, length, *rest: length == n}
-        if not case.in_columns and schedules.has_ring_kernel(operation, element, out_dtype):
-            for ring_schedule in schedules.ring_schedules(operation, n, ITEMSIZE[element], gpu):
+        if not case.in_columns and row_schedules.has_ring_kernel(operation, element, out_dtype):
+            for ring_schedule in row_schedules.ring_schedules(operation, n, ITEMSIZE[element], gpu):
                 for teams in (1, count)[ring_schedule.slots == 1 :]:  # one that takes row after row, or one for each
                     yield (
                         f"{ring_schedule}, {teams}",
@@ -198,7 +203,7 @@ def run(backend: Any, operation: str, dtype: str, out_dtype: str) -> int:
     ran, index = 0, backend.xp.cuda.runtime.getDevice()
     accumulate = ACCUMULATE[out_dtype]
     rounds = ITEMSIZE[out_dtype] == 2 and dtype != out_dtype and not operation.endswith("backward")
-    element = schedules.element_of(dtype, accumulate, rounds)
+    element = operations.element_of(dtype, accumulate, rounds)
     for case in cases(operation, dtype, out_dtype):
 
         def put(x: np.ndarray, is_transposed: bool = case.in_columns) -> Any:
@@ -217,13 +222,21 @@ def run(backend: Any, operation: str, dtype: str, out_dtype: str) -> int:
 
 
 def launch_with(backend: Any, operation: str, case: Case, arrays: dict[str, Any], patches: dict[str, Any]) -> None:
-    """Compute a case, of which these are the arrays, with functions of `schedules` that answer so."""
+    """Compute a case, of which these are the arrays, with functions that choose schedules answering so."""
     spec = spec_of(operation, case.operands["x"].shape, arrays)
     order = ("out", "x", *(side for side in reductions.SIDES if side in arrays))
     answers = {function: _answering(value) for function, value in patches.items()}
-    with mock.patch.multiple(schedules, **answers):
+    with contextlib.ExitStack() as patched:
+        for function, answer in answers.items():
+            patched.enter_context(mock.patch.object(module_of(function), function, answer))
         compute = reductions.prepare(spec, Device("cuda", backend.xp.cuda.runtime.getDevice()))
     compute(0, *(arrays[key].data.ptr for key in order))
+
+
+def module_of(function: str) -> ModuleType:
+    """The one that a function which chooses schedules is written in."""
+    modules = (operations, row_schedules, column_schedules)
+    return next(one for one in modules if getattr(getattr(one, function, None), "__module__", "") == one.__name__)
 
 
 def _answering(value: Any) -> Callable[..., Any]:
@@ -238,8 +251,8 @@ def test_bytes(backend: Any, operation: str, dtype: str, out_dtype: str) -> None
     assert run(backend, operation, dtype, out_dtype) >= 20
 
 
-@pytest.mark.parametrize("operation", sorted(schedules.REGISTER_OPERATIONS))
-@pytest.mark.parametrize("dtype", schedules.ELEMENTS)
+@pytest.mark.parametrize("operation", sorted(row_schedules.REGISTER_OPERATIONS))
+@pytest.mark.parametrize("dtype", operations.ELEMENTS)
 def test_rows_beside_vectors(backend: Any, operation: str, dtype: str) -> None:
     """Rows in registers whose length and distance are whole vectors, and whose addresses are not."""
     if backend.name != "cupy":
@@ -247,16 +260,16 @@ def test_rows_beside_vectors(backend: Any, operation: str, dtype: str) -> None:
     rng, gpu = np.random.default_rng(9), launch.gpu(backend.xp.cuda.runtime.getDevice())
     for n in (1, 2, 16, 256, 1000, 2048):
         made = case(rng, operation, draw(rng, (5, n), dtype, "wide"), dtype, False)
-        for schedule in schedules.register_schedules(operation, n, dtype):
+        for schedule in row_schedules.register_schedules(operation, n, dtype):
             compare_beside_vectors(backend, operation, made, {"choose_register_schedule": schedule}, str(schedule))
-    for long_schedule in schedules.long_schedules(operation, 8200, dtype, gpu):
+    for long_schedule in row_schedules.long_schedules(operation, 8200, dtype, gpu):
         made = case(rng, operation, draw(rng, (5, 8200), dtype, "wide"), dtype, False)
         patches = {"choose_register_schedule": None, "choose_long_schedule": long_schedule, "teams": 2}
         compare_beside_vectors(backend, operation, made, patches, str(long_schedule))
 
 
-@pytest.mark.parametrize("operation", sorted(schedules.COLUMN_GRADIENTS))
-@pytest.mark.parametrize("dtype", schedules.ELEMENTS)
+@pytest.mark.parametrize("operation", sorted(operations.COLUMN_GRADIENTS))
+@pytest.mark.parametrize("dtype", operations.ELEMENTS)
 def test_columns_beside_other_gradients(backend: Any, operation: str, dtype: str) -> None:
     """Gradients and results that do not lie as x does, and statistics with a step."""
     if backend.name != "cupy":
@@ -272,19 +285,19 @@ def test_columns_beside_other_gradients(backend: Any, operation: str, dtype: str
     for n in (200, 2100):
         rng = np.random.default_rng(n)
         ways: dict[str, dict[str, Any]] = {}
-        for keeps in (False, True) if schedules.PASSES[operation] > 1 else (False,):
-            tiles = schedules.tile_schedules(n, dtype, operation, gpu, keeps)[0]
+        for keeps in (False, True) if column_schedules.PASSES[operation] > 1 else (False,):
+            tiles = column_schedules.tile_schedules(n, dtype, operation, gpu, keeps)[0]
             ways[str(tiles)] = {
-                "choose_columns": schedules.TILES,
+                "choose_columns": column_schedules.TILES,
                 "choose_tile_schedule": tiles,
                 "splits_columns": False,
             }
-        if n <= schedules.SUM_LANES:
-            ways["short"] = {"choose_columns": schedules.SHORT, "splits_columns": False}
-        elif operation in schedules.TERMS:
+        if n <= SUM_LANES:
+            ways["short"] = {"choose_columns": column_schedules.SHORT, "splits_columns": False}
+        elif operation in operations.TERMS:
             ways["chunks"] = {"splits_columns": lambda name, columns, length, *rest, n=n: length == n}
-        if n <= schedules.WEIGHT_ROWS and operation in schedules.WEIGHT_GRADIENTS:
-            ways["weight tiles"] = {"choose_columns": schedules.WEIGHT_TILES, "splits_columns": False}
+        if n <= column_schedules.WEIGHT_ROWS and operation in operations.WEIGHT_GRADIENTS:
+            ways["weight tiles"] = {"choose_columns": column_schedules.WEIGHT_TILES, "splits_columns": False}
         x = rows_to_reduce(rng, operation, (48, n), dtype)
         of_all = case(rng, operation, x, dtype, True)
         of_one = case(rng, operation, x, dtype, True, 1)
@@ -302,7 +315,7 @@ def test_columns_beside_other_gradients(backend: Any, operation: str, dtype: str
                 assert_same_bits(np.ascontiguousarray(backend.get(out)), made.expected["out"], message)
 
 
-@pytest.mark.parametrize("dtype", schedules.ELEMENTS)
+@pytest.mark.parametrize("dtype", operations.ELEMENTS)
 def test_variances_of_columns_beside_vectors(backend: Any, dtype: str) -> None:
     """Columns that lie side by side, of which the first begins an element behind a vector."""
     if backend.name != "cupy":
@@ -311,11 +324,13 @@ def test_variances_of_columns_beside_vectors(backend: Any, dtype: str) -> None:
     made = case(rng, "var", rows_to_reduce(rng, "var", (48, n), dtype), dtype, True)
     x, expected = backend.put(place_of(made.operands["x"].T))[:, 1:-7].T, made.expected["out"]
     kinds = {
-        "choose_tile_schedule": [schedules.tile_schedules(n, dtype, "var", gpu, keeps)[0] for keeps in (False, True)],
-        "choose_spread_schedule": schedules.spread_schedules(n, dtype, "var", gpu, True)[:1],
-        "choose_tall_schedule": schedules.tall_schedules(n, dtype, "var", gpu),
+        "choose_tile_schedule": [
+            column_schedules.tile_schedules(n, dtype, "var", gpu, keeps)[0] for keeps in (False, True)
+        ],
+        "choose_spread_schedule": column_schedules.spread_schedules(n, dtype, "var", gpu, True)[:1],
+        "choose_tall_schedule": column_schedules.tall_schedules(n, dtype, "var", gpu),
     }
-    others = dict.fromkeys(kinds, None) | {"choose_columns": schedules.TILES}
+    others = dict.fromkeys(kinds, None) | {"choose_columns": column_schedules.TILES}
     for function, found in kinds.items():
         for schedule in found:
             out = backend.put(np.full_like(expected, 7))
@@ -375,110 +390,114 @@ MOST = 2**18
 
 @pytest.mark.parametrize("gpu", [H100, A100], ids=lambda gpu: gpu.name)
 @pytest.mark.parametrize("operation", REDUCTIONS)
-@pytest.mark.parametrize("element", [*schedules.ELEMENTS, schedules.ANY])
+@pytest.mark.parametrize("element", [*operations.ELEMENTS, operations.ANY])
 def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> None:
     accumulate = ACCUMULATE.get(element, "float64")
-    of = schedules.kept(operation, element, accumulate)
+    of = row_schedules.kept(operation, element, accumulate)
     for rows in (1, 8, 64, 1000, 65536):
         for n in (0, 1, 2, 8, 9, 100, 256, 257, 2048, 2049, 4096, 32000, 50257, 151936, 262144, 600_000, 10_000_000):
-            chosen = schedules.choose_row_schedule(rows, n, of, gpu)
+            chosen = row_schedules.choose_row_schedule(rows, n, of, gpu)
             if chosen is None:
-                assert n * of.element[schedules.CTA] > 100_000 or n > 4_000_000
-                chosen = schedules.streaming_schedule(gpu)
+                assert n * of.element[row_schedules.CTA] > 100_000 or n > 4_000_000
+                chosen = row_schedules.streaming_schedule(gpu)
             assert of.bytes(chosen, n) <= gpu.shared_bytes
-            assert chosen.ctas == 1 or (gpu is H100 and chosen.team == schedules.CLUSTER)
-            if chosen.team == schedules.LANES:
+            assert chosen.ctas == 1 or (gpu is H100 and chosen.team == row_schedules.CLUSTER)
+            if chosen.team == row_schedules.LANES:
                 assert chosen.lanes * chosen.octets * 8 >= min(n, 256)
             else:
-                assert chosen.warps * chosen.ctas * chosen.rounds(n) * schedules.SUM_CHUNK >= n
-            if element in schedules.ELEMENTS and operation in schedules.REGISTER_OPERATIONS:
-                held = schedules.choose_register_schedule(operation, rows, n, element, gpu)
-                assert (held is not None) == (0 < n <= (1024 if operation in schedules.SUMS else 8192)) or n > 8192
+                assert chosen.warps * chosen.ctas * chosen.rounds(n) * SUM_CHUNK >= n
+            if element in operations.ELEMENTS and operation in row_schedules.REGISTER_OPERATIONS:
+                held = row_schedules.choose_register_schedule(operation, rows, n, element, gpu)
+                assert (held is not None) == (0 < n <= (1024 if operation in operations.SUMS else 8192)) or n > 8192
                 if held is not None:
                     lanes = held.threads if held.spread else held.lanes
                     assert lanes * held.width * held.groups * held.steps >= n
                     assert 32 % held.lanes == 0 and held.threads <= 512
-                long = schedules.choose_long_schedule(operation, rows, n, element, gpu)
+                long = row_schedules.choose_long_schedule(operation, rows, n, element, gpu)
                 if long is not None:
-                    parts = schedules.long_parts(operation, element)
+                    parts = row_schedules.long_parts(operation, element)
                     assert gpu is H100 and long.bytes(operation, n, element) <= gpu.shared_bytes
-                    assert long.warps <= schedules.long_warps(operation, element) and long.ctas <= schedules.MOST_CTAS
+                    assert (
+                        long.warps <= row_schedules.long_warps(operation, element) and long.ctas <= operations.MOST_CTAS
+                    )
                     chunks = long.warps // parts * long.ctas
-                    assert chunks * schedules.SUM_CHUNK >= n and schedules.long_bits(n) <= 3 - (parts > 1)
-            is_short = 0 < n <= schedules.MAX_TILE_CHUNKS * schedules.SUM_CHUNK
-            if is_short and element != schedules.ANY and operation in schedules.PASSES:
-                tiles = schedules.choose_tile_schedule(rows, n, element, operation, gpu)
-                assert tiles in schedules.tile_schedules(n, element, operation, gpu, tiles.keeps)
-                assert tiles.ctas <= tiles.parts * schedules.chunks_of(n)
-                assert tiles.ctas <= (schedules.MOST_CTAS if gpu is H100 else 1)
-                spread = schedules.choose_spread_schedule(rows, n, element, operation, gpu)
+                    assert chunks * SUM_CHUNK >= n and row_schedules.long_bits(n) <= 3 - (parts > 1)
+            is_short = 0 < n <= column_schedules.MAX_TILE_CHUNKS * SUM_CHUNK
+            if is_short and element != operations.ANY and operation in column_schedules.PASSES:
+                tiles = column_schedules.choose_tile_schedule(rows, n, element, operation, gpu)
+                assert tiles in column_schedules.tile_schedules(n, element, operation, gpu, tiles.keeps)
+                assert tiles.ctas <= tiles.parts * operations.chunks_of(n)
+                assert tiles.ctas <= (operations.MOST_CTAS if gpu is H100 else 1)
+                spread = column_schedules.choose_spread_schedule(rows, n, element, operation, gpu)
                 if spread is not None:
-                    assert spread in schedules.spread_schedules(n, element, operation, gpu, spread.keeps)
-                    assert spread.ctas <= min(spread.parts * schedules.chunks_of(n), 3 * gpu.multiprocessors)
+                    assert spread in column_schedules.spread_schedules(n, element, operation, gpu, spread.keeps)
+                    assert spread.ctas <= min(spread.parts * operations.chunks_of(n), 3 * gpu.multiprocessors)
                     assert spread.bytes(n, ACCUMULATE[element]) <= gpu.shared_bytes
-                tall = schedules.choose_tall_schedule(rows, n, element, operation, gpu)
+                tall = column_schedules.choose_tall_schedule(rows, n, element, operation, gpu)
                 if tall is not None:
-                    assert gpu is H100 and tall in schedules.tall_schedules(n, element, operation, gpu)
+                    assert gpu is H100 and tall in column_schedules.tall_schedules(n, element, operation, gpu)
                     assert tall.bytes <= gpu.shared_bytes and tall.ctas <= gpu.multiprocessors
                     assert tall.ctas // tall.parts * SUM_CHUNK >= n
-                    assert tall.groups * (schedules.TALL_WORD_BYTES // tall.itemsize) >= tall.ctas
-            short = schedules.short_schedule(rows, n)
-            assert short.groups * schedules.GROUP_LANES >= min(n, schedules.SUM_LANES)
-            assert n > schedules.SUM_LANES or short.threads <= schedules.SHORT_THREADS
-            if 0 < n <= schedules.WEIGHT_ROWS and element != schedules.ANY:
-                weight = schedules.choose_weight_schedule(rows, n, element)
-                assert weight in schedules.weight_schedules(n)
-                assert weight.groups * schedules.WEIGHT_AT_ONCE >= n and weight.threads % 32 == 0
+                    assert tall.groups * (column_schedules.TALL_WORD_BYTES // tall.itemsize) >= tall.ctas
+            short = column_schedules.short_schedule(rows, n)
+            assert short.groups * operations.GROUP_LANES >= min(n, SUM_LANES)
+            assert n > SUM_LANES or short.threads <= column_schedules.SHORT_THREADS
+            if 0 < n <= column_schedules.WEIGHT_ROWS and element != operations.ANY:
+                weight = column_schedules.choose_weight_schedule(rows, n, element)
+                assert weight in column_schedules.weight_schedules(n)
+                assert weight.groups * column_schedules.WEIGHT_AT_ONCE >= n and weight.threads % 32 == 0
                 assert weight.bytes(element) <= 48 * 1024
             itemsize = ITEMSIZE.get(element, 8)
-            ring = schedules.choose_ring_schedule(rows, n, operation, itemsize, False, gpu) if itemsize <= 4 else None
+            ring = (
+                row_schedules.choose_ring_schedule(rows, n, operation, itemsize, False, gpu) if itemsize <= 4 else None
+            )
             if ring is not None:
                 assert gpu is H100 and ring.bytes(n, itemsize) <= gpu.shared_bytes
-                assert ring.warps * ring.ctas * ring.rounds * schedules.SUM_CHUNK >= n
+                assert ring.warps * ring.ctas * ring.rounds * SUM_CHUNK >= n
                 resident = ring.resident_ctas(operation, n, itemsize)
-                assert 0 < ring.threads <= resident * ring.threads <= schedules.ring_threads(operation, itemsize)
+                assert 0 < ring.threads <= resident * ring.threads <= row_schedules.ring_threads(operation, itemsize)
                 assert ring.slots > 1 or rows * ring.ctas <= gpu.multiprocessors * resident
-            one = schedules.choose_column_schedule(rows, n, gpu)
-            assert one.groups * 8 >= min(n, schedules.SUM_LANES)
-            assert one.tile * one.groups == schedules.COLUMN_THREADS
-            if schedules.chunks_of(n) <= schedules.MAX_COLUMN_CHUNKS:
+            one = column_schedules.choose_column_schedule(rows, n, gpu)
+            assert one.groups * 8 >= min(n, SUM_LANES)
+            assert one.tile * one.groups == column_schedules.COLUMN_THREADS
+            if operations.chunks_of(n) <= column_schedules.MAX_COLUMN_CHUNKS:
                 assert one.bytes(n, accumulate) <= 48 * 1024
 
 
 def test_few_long_columns_are_spread() -> None:
-    few = schedules.choose_spread_schedule(16, 262_144, "bfloat16", "var", H100)
-    assert few is not None and few.keeps and few.ctas > schedules.MAX_CTAS
-    many = schedules.choose_spread_schedule(256, 262_144, "float32", "var", H100)
+    few = column_schedules.choose_spread_schedule(16, 262_144, "bfloat16", "var", H100)
+    assert few is not None and few.keeps and few.ctas > operations.MAX_CTAS
+    many = column_schedules.choose_spread_schedule(256, 262_144, "float32", "var", H100)
     assert many is not None and not many.keeps  # which read them twice
     for columns, n, operation in ((4096, 262_144, "var"), (16, 2048, "softmax"), (16, 262_144, "mean")):
-        assert schedules.choose_spread_schedule(columns, n, "bfloat16", operation, H100) is None
+        assert column_schedules.choose_spread_schedule(columns, n, "bfloat16", operation, H100) is None
 
 
 def test_long_columns_are_read_once_for_variances() -> None:
     """However many there are, if there is much to read."""
-    for element in schedules.ELEMENTS:
+    for element in operations.ELEMENTS:
         for columns, n in ((65536, 4096), (4096, 16384), (4096, 65536), (256, 262_144)):
-            chosen = schedules.choose_tall_schedule(columns, n, element, "var", H100)
+            chosen = column_schedules.choose_tall_schedule(columns, n, element, "var", H100)
             assert chosen is not None and chosen.vectors * 16 >= 64
-            assert schedules.choose_tall_schedule(columns, n, element, "softmax", H100) is None
-            assert schedules.choose_tall_schedule(columns, n, element, "var", A100) is None
-        assert schedules.choose_tall_schedule(16, 4096, element, "var", H100) is None
-        assert schedules.choose_tall_schedule(65536, 1024, element, "var", H100) is None
+            assert column_schedules.choose_tall_schedule(columns, n, element, "softmax", H100) is None
+            assert column_schedules.choose_tall_schedule(columns, n, element, "var", A100) is None
+        assert column_schedules.choose_tall_schedule(16, 4096, element, "var", H100) is None
+        assert column_schedules.choose_tall_schedule(65536, 1024, element, "var", H100) is None
 
 
 def test_long_rows_go_to_the_ring() -> None:
-    chosen = schedules.choose_ring_schedule(8192, 32000, "log_softmax", 2, True, H100)
+    chosen = row_schedules.choose_ring_schedule(8192, 32000, "log_softmax", 2, True, H100)
     assert chosen is not None and chosen.slots > 1
-    assert schedules.choose_ring_schedule(8192, 32000, "log_softmax", 2, True, A100) is None
-    kept = schedules.choose_ring_schedule(8192, 32000, "softmax", 2, True, H100)
-    assert kept is not None and kept.kept_steps * schedules.SUM_LANES == schedules.SUM_CHUNK
-    pair = schedules.choose_ring_schedule(64, 151936, "softmax", 2, True, H100)
+    assert row_schedules.choose_ring_schedule(8192, 32000, "log_softmax", 2, True, A100) is None
+    kept = row_schedules.choose_ring_schedule(8192, 32000, "softmax", 2, True, H100)
+    assert kept is not None and kept.kept_steps * SUM_LANES == SUM_CHUNK
+    pair = row_schedules.choose_ring_schedule(64, 151936, "softmax", 2, True, H100)
     assert pair is not None and (pair.ctas, pair.slots) == (2, 1)
-    largest = schedules.choose_ring_schedule(256, 262_144, "softmax", 4, True, H100)
+    largest = row_schedules.choose_ring_schedule(256, 262_144, "softmax", 4, True, H100)
     assert largest is not None and largest.ctas > launch.PORTABLE_CTAS
-    assert schedules.choose_ring_schedule(8192, 2048, "log_softmax", 2, True, H100) is None
-    assert schedules.choose_ring_schedule(4096, 50257, "mean", 2, False, H100) is not None
-    assert schedules.choose_ring_schedule(4096, 50264, "mean", 2, True, H100) is None
+    assert row_schedules.choose_ring_schedule(8192, 2048, "log_softmax", 2, True, H100) is None
+    assert row_schedules.choose_ring_schedule(4096, 50257, "mean", 2, False, H100) is not None
+    assert row_schedules.choose_ring_schedule(4096, 50264, "mean", 2, True, H100) is None
 
 
 def test_gradients_of_weights_over_few_rows() -> None:
@@ -490,15 +509,15 @@ def test_gradients_of_weights_over_few_rows() -> None:
         spec = ReductionSpec("rms_norm_weight_backward", 1, x, Layout("bfloat16", shape[:1], (1,)), **sides)
         return reductions._choose_columns(reductions._rows_of(spec), spec.operation)
 
-    assert {how(n) for n in (1, 16, 256, 512)} == {schedules.WEIGHT_TILES}
+    assert {how(n) for n in (1, 16, 256, 512)} == {column_schedules.WEIGHT_TILES}
     others = how(513), how(300, (0, 0)), how(300, (512, 1)), how(300, (1, 4100)), how(300, (1, 4096), (1, 4096))
-    assert set(others) == {schedules.TILES}
+    assert set(others) == {column_schedules.TILES}
 
 
 def test_gradients_of_long_rows_are_read_once() -> None:
     """By as few CTAs as fill the GPU, or by many if rows are few."""
-    choose = schedules.choose_long_schedule
-    for operation in schedules.REGISTER_BACKWARD:
+    choose = row_schedules.choose_long_schedule
+    for operation in row_schedules.REGISTER_BACKWARD:
         many, few = (choose(operation, rows, 65536, "float32", H100) for rows in (4096, 1))
         assert many is not None and few is not None and 1 < many.ctas < few.ctas
         largest = choose(operation, 256, 262_144, "float32", H100)

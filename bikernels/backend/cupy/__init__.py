@@ -1,8 +1,8 @@
 """CUDA C++ kernels, compiled with NVRTC at first use and launched on CuPy's devices and streams.
 
 `kernels/` is the CUDA C++; `matmul/`, `reductions.py`, `elementwise.py` and `attention.py` turn a spec into launches;
-`schedules.py` is for reductions; `compile.py` compiles and caches; `launch.py` loads and launches, through the driver
-(`driver.py`).
+`row_schedules.py` and `column_schedules.py` choose how reductions share the work; `compile.py` compiles and caches;
+`launch.py` loads and launches, through the driver (`driver.py`).
 Nothing of CUDA is imported before a launch is prepared.
 """
 

@@ -14,8 +14,8 @@ from ...views import Device
 from .. import AttentionLaunch
 from .compile import Kernel
 from .launch import ADDRESS, GPU, MAX_GRID, Launch, gpu, load, shaped
+from .operations import FIRST_WITH_CLUSTERS
 from .parameters import ATTENTION, C_TYPE, DTYPE_CODE, SHORT_ATTENTION, divisor
-from .schedules import FIRST_WITH_CLUSTERS
 
 DTYPES = ("bfloat16", "float16", "float32")
 ROWS = (4, 2, 1)

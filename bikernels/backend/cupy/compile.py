@@ -200,12 +200,12 @@ def resources(kernel: Kernel, arch: str) -> list[Resources]:
 
 def all_kernels(arch: str) -> Iterator[Kernel]:
     """Every kernel that the backend can launch on a GPU of this architecture ("sm_80", "sm_90a", …)."""
-    from . import attention, elementwise, schedules
+    from . import attention, elementwise, reduction_kernels
     from .matmul import kernels
 
     compute_capability = int("".join(filter(str.isdigit, arch)))
     yield from kernels(compute_capability)
-    yield from schedules.reduction_kernels(compute_capability)
+    yield from reduction_kernels.kernels(compute_capability)
     yield from elementwise.kernels()
     yield from attention.kernels()
 

@@ -11,11 +11,11 @@ from ...contract import ACCUMULATE
 from ...specs import ELEMENTWISE, ElementwiseSpec, contiguous_strides
 from ...views import Device
 from .. import ElementwiseLaunch
-from . import schedules
+from . import operations
 from .compile import Kernel
+from .operations import ANY
 from .parameters import C_TYPE, DTYPE_CODE, fill_dims
 from .parameters import ELEMENTWISE as PARAMETERS
-from .schedules import ANY
 
 _BINARY = frozenset(name for name in ELEMENTWISE if name == "pow" or name.endswith("backward"))
 _THREADS, _WIDTH, _CTAS_PER_MULTIPROCESSOR = 256, 8, 8
@@ -27,7 +27,7 @@ def _kernel(operation: str, element: str, accumulate: str, binary: bool) -> Kern
         "elementwise.cu",
         (
             ("OPERATION", "".join(part.capitalize() for part in operation.split("_"))),
-            ("ELEMENT", schedules.c_type(element)),
+            ("ELEMENT", operations.c_type(element)),
             ("ACCUMULATE", C_TYPE[accumulate]),
             ("BINARY", str(binary).lower()),
         ),
@@ -62,7 +62,7 @@ def prepare(spec: ElementwiseSpec, device: Device) -> ElementwiseLaunch:
         _THREADS,
         0,
         (parameters, FLOAT64, FLOAT64, ADDRESS, ADDRESS, ADDRESS),
-        overlapping=gpu(device.index).compute_capability >= schedules.FIRST_WITH_CLUSTERS,
+        overlapping=gpu(device.index).compute_capability >= operations.FIRST_WITH_CLUSTERS,
     )
 
     def launch(stream: int, out: int, x: int, y: int = 0, a: float = 0.0, b: float = 0.0) -> None:

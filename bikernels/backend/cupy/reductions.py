@@ -13,20 +13,13 @@ from ...contract import ACCUMULATE, ITEMSIZE, SUM_CHUNK
 from ...specs import ReductionSpec, contiguous_strides, merge_dimensions
 from ...views import Device
 from .. import ReductionLaunch
-from . import schedules
+from . import column_schedules, operations, row_schedules
+from .column_schedules import ColumnSchedule, TallSchedule, TileSchedule
 from .compile import Kernel
 from .launch import ADDRESS, PORTABLE_CTAS, Argument, Launch, gpu, load, resident_ctas, shaped, workspace
+from .operations import GROUP_LANES
 from .parameters import DTYPE_CODE, OPERANDS, REDUCTION, divisor, fill_dims
-from .schedules import (
-    GROUP_LANES,
-    ColumnSchedule,
-    LongSchedule,
-    RegisterSchedule,
-    RingSchedule,
-    RowSchedule,
-    TallSchedule,
-    TileSchedule,
-)
+from .row_schedules import LongSchedule, RegisterSchedule, RingSchedule, RowSchedule
 
 SIDES = OPERANDS[2:]
 """Operands that an operation may have beside x and out."""
@@ -85,9 +78,9 @@ class _Rows(NamedTuple):
 
     @property
     def element(self) -> str:
-        """As what x, and the gradient with it, are read: see schedules.py."""
+        """As what x, and the gradient with it, are read: see operations.py."""
         differ = "grad" in self.operands and self.operands["grad"].dtype != self.x.dtype
-        return schedules.element_of(self.x.dtype, self.accumulate, self.rounds or differ)
+        return operations.element_of(self.x.dtype, self.accumulate, self.rounds or differ)
 
     @property
     def lie_side_by_side(self) -> bool:
@@ -97,12 +90,12 @@ class _Rows(NamedTuple):
     @property
     def line_up(self) -> bool:
         """Whether rows begin where a vector does, if the first one does."""
-        return all(step % schedules.vector_width(self.element) == 0 for step in self.x.kept)
+        return all(step % operations.vector_width(self.element) == 0 for step in self.x.kept)
 
     @property
     def in_columns(self) -> bool:
         """Whether neighbouring rows lie closer than a row's elements, which then lie a fixed step apart."""
-        if len(self.row) != 1 or not self.kept or self.kept[-1] < schedules.MIN_COLUMNS:
+        if len(self.row) != 1 or not self.kept or self.kept[-1] < column_schedules.MIN_COLUMNS:
             return False
         return abs(self.x.kept[-1]) < abs(self.x.row[0])
 
@@ -140,7 +133,7 @@ class _Rows(NamedTuple):
         statistics = [self.operands[name] for name in ("mean", "rstd") if name in self.operands]
         if not self.has_accumulated_statistics or any(abs(one.row[0]) * self.n >= 2**31 for one in statistics):
             return 1
-        width = schedules.vector_width(self.element)
+        width = operations.vector_width(self.element)
         *others, last = self.x.kept
         lines_up = self.kept[-1] % width == 0 and all(step % width == 0 for step in (*others, *self.x.row))
         return width if last == 1 and lines_up else 1
@@ -150,7 +143,7 @@ class _Rows(NamedTuple):
         """Whether weight_tiles.cu reads and writes such a layout: few elements of a column, a gradient that lies as x
         does, statistics that columns share, and all of it where 32 bits reach.
         """
-        if "grad" not in self.operands or not 0 < self.n <= schedules.WEIGHT_ROWS or self.width == 1:
+        if "grad" not in self.operands or not 0 < self.n <= column_schedules.WEIGHT_ROWS or self.width == 1:
             return False
         arrays = [self.operands[name] for name in ("x", "grad", "out")]
         statistics = [self.operands[name] for name in ("mean", "rstd") if name in self.operands]
@@ -163,7 +156,7 @@ class _Rows(NamedTuple):
 
     @property
     def max_column_chunks(self) -> int:
-        return schedules.MAX_COLUMN_CHUNKS if self.width == 1 else schedules.MAX_TILE_CHUNKS
+        return column_schedules.MAX_COLUMN_CHUNKS if self.width == 1 else column_schedules.MAX_TILE_CHUNKS
 
     def of_sums(self, kept: tuple[int, ...], step: int) -> _Rows:
         """The next level of the tree: a row's chunk sums, `step` apart, in the accumulate dtype."""
@@ -245,7 +238,7 @@ class _Plan:
     ) -> Launch:
         """See `launch.shaped`."""
         function = load(kernel, name, self.index, shared_bytes, cluster)
-        overlapping = overlapping and self.gpu.compute_capability >= schedules.FIRST_WITH_CLUSTERS
+        overlapping = overlapping and self.gpu.compute_capability >= operations.FIRST_WITH_CLUSTERS
         return shaped(
             function,
             grid,
@@ -276,7 +269,7 @@ def prepare(spec: ReductionSpec, device: Device) -> ReductionLaunch:
     rows, plan, operation = _rows_of(spec), _Plan(device), spec.operation
     if (held := _choose_registers(plan, rows, operation)) is not None:
         _plan_single(plan, _register_launch(plan, rows, operation, held))
-    elif rows.in_columns and operation in schedules.TERMS:
+    elif rows.in_columns and operation in operations.TERMS:
         _plan_column_tree(plan, rows, operation)
     elif rows.in_columns and _has_column_kernel(rows, operation):
         if (tall := _choose_tall(plan, rows, operation)) is not None:
@@ -289,11 +282,11 @@ def prepare(spec: ReductionSpec, device: Device) -> ReductionLaunch:
         _plan_single(plan, _long_launch(plan, rows, operation, long))
     elif (ring := _choose_ring(plan, rows, operation)) is not None:
         _plan_single(plan, _ring_launch(plan, rows, operation, ring))
-    elif operation in schedules.SUMS:
+    elif operation in operations.SUMS:
         _plan_row_tree(plan, rows, operation)
     else:
         schedule = _choose_rows(plan, rows, operation)
-        if schedule is None and operation in schedules.SPLIT:
+        if schedule is None and operation in operations.SPLIT:
             _plan_split_softmax(plan, rows, operation)
         else:
             _plan_single(plan, _row_launch(plan, rows, operation, schedule))
@@ -307,16 +300,16 @@ def _plan_single(plan: _Plan, run: Launch) -> None:
 
 def _choose_registers(plan: _Plan, rows: _Rows, operation: str) -> RegisterSchedule | None:
     """The schedule that keeps rows in registers; None if the operation or the layout has none, or others are better."""
-    if operation not in schedules.REGISTER_OPERATIONS or not rows.fits_registers:
+    if operation not in row_schedules.REGISTER_OPERATIONS or not rows.fits_registers:
         return None
-    return schedules.choose_register_schedule(operation, rows.number, rows.n, rows.element, plan.gpu)
+    return row_schedules.choose_register_schedule(operation, rows.number, rows.n, rows.element, plan.gpu)
 
 
 def _choose_long(plan: _Plan, rows: _Rows, operation: str) -> LongSchedule | None:
     """The schedule that reads a long row once; None if the operation or the layout has none."""
     if not rows.fits_registers:
         return None
-    chosen = schedules.choose_long_schedule(operation, rows.number, rows.n, rows.element, plan.gpu)
+    chosen = row_schedules.choose_long_schedule(operation, rows.number, rows.n, rows.element, plan.gpu)
     if chosen is not None and chosen.ctas > PORTABLE_CTAS and _resident_long(plan, rows, operation, chosen) == 0:
         return None
     return chosen
@@ -324,12 +317,12 @@ def _choose_long(plan: _Plan, rows: _Rows, operation: str) -> LongSchedule | Non
 
 def _long_name(operation: str) -> str:
     """Of the function."""
-    return "differentiate_long_rows" if operation in schedules.REGISTER_BACKWARD else "reduce_long_rows"
+    return "differentiate_long_rows" if operation in row_schedules.REGISTER_BACKWARD else "reduce_long_rows"
 
 
 def _resident_long(plan: _Plan, rows: _Rows, operation: str, schedule: LongSchedule) -> int:
     """CTAs that the GPU holds at a time."""
-    kernel = schedules.long_kernel(operation, rows.element)
+    kernel = row_schedules.long_kernel(operation, rows.element)
     shared_bytes = schedule.bytes(operation, rows.n, rows.element)
     function = load(kernel, _long_name(operation), plan.index, shared_bytes, schedule.ctas)
     return resident_ctas(function, schedule.threads, shared_bytes, schedule.ctas)
@@ -337,37 +330,39 @@ def _resident_long(plan: _Plan, rows: _Rows, operation: str, schedule: LongSched
 
 def _has_column_kernel(rows: _Rows, operation: str) -> bool:
     """Whether one kernel for columns can compute what is no sum."""
-    if operation not in schedules.COLUMN_OPERATIONS or rows.chunks > rows.max_column_chunks:
+    if operation not in operations.COLUMN_OPERATIONS or rows.chunks > rows.max_column_chunks:
         return False
     how = _choose_columns(rows, operation)
-    return how != schedules.SINGLY or operation in schedules.SINGLE_COLUMN_OPERATIONS
+    return how != column_schedules.SINGLY or operation in operations.SINGLE_COLUMN_OPERATIONS
 
 
 def _choose_tall(plan: _Plan, rows: _Rows, operation: str) -> TallSchedule | None:
     """The schedule of tall_variance.cu; None if the operation or the layout has none, or others are better."""
-    if _choose_columns(rows, operation) != schedules.TILES:
+    if _choose_columns(rows, operation) != column_schedules.TILES:
         return None
-    chosen = schedules.choose_tall_schedule(rows.number, rows.n, rows.element, operation, plan.gpu)
+    chosen = column_schedules.choose_tall_schedule(rows.number, rows.n, rows.element, operation, plan.gpu)
     return None if chosen is None or _resident_tall(plan, rows, chosen) < chosen.ctas else chosen
 
 
 def _resident_tall(plan: _Plan, rows: _Rows, schedule: TallSchedule) -> int:
     """CTAs that the GPU holds at a time."""
-    kernel, shared_bytes = schedules.tall_kernel(rows.element), schedule.bytes
+    kernel, shared_bytes = column_schedules.tall_kernel(rows.element), schedule.bytes
     function = load(kernel, "reduce_tall_columns", plan.index, shared_bytes)
-    return resident_ctas(function, schedules.TALL_THREADS, shared_bytes, 1)
+    return resident_ctas(function, column_schedules.TALL_THREADS, shared_bytes, 1)
 
 
 def _choose_columns(rows: _Rows, operation: str) -> str:
-    """How columns are taken; see schedules.py."""
-    return schedules.choose_columns(operation, rows.number, rows.n, rows.element, rows.width, rows.fits_weight_tiles)
+    """How columns are taken; see column_schedules.py."""
+    return column_schedules.choose_columns(
+        operation, rows.number, rows.n, rows.element, rows.width, rows.fits_weight_tiles
+    )
 
 
 def _choose_spread(plan: _Plan, rows: _Rows, operation: str) -> TileSchedule | None:
     """The schedule of column_tiles.cu whose CTAs meet in global memory; None if there is none, or others are better."""
-    if _choose_columns(rows, operation) != schedules.TILES:
+    if _choose_columns(rows, operation) != column_schedules.TILES:
         return None
-    chosen = schedules.choose_spread_schedule(rows.number, rows.n, rows.element, operation, plan.gpu)
+    chosen = column_schedules.choose_spread_schedule(rows.number, rows.n, rows.element, operation, plan.gpu)
     if chosen is not None and _resident_tiles(plan, rows, operation, chosen, rows.n) < chosen.ctas:
         return None
     return chosen
@@ -375,18 +370,20 @@ def _choose_spread(plan: _Plan, rows: _Rows, operation: str) -> TileSchedule | N
 
 def _choose_rows(plan: _Plan, rows: _Rows, operation: str) -> RowSchedule | None:
     """The schedule that keeps rows; None if it does not fit or if chunks are to be spread over the GPU."""
-    kept = schedules.kept(operation, rows.element, rows.accumulate)
-    chosen = schedules.choose_row_schedule(rows.number, rows.n, kept, plan.gpu)
-    may_split = operation in schedules.SPLIT
-    return None if may_split and schedules.splits_rows(rows.number, rows.n, plan.gpu, chosen is not None) else chosen
+    kept = row_schedules.kept(operation, rows.element, rows.accumulate)
+    chosen = row_schedules.choose_row_schedule(rows.number, rows.n, kept, plan.gpu)
+    may_split = operation in operations.SPLIT
+    return (
+        None if may_split and row_schedules.splits_rows(rows.number, rows.n, plan.gpu, chosen is not None) else chosen
+    )
 
 
 def _choose_ring(plan: _Plan, rows: _Rows, operation: str) -> RingSchedule | None:
     """The schedule of rows_ring.cu; None if rows do not lie as it reads them, or others are faster."""
-    if not (rows.lie_side_by_side and schedules.has_ring_kernel(operation, rows.element, rows.out_dtype)):
+    if not (rows.lie_side_by_side and row_schedules.has_ring_kernel(operation, rows.element, rows.out_dtype)):
         return None
     itemsize = ITEMSIZE[rows.element]
-    chosen = schedules.choose_ring_schedule(rows.number, rows.n, operation, itemsize, rows.line_up, plan.gpu)
+    chosen = row_schedules.choose_ring_schedule(rows.number, rows.n, operation, itemsize, rows.line_up, plan.gpu)
     if chosen is not None and chosen.ctas > PORTABLE_CTAS and _resident_ring(plan, rows, operation, chosen) == 0:
         return None
     return chosen
@@ -394,7 +391,7 @@ def _choose_ring(plan: _Plan, rows: _Rows, operation: str) -> RingSchedule | Non
 
 def _resident_ring(plan: _Plan, rows: _Rows, operation: str, schedule: RingSchedule) -> int:
     """CTAs that the GPU holds at a time."""
-    kernel = schedules.ring_kernel(operation, rows.element, rows.out_dtype)
+    kernel = row_schedules.ring_kernel(operation, rows.element, rows.out_dtype)
     shared_bytes = schedule.bytes(rows.n, ITEMSIZE[rows.element])
     function = load(kernel, "reduce_long_rows", plan.index, shared_bytes, schedule.ctas)
     return resident_ctas(function, schedule.threads, shared_bytes, schedule.ctas)
@@ -402,9 +399,9 @@ def _resident_ring(plan: _Plan, rows: _Rows, operation: str, schedule: RingSched
 
 def _ring_launch(plan: _Plan, rows: _Rows, operation: str, schedule: RingSchedule) -> Launch:
     """A launch of rows_ring.cu, given the addresses of out, x and its sides."""
-    kernel = schedules.ring_kernel(operation, rows.element, rows.out_dtype)
+    kernel = row_schedules.ring_kernel(operation, rows.element, rows.out_dtype)
     resident = _resident_ring(plan, rows, operation, schedule)
-    teams = schedules.teams(rows.number, resident // schedule.ctas) if schedule.slots > 1 else rows.number
+    teams = operations.teams(rows.number, resident // schedule.ctas) if schedule.slots > 1 else rows.number
     numbers = (schedule.slots, schedule.rounds, schedule.kept_steps, schedule.ctas, schedule.area_bytes(rows.n))
     return plan.shape(
         kernel,
@@ -428,11 +425,13 @@ def _addresses(rows: _Rows, names: Sequence[str] = SIDES) -> tuple[Argument, ...
 
 def _row_launch(plan: _Plan, rows: _Rows, operation: str, schedule: RowSchedule | None) -> Launch:
     """A launch of rows.cu, given the addresses of out, x and its sides. Without a schedule, rows are not kept."""
-    kept = schedules.kept(operation, rows.element, rows.accumulate)
-    schedule = schedule or schedules.streaming_schedule(plan.gpu)
+    kept = row_schedules.kept(operation, rows.element, rows.accumulate)
+    schedule = schedule or row_schedules.streaming_schedule(plan.gpu)
     of_warp = np.int32(kept.of_warp(schedule, rows.n))
     return plan.shape(
-        schedules.row_kernel(operation, rows.element, rows.out_dtype, schedule.team, schedule.keeps, schedule.octets),
+        row_schedules.row_kernel(
+            operation, rows.element, rows.out_dtype, schedule.team, schedule.keeps, schedule.octets
+        ),
         "reduce_rows",
         -(-rows.number // schedule.rows) * schedule.ctas,
         schedule.warps * 32,
@@ -455,16 +454,16 @@ def _register_launch(plan: _Plan, rows: _Rows, operation: str, schedule: Registe
     divisor, eps, is_root = scalar(rows.divisor), scalar(rows.eps), np.int32(operation == "std")
     shape = np.int32(rows.n), np.int32(schedule.lanes.bit_length() - 1)
     arguments: tuple[Argument, ...]
-    if operation in schedules.REGISTER_NORMS:
+    if operation in row_schedules.REGISTER_NORMS:
         name, sides = "normalise_rows", ("weight", "bias", "mean", "rstd")
         arguments = (*_steps(rows, "x", "out", "mean", "rstd"), divisor, eps, *shape, is_root, *_addresses(rows, sides))
-    elif operation in schedules.REGISTER_BACKWARD:
+    elif operation in row_schedules.REGISTER_BACKWARD:
         name, arguments = "differentiate_rows", _gradient_arguments(rows, shape)
     else:
         name = "reduce_rows"
         arguments = (*_steps(rows, "x", "out"), divisor, *shape, *_addresses(rows, ()))
     return plan.shape(
-        schedules.register_kernel(operation, rows.element, schedule),
+        row_schedules.register_kernel(operation, rows.element, schedule),
         name,
         -(-rows.number // schedule.rows),
         schedule.threads,
@@ -478,16 +477,16 @@ def _long_launch(plan: _Plan, rows: _Rows, operation: str, schedule: LongSchedul
     """A launch of long_variance.cu or long_backward.cu, given the addresses of out, x and its sides."""
     resident = _resident_long(plan, rows, operation, schedule)
     divisor = np.dtype(rows.accumulate).type(rows.divisor)
-    shape = np.int32(rows.n), np.int32(schedules.long_bits(rows.n))
+    shape = np.int32(rows.n), np.int32(row_schedules.long_bits(rows.n))
     arguments: tuple[Argument, ...]
-    if operation in schedules.REGISTER_BACKWARD:
+    if operation in row_schedules.REGISTER_BACKWARD:
         arguments = _gradient_arguments(rows, shape)
     else:
         arguments = (*_steps(rows, "x", "out"), divisor, *shape, np.int32(operation == "std"), *_addresses(rows, ()))
     return plan.shape(
-        schedules.long_kernel(operation, rows.element),
+        row_schedules.long_kernel(operation, rows.element),
         _long_name(operation),
-        schedules.teams(rows.number, resident // schedule.ctas) * schedule.ctas,
+        operations.teams(rows.number, resident // schedule.ctas) * schedule.ctas,
         schedule.threads,
         schedule.bytes(operation, rows.n, rows.element),
         (np.int64(rows.number), *arguments),
@@ -506,20 +505,20 @@ def _gradient_arguments(rows: _Rows, shape: tuple[np.int32, np.int32]) -> tuple[
 def _column_launch(plan: _Plan, rows: _Rows, operation: str) -> Launch:
     """A launch of a kernel for columns, given the addresses of out, x and its sides."""
     how = _choose_columns(rows, operation)
-    if how == schedules.SHORT and rows.has_accumulated_statistics:
+    if how == column_schedules.SHORT and rows.has_accumulated_statistics:
         return _short_column_launch(plan, rows, operation)
-    if how == schedules.SHORT_TILES:
+    if how == column_schedules.SHORT_TILES:
         return _short_tile_launch(plan, rows, operation)
-    if how == schedules.WEIGHT_TILES:
+    if how == column_schedules.WEIGHT_TILES:
         return _weight_launch(plan, rows, operation)
-    if how == schedules.TILES:
+    if how == column_schedules.TILES:
         return _tile_launch(plan, rows, operation)
-    schedule: ColumnSchedule = schedules.choose_column_schedule(rows.number, rows.n, plan.gpu)
+    schedule: ColumnSchedule = column_schedules.choose_column_schedule(rows.number, rows.n, plan.gpu)
     return plan.shape(
-        schedules.column_kernel(operation, rows.element, rows.accumulate, schedule.ctas > 1),
+        column_schedules.column_kernel(operation, rows.element, rows.accumulate, schedule.ctas > 1),
         "reduce_columns",
         -(-rows.number // schedule.tile) * schedule.ctas,
-        schedules.COLUMN_THREADS,
+        column_schedules.COLUMN_THREADS,
         schedule.bytes(rows.n, rows.accumulate),
         (rows.parameters(operation), np.int32(schedule.bits), *_addresses(rows)),
         cluster=schedule.ctas,
@@ -529,9 +528,9 @@ def _column_launch(plan: _Plan, rows: _Rows, operation: str) -> Launch:
 
 def _short_column_launch(plan: _Plan, rows: _Rows, operation: str) -> Launch:
     """A launch of short_columns.cu, given the addresses of out, x and its sides."""
-    schedule = schedules.short_schedule(rows.number, rows.n)
+    schedule = column_schedules.short_schedule(rows.number, rows.n)
     return plan.shape(
-        schedules.short_kernel(operation, rows.element, rows.out_dtype),
+        column_schedules.short_kernel(operation, rows.element, rows.out_dtype),
         "reduce_short_columns",
         -(-rows.number // schedule.columns),
         schedule.threads,
@@ -543,12 +542,12 @@ def _short_column_launch(plan: _Plan, rows: _Rows, operation: str) -> Launch:
 
 def _short_tile_launch(plan: _Plan, rows: _Rows, operation: str) -> Launch:
     """A launch of short_tiles.cu, given the addresses of out and x."""
-    vectors = schedules.short_tile_vectors(rows.n)
+    vectors = column_schedules.short_tile_vectors(rows.n)
     return plan.shape(
-        schedules.short_tile_kernel(operation, rows.element, rows.out_dtype),
+        column_schedules.short_tile_kernel(operation, rows.element, rows.out_dtype),
         "reduce_short_tiles",
         -(-rows.number // (vectors * rows.width)),
-        schedules.TILE_THREADS,
+        column_schedules.TILE_THREADS,
         0,
         (rows.parameters(operation), np.int32(vectors.bit_length() - 1), ADDRESS, ADDRESS),
         overlapping=True,
@@ -557,11 +556,11 @@ def _short_tile_launch(plan: _Plan, rows: _Rows, operation: str) -> Launch:
 
 def _weight_launch(plan: _Plan, rows: _Rows, operation: str) -> Launch:
     """A launch of weight_tiles.cu, given the addresses of out, x and its sides."""
-    schedule = schedules.choose_weight_schedule(rows.number, rows.n, rows.element)
+    schedule = column_schedules.choose_weight_schedule(rows.number, rows.n, rows.element)
     steps = [rows.operands[name].row[0] if name in rows.operands else 0 for name in ("x", *COLUMN_SIDES)]
     numbers = rows.n, rows.number, schedule.vectors.bit_length() - 1, DTYPE_CODE[rows.out_dtype]
     return plan.shape(
-        schedules.weight_kernel(operation, rows.element),
+        column_schedules.weight_kernel(operation, rows.element),
         "sum_weight_tiles",
         -(-rows.number // (schedule.vectors * rows.width)),
         schedule.threads,
@@ -575,20 +574,20 @@ def _tile_launch(plan: _Plan, rows: _Rows, operation: str, of_chunks: bool = Fal
     """A launch of column_tiles.cu, given the addresses of out, x and its sides. `of_chunks`: of each chunk."""
     times, n = (rows.chunks, SUM_CHUNK) if of_chunks else (1, rows.n)
     shape = rows.number, n, rows.element, operation, plan.gpu, times
-    schedule = schedules.choose_tile_schedule(*shape)
+    schedule = column_schedules.choose_tile_schedule(*shape)
     if schedule.ctas > PORTABLE_CTAS and _resident_tiles(plan, rows, operation, schedule, n) == 0:
-        schedule = schedules.choose_tile_schedule(*shape, PORTABLE_CTAS)
+        schedule = column_schedules.choose_tile_schedule(*shape, PORTABLE_CTAS)
     items = -(-rows.number // schedule.tile) * times
-    begun = schedules.tile_items(schedule, items, plan.gpu)
-    goes_on = begun < items or schedules.PASSES[operation] > 1
+    begun = column_schedules.tile_items(schedule, items, plan.gpu)
+    goes_on = begun < items or column_schedules.PASSES[operation] > 1
     out_dtype, name = rows.accumulate if of_chunks else rows.out_dtype, "reduce_column_tiles"
-    kernel = schedules.tile_kernel(operation, rows.element, out_dtype, schedule, of_chunks)
-    phase = schedules.tile_phase(schedule, items, plan.gpu)
+    kernel = column_schedules.tile_kernel(operation, rows.element, out_dtype, schedule, of_chunks)
+    phase = column_schedules.tile_phase(schedule, items, plan.gpu)
     return plan.shape(
         kernel,
         name,
         begun * schedule.ctas,
-        schedules.TILE_THREADS,
+        column_schedules.TILE_THREADS,
         schedule.bytes(n, rows.accumulate, goes_on),
         _tile_arguments(rows, operation, schedule, n, goes_on, phase, _NULL),
         cluster=schedule.ctas,
@@ -598,12 +597,12 @@ def _tile_launch(plan: _Plan, rows: _Rows, operation: str, of_chunks: bool = Fal
 
 def _resident_tiles(plan: _Plan, rows: _Rows, operation: str, schedule: TileSchedule, n: int) -> int:
     """CTAs that the GPU holds at a time."""
-    kernel, cluster = schedules.tile_kernel(operation, rows.element, rows.out_dtype, schedule), schedule.ctas
+    kernel, cluster = column_schedules.tile_kernel(operation, rows.element, rows.out_dtype, schedule), schedule.ctas
     shared_bytes = schedule.bytes(n, rows.accumulate)
     if schedule.spread:
         cluster = 1
     function = load(kernel, "reduce_column_tiles", plan.index, shared_bytes, cluster)
-    return resident_ctas(function, schedules.TILE_THREADS, shared_bytes, cluster)
+    return resident_ctas(function, column_schedules.TILE_THREADS, shared_bytes, cluster)
 
 
 def _tile_arguments(
@@ -617,15 +616,18 @@ def _tile_arguments(
 def _plan_spread_tiles(plan: _Plan, rows: _Rows, operation: str, schedule: TileSchedule) -> None:
     """column_tiles.cu with CTAs that meet in the workspace, all on the GPU at once."""
     tiles = -(-rows.number // schedule.tile)
-    kernel, name = schedules.tile_kernel(operation, rows.element, rows.out_dtype, schedule), "reduce_column_tiles"
+    kernel, name = (
+        column_schedules.tile_kernel(operation, rows.element, rows.out_dtype, schedule),
+        "reduce_column_tiles",
+    )
     shared_bytes = schedule.bytes(rows.n, rows.accumulate)
     resident = _resident_tiles(plan, rows, operation, schedule, rows.n)
-    phase = schedules.tile_phase(schedule, tiles, plan.gpu)
+    phase = column_schedules.tile_phase(schedule, tiles, plan.gpu)
     run = plan.shape(
         kernel,
         name,
-        schedules.teams(tiles, resident // schedule.ctas) * schedule.ctas,
-        schedules.TILE_THREADS,
+        operations.teams(tiles, resident // schedule.ctas) * schedule.ctas,
+        column_schedules.TILE_THREADS,
         shared_bytes,
         _tile_arguments(rows, operation, schedule, rows.n, True, phase, ADDRESS),
         cooperative=True,
@@ -636,13 +638,13 @@ def _plan_spread_tiles(plan: _Plan, rows: _Rows, operation: str, schedule: TileS
 def _plan_tall(plan: _Plan, rows: _Rows, operation: str, schedule: TallSchedule) -> None:
     """tall_variance.cu, whose CTAs meet in the workspace, all on the GPU at once."""
     tiles, resident = -(-rows.number // schedule.tile), _resident_tall(plan, rows, schedule)
-    teams = schedules.teams(tiles, resident // schedule.ctas)
+    teams = operations.teams(tiles, resident // schedule.ctas)
     numbers = map(np.int32, (*schedule.arguments(), tiles, teams))
     run = plan.shape(
-        schedules.tall_kernel(rows.element),
+        column_schedules.tall_kernel(rows.element),
         "reduce_tall_columns",
         teams * schedule.ctas,
-        schedules.TALL_THREADS,
+        column_schedules.TALL_THREADS,
         schedule.bytes,
         (rows.parameters(operation), *numbers, *_addresses(rows, ()), ADDRESS),
         cooperative=True,
@@ -684,9 +686,11 @@ def _plan_row_tree(plan: _Plan, rows: _Rows, operation: str) -> None:
 def _plan_column_tree(plan: _Plan, rows: _Rows, operation: str) -> None:
     """The same of columns; what is added up is that of the operation at the first level, and then sums."""
     source: int | None = None
-    while schedules.splits_columns(operation, rows.number, rows.n, rows.element, rows.width, plan.gpu, source is None):
+    while column_schedules.splits_columns(
+        operation, rows.number, rows.n, rows.element, rows.width, plan.gpu, source is None
+    ):
         source, rows = _plan_column_sums(plan, rows, operation, source)
-        if operation not in schedules.SUMS:
+        if operation not in operations.SUMS:
             operation, rows = "sum", rows._replace(divisor=1.0)
     _plan_last_level(plan, _column_launch(plan, rows, operation), source)
 
@@ -695,7 +699,7 @@ def _plan_row_sums(plan: _Plan, rows: _Rows, source: int | None) -> tuple[int, _
     """One level: the sums of all chunks, row by row. Returns where they are, and their layout."""
     target = plan.reserve(rows.number * rows.chunks, rows.accumulate)
     grid = -(-rows.number * rows.chunks // 4)
-    kernel = schedules.chunk_kernel("row_chunks.cu", rows.element, rows.accumulate)
+    kernel = row_schedules.chunk_kernel("row_chunks.cu", rows.element, rows.accumulate)
     run = plan.shape(kernel, "sum_chunks", grid, 128, 0, (rows.parameters("sum"), ADDRESS, ADDRESS))
 
     def sums(stream: int, out: int, x: int, sides: Addresses, workspace: int) -> None:
@@ -712,12 +716,12 @@ def _plan_column_sums(plan: _Plan, rows: _Rows, operation: str, source: int | No
     if rows.width > 1:
         run = _tile_launch(plan, rows, operation, of_chunks=True)
     else:
-        schedule = schedules.column_schedules(rows.n, plan.gpu)[0]
+        schedule = column_schedules.column_schedules(rows.n, plan.gpu)[0]
         run = plan.shape(
-            schedules.column_chunk_kernel(operation, rows.element, rows.accumulate),
+            column_schedules.column_chunk_kernel(operation, rows.element, rows.accumulate),
             "sum_column_chunks",
             -(-rows.number // schedule.tile) * rows.chunks,
-            schedules.COLUMN_THREADS,
+            column_schedules.COLUMN_THREADS,
             schedule.bytes(SUM_CHUNK, rows.accumulate),
             (rows.parameters(operation), np.int32(schedule.bits), *_addresses(rows, COLUMN_SIDES)),
         )
@@ -737,7 +741,7 @@ def _plan_column_sums(plan: _Plan, rows: _Rows, operation: str, source: int | No
 
 def _plan_split_softmax(plan: _Plan, rows: _Rows, operation: str) -> None:
     """The steps of softmax_split_rows.cu."""
-    kernel = schedules.chunk_kernel("softmax_split_rows.cu", rows.element, rows.accumulate)
+    kernel = row_schedules.chunk_kernel("softmax_split_rows.cu", rows.element, rows.accumulate)
     accumulate, parameters = rows.accumulate, rows.parameters(operation)
     all_chunks = rows.number * rows.chunks
     maxima = sums = plan.reserve(all_chunks, accumulate)  # the maxima have been read when the sums are written
@@ -760,7 +764,7 @@ def _plan_split_softmax(plan: _Plan, rows: _Rows, operation: str) -> None:
     plan.steps.append(maxima_and_sums)
 
     level, level_sums = rows.of_sums(tuple(step * rows.chunks for step in contiguous_strides(rows.kept)), 1), sums
-    while level.chunks > schedules.MAX_ROW_CHUNKS:
+    while level.chunks > row_schedules.MAX_ROW_CHUNKS:
         level_sums, level = _plan_row_sums(plan, level, level_sums)
     constants = np.int64(level.n), chunks, np.int64(operation == "log_softmax")
     shared_bytes = -(-level.chunks // GROUP_LANES) * GROUP_LANES * ITEMSIZE[accumulate]  # read in whole groups

@@ -94,7 +94,7 @@ struct Tile {
     static constexpr int EIGHT = 8;  // sums that a thread folds at once
     static_assert(SUM_CHUNK / SUM_LANES <= 2 * AT_ONCE, "a lane has one group in a piece, or two");
 
-    // `shared` has the bytes of TileSchedule (schedules.py).
+    // `shared` has the bytes of TileSchedule (column_schedules.py).
     __device__ __forceinline__ Tile(const Reduction& p, int bits, int part_bits, int room, int team, const void* all,
                                     const Sides& sides, void* meeting, unsigned char* shared)
         : p(p),

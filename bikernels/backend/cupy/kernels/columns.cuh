@@ -21,7 +21,7 @@ struct Columns {
     const int tile;         // columns
     const int group, left;  // of this thread: which 8 lanes, and its column in the tile
     int rank, ctas;         // of this CTA, of the cluster
-    // Shared memory (column_bytes in schedules.py), the columns of the tile side by side in each array.
+    // Shared memory (ColumnSchedule.bytes in column_schedules.py), the columns of the tile side by side in each array.
     A* const partial;     // of every group, a column more apart than the tile is wide
     A* const chunk_sums;  // of every chunk
     A* maxima;            // of every CTA

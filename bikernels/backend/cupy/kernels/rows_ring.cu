@@ -908,7 +908,7 @@ using LogSumExp = SoftmaxFamily<Form::LOGSUMEXP, PLAIN>;
 
 // What a launch gives; its dynamic shared memory: of every warp `slots` times `rounds` chunks, and beside them what it keeps
 // of `kept_steps` steps of each chunk; a barrier for each area of the exchange and of the warps' slots; the areas. See
-// RingSchedule in schedules.py. There are two slots at least, or teams have one row.
+// RingSchedule in row_schedules.py. There are two slots at least, or teams have one row.
 struct Launch {
     const Reduction& p;
     const Team& team;

@@ -72,7 +72,7 @@ struct Team {
     const int bits, part_bits, group_bits;  // logarithms: of a tile's vectors, of a chunk's parts, of a column's WORDS
     const int ctas;                         // of the team
     const int tiles, teams;                 // in all
-    unsigned char* const shared;            // of the bytes of TallSchedule (schedules.py), which has these numbers
+    unsigned char* const shared;            // its bytes, and the numbers above: TallSchedule (column_schedules.py)
     const int rank;                         // of this CTA
     const int first;                        // of this thread: its first element
     int place = 0;                          // in shared memory, where the tile that has not been taken begins

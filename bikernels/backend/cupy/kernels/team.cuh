@@ -30,7 +30,7 @@ struct Team {
     unsigned* counts;
     int places;  // of an array but `upper`
 
-    // Dynamic shared memory from `shared` on: see Kept.bytes in schedules.py.
+    // Dynamic shared memory from `shared` on: see Kept.bytes in row_schedules.py.
     __device__ __forceinline__ Team(int lanes, long long n, unsigned char* shared)
         : lanes(lanes), chunks(static_cast<int>(chunks_of(n))), warp(0), warps(1), ctas(1) {
         if constexpr (KIND != LANES) {

@@ -1,0 +1,100 @@
+"""Every CUDA C++ kernel of the reductions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ...contract import ACCUMULATE, SUM_CHUNK, SUM_LANES
+from .column_schedules import (
+    PASSES,
+    SHORT_TILE_OPERATIONS,
+    TileSchedule,
+    arrays_of,
+    column_chunk_kernel,
+    column_kernel,
+    short_kernel,
+    short_tile_kernel,
+    tall_kernel,
+    tile_kernel,
+    weight_kernel,
+)
+from .compile import Kernel
+from .operations import (
+    ANY,
+    COLUMN_OPERATIONS,
+    ELEMENTS,
+    FIRST_WITH_CLUSTERS,
+    OPERATIONS,
+    SINGLE_COLUMN_OPERATIONS,
+    SPLIT,
+    TERMS,
+    WEIGHT_GRADIENTS,
+    vector_width,
+)
+from .row_schedules import (
+    CLUSTER,
+    CTA,
+    LANES,
+    LONG_ROW,
+    OCTETS,
+    REGISTER_BACKWARD,
+    REGISTER_OPERATIONS,
+    WARP_STEPS,
+    _widened_to,
+    chunk_kernel,
+    has_ring_kernel,
+    long_kernel,
+    register_kernel,
+    register_schedules,
+    ring_kernel,
+    row_kernel,
+)
+
+
+def kernels(compute_capability: int) -> Iterator[Kernel]:
+    """Every kernel of the reductions that can be launched on a GPU of this compute capability (90 for 9.0)."""
+    has_clusters = compute_capability >= 10 * FIRST_WITH_CLUSTERS[0]
+    found: dict[Kernel, None] = {}
+    for element, accumulate in (*ACCUMULATE.items(), (ANY, "float32"), (ANY, "float64")):
+        for source in ("row_chunks.cu", "softmax_split_rows.cu"):
+            found[chunk_kernel(source, element, accumulate)] = None
+        for operation in TERMS:
+            found[column_chunk_kernel(operation, element, accumulate)] = None
+        for operation in filter(SINGLE_COLUMN_OPERATIONS.__contains__, OPERATIONS):
+            for in_cluster in (False, True) if has_clusters else (False,):
+                found[column_kernel(operation, element, accumulate, in_cluster)] = None
+        for operation in filter(REGISTER_OPERATIONS.__contains__, OPERATIONS):
+            lengths = (1, SUM_LANES, WARP_STEPS * SUM_LANES, SUM_CHUNK, LONG_ROW, 2 * LONG_ROW)
+            for n in lengths if element in ELEMENTS else ():
+                for schedule in register_schedules(operation, n, element):
+                    found[register_kernel(operation, element, schedule)] = None
+        if has_clusters and element in ELEMENTS:
+            for operation in filter(("var", *REGISTER_BACKWARD).__contains__, OPERATIONS):
+                found[long_kernel(operation, element)] = None
+            found[tall_kernel(element)] = None
+        if element != ANY:
+            for operation in filter(COLUMN_OPERATIONS.__contains__, OPERATIONS):
+                one = TileSchedule(vector_width(element), 1, 1, 1, False, False, arrays_of(operation))
+                ways = [one._replace(keeps=keeps, spread=spread) for keeps in (False, True) for spread in (False, True)]
+                if operation in TERMS:
+                    found[tile_kernel(operation, element, accumulate, one, of_chunks=True)] = None
+                for out_dtype in (element, accumulate):
+                    for way in ways if PASSES[operation] > 1 else ways[:1]:
+                        found[tile_kernel(operation, element, out_dtype, way)] = None
+                    found[short_kernel(operation, element, out_dtype)] = None
+                if operation in WEIGHT_GRADIENTS:
+                    found[weight_kernel(operation, element)] = None
+                if operation in SHORT_TILE_OPERATIONS:
+                    found[short_tile_kernel(operation, element, accumulate)] = None
+        for operation in OPERATIONS:
+            for out_dtype in ELEMENTS:
+                if compute_capability == 90 and has_ring_kernel(operation, element, out_dtype):
+                    found[ring_kernel(operation, element, out_dtype)] = None
+                if ACCUMULATE[out_dtype] == accumulate and element in (ANY, out_dtype, *_widened_to(out_dtype)):
+                    for team in (LANES, CTA, CLUSTER) if has_clusters else (LANES, CTA):
+                        found[row_kernel(operation, element, out_dtype, team)] = None
+                    found[row_kernel(operation, element, out_dtype, LANES, octets=OCTETS)] = None
+                    if operation not in SPLIT:
+                        team = CLUSTER if has_clusters else CTA
+                        found[row_kernel(operation, element, out_dtype, team, keeps=False)] = None
+    yield from found

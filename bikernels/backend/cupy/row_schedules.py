@@ -1,0 +1,598 @@
+"""What decides the speed of reductions of rows and no bit: launch shapes, and which kernel takes which rows.
+
+Everything here may change freely; the results stay the same.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ...contract import ACCUMULATE, ITEMSIZE, SUM_CHUNK, SUM_LANES
+from .compile import Kernel
+from .launch import GPU
+from .operations import (
+    ANY,
+    CTA_BYTES,
+    ELEMENTS,
+    EXPONENTIALS,
+    FIRST_WITH_CLUSTERS,
+    GROUP_LANES,
+    MAX_CTAS,
+    MOST_CTAS,
+    MULTIPROCESSOR_BYTES,
+    OPERATIONS,
+    RING_CAPABILITY,
+    SOFTMAX_GRADIENTS,
+    SUMS,
+    VARIANCES,
+    c_type,
+    ceil_div,
+    chunks_of,
+    cluster_sizes,
+    vector_width,
+)
+from .parameters import C_TYPE
+
+MAX_ROW_CHUNKS = SUM_CHUNK
+"""Chunks of a row that one CTA may sum: their sums are one chunk of the next level."""
+
+# ----------------------------------------------------------------------------------------------------------------- rows
+
+LANES, CTA, CLUSTER = "LANES", "CTA", "CLUSTER"
+
+CTA_WARPS = 4
+"""Of a CTA, where a row is a warp's or part of one's."""
+
+OCTETS, MANY_OCTETS = 4, (64, 512)
+"""Of a thread, where rows are longer than the first and not longer than the second: what a row costs beside its
+elements is then shared by four of them."""
+
+BATCHES = (8, 4, 2, 1)
+"""How many rows such a team begins to read at a time."""
+
+BATCH_BYTES = 4096
+"""That a warp reads at a time, if it has several rows."""
+
+MAX_WARPS = 16
+"""Of a CTA."""
+
+STREAMING_WARPS = 8
+"""Of a CTA, where rows are not kept, which takes more registers."""
+
+PREFERRED_WARPS, PREFERRED_BYTES = 8, 48 * 1024
+"""Of a CTA, at most: of larger ones a multiprocessor holds too few for one to read while another computes."""
+
+ROUNDS = 8
+"""Chunks of a warp, at most, where there is a choice."""
+
+
+class RowSchedule(NamedTuple):
+    """How threads share rows (team.cuh)."""
+
+    team: str
+    lanes: int
+    """Of a warp: 32 unless the team is smaller."""
+    warps: int
+    """Of a CTA."""
+    ctas: int
+    """Of a team."""
+    batch: int = 1
+    """Rows of a team, where it is a warp or less."""
+    keeps: bool = True
+    """Whether a row is read once."""
+    octets: int = 1
+    """Of 8 elements, that a thread has of every 256 (row.cuh)."""
+
+    @property
+    def rows(self) -> int:
+        """Of a CTA, or of a cluster."""
+        return self.warps * 32 // self.lanes * self.batch if self.team == LANES else 1
+
+    def rounds(self, n: int) -> int:
+        """Chunks of a warp."""
+        return 1 if self.team == LANES else max(1, -(-chunks_of(n) // (self.warps * self.ctas)))
+
+
+class Kept(NamedTuple):
+    """Bytes of shared memory that a row takes."""
+
+    element: dict[str, int]
+    """For each element, by the kind of team."""
+    accumulate: int
+    """Of a partial sum."""
+
+    def of_warp(self, schedule: RowSchedule, n: int) -> int:
+        """For the elements of a warp that belong to one row of each team, in steps of SUM_LANES of them."""
+        element = self.element[schedule.team]
+        if schedule.team == LANES:
+            return -(-n // SUM_LANES) * SUM_LANES * schedule.octets * element
+        return schedule.rounds(n) * SUM_CHUNK * element if schedule.keeps else 0
+
+    def bytes(self, schedule: RowSchedule, n: int) -> int:
+        """Of a CTA. Behind the elements, where there are several warps: an array of the warps' maxima, two of chunks'
+        sums, one of those sums' sums, one of counts.
+        """
+        exchanged, chunks = 0, chunks_of(n)
+        if schedule.team != LANES:
+            places = max(schedule.warps * schedule.ctas, min(chunks, SUM_CHUNK))
+            exchanged = places * (3 * self.accumulate + 4) + chunks_of(chunks) * self.accumulate
+        return schedule.warps * schedule.batch * self.of_warp(schedule, n) + exchanged
+
+
+def kept(operation: str, element: str, accumulate: str) -> Kept:
+    """What an operation keeps of rows; those that are read as ANY are kept in the accumulate dtype."""
+    stored = ITEMSIZE[accumulate if element == ANY else element]
+    if operation.endswith("backward"):
+        stored *= 2
+    results = ITEMSIZE[accumulate] if operation == "softmax" else stored
+    of_team = {LANES: results, CTA: results, CLUSTER: stored}
+    if operation in SUMS:
+        of_team |= {CTA: 0, CLUSTER: 0}
+    return Kept(of_team, ITEMSIZE[accumulate])
+
+
+def row_schedules(n: int, of: Kept, device: GPU) -> list[RowSchedule]:
+    """The schedules for rows of n elements that fit and keep them; of long rows, the fewest CTAs first."""
+    if n <= SUM_CHUNK:
+        lanes = min(32, 1 << max(0, -(-n // GROUP_LANES) - 1).bit_length())
+        shorts = [RowSchedule(LANES, lanes, CTA_WARPS, 1, batch) for batch in BATCHES]
+        if MANY_OCTETS[0] < n <= MANY_OCTETS[1]:
+            shorts = [one._replace(lanes=32 // OCTETS, octets=OCTETS) for one in shorts] + shorts
+        return [one for one in shorts if one.batch == 1 or one.batch * of.of_warp(one, n) <= BATCH_BYTES]
+    chunks = chunks_of(n)
+    found: dict[RowSchedule, None] = {}
+    for ctas in cluster_sizes(device):
+        for rounds in (1, 2, 4, ROUNDS) if of.element[CTA] else (1, 2, 4, ROUNDS, -(-chunks // (ctas * MAX_WARPS))):
+            warps = -(-chunks // (ctas * rounds))
+            schedule = RowSchedule(CTA if ctas == 1 else CLUSTER, 32, warps, ctas)
+            fits = of.bytes(schedule, n) <= device.shared_bytes and chunks <= SUM_CHUNK
+            if ctas <= chunks and warps <= MAX_WARPS and fits:
+                found[schedule] = None
+    return list(found)
+
+
+def streaming_schedule(device: GPU) -> RowSchedule:
+    """The schedule that reads a row anew whenever it is used."""
+    ctas = cluster_sizes(device)[-1]
+    return RowSchedule(CTA if ctas == 1 else CLUSTER, 32, STREAMING_WARPS, ctas, keeps=False)
+
+
+def choose_row_schedule(rows: int, n: int, of: Kept, device: GPU) -> RowSchedule | None:
+    """A schedule that keeps rows; None if none fits.
+
+    Where rows fill the GPU, warps have several chunks each if those take little memory, since a CTA of few warps that
+    live long reads better. Of schedules alike, the one of the fewest CTAs that are small enough.
+    """
+    found = row_schedules(n, of, device)
+    if not found:
+        return None
+    if n <= SUM_CHUNK:
+        return next((one for one in found if rows >= 2 * device.multiprocessors * one.rows), found[-1])
+    chunks = chunks_of(n)
+    element = of.element[CLUSTER]
+    wanted = 4 if element == 0 else 2 if element <= 2 else 1
+    while wanted > 1 and (chunks < 2 * wanted or rows * chunks < 16 * device.multiprocessors * wanted):
+        wanted //= 2
+    closest = min(abs(one.rounds(n) - wanted) for one in found)
+    alike = [one for one in found if abs(one.rounds(n) - wanted) == closest]
+    for one in alike:
+        is_small = one.warps <= PREFERRED_WARPS and of.bytes(one, n) <= PREFERRED_BYTES
+        if is_small and rows * one.ctas >= device.multiprocessors:
+            return one
+    return alike[-1]
+
+
+def splits_rows(rows: int, n: int, device: GPU, fits: bool) -> bool:
+    """Whether rows are spread over the GPU chunk by chunk: no schedule fits, or too few CTAs would work."""
+    if not fits:
+        return True
+    if device.compute_capability >= FIRST_WITH_CLUSTERS:
+        return chunks_of(n) > MAX_CTAS * MAX_WARPS and rows * MAX_CTAS * 2 < device.multiprocessors
+    return chunks_of(n) >= 32 and rows < device.multiprocessors
+
+
+# ---------------------------------------------------------------------------------------------------- rows in registers
+
+
+REGISTER_NORMS = VARIANCES | {"rms_norm", "layer_norm"}
+"""Those that register_norms.cu has."""
+
+REGISTER_BACKWARD = frozenset(("softmax_backward", "log_softmax_backward", "rms_norm_backward", "layer_norm_backward"))
+"""Those that register_backward.cu has."""
+
+REGISTER_OPERATIONS = SUMS | {"softmax", "log_softmax"} | REGISTER_NORMS | REGISTER_BACKWARD
+"""All of them, and those that register_rows.cu has."""
+
+FIRST_WITH_PAIRS = (8, 0)
+"""The first compute capability that has all the instructions it uses."""
+
+MANY_ELEMENTS = {"bfloat16": 32, "float16": 32, "float32": 16, "float64": 16}
+"""Of a thread, where many rows are short: what a row costs beside its elements is then shared by several."""
+
+WARP_STEPS, CTA_STEPS = 4, SUM_CHUNK // SUM_LANES
+"""Of 256 elements, that a thread has of a row, at most."""
+
+CTA_THREADS = 512
+"""Of a CTA that has one row, at most."""
+
+LONG_ROW = 8 * SUM_CHUNK
+
+NEARLY_LONG = {("log_softmax", element) for element in ("bfloat16", "float16", "float32")} | {("softmax", "float32")}
+"""Operations and dtypes of which longer rows, twice as long at most, are a CTA's where they are many."""
+
+THREADS_OF_A_MULTIPROCESSOR = 2048
+
+
+class RegisterSchedule(NamedTuple):
+    """How threads share rows that they keep in registers (register_rows.cuh)."""
+
+    width: int
+    """Elements of a thread's vectors, each of another lane of the tree."""
+    groups: int
+    """Vectors that a thread has of every 256 elements."""
+    steps: int
+    """Of 256 elements, at most."""
+    spread: bool
+    """Whether a row is a CTA's."""
+    lanes: int
+    """Threads of a row in a warp."""
+    threads: int
+    """Of a CTA."""
+
+    @property
+    def rows(self) -> int:
+        """Of a CTA."""
+        return 1 if self.spread else self.threads // self.lanes
+
+
+def register_schedules(operation: str, n: int, element: str) -> list[RegisterSchedule]:
+    """The schedules for rows of n elements, if their layout allows any; the fewest threads of a row first."""
+    vector, is_sum, is_double = vector_width(element), operation in SUMS, element == "float64"
+    found = []
+    if n <= SUM_LANES:
+        vectors = 1 << (-(-n // vector) - 1).bit_length()
+        for elements in (MANY_ELEMENTS[element], GROUP_LANES):
+            groups = elements // vector
+            is_many = elements > GROUP_LANES
+            if is_many and (operation in REGISTER_BACKWARD or vectors < 4 * groups):
+                continue  # a row costs too little, or neighbours would read too far apart
+            found.append(RegisterSchedule(vector, groups, 1, False, max(1, vectors // groups), CTA_WARPS * 32))
+    elif n <= WARP_STEPS * SUM_LANES:
+        if is_double and not is_sum:  # of which a warp could keep few rows, and computes long
+            found.append(RegisterSchedule(2, 1, WARP_STEPS, True, 32, SUM_LANES // 2))
+        else:
+            groups = GROUP_LANES // vector
+            found.append(RegisterSchedule(vector, groups, WARP_STEPS, False, 32, CTA_WARPS * 32))
+    elif not is_sum:
+        for width, groups in _spread_vectors(operation, n, element):
+            threads = chunks_of(n) * SUM_LANES // (width * groups)
+            if threads <= CTA_THREADS:
+                found.append(RegisterSchedule(width, groups, CTA_STEPS, True, 32, threads))
+    return found
+
+
+def _spread_vectors(operation: str, n: int, element: str) -> list[tuple[int, int]]:
+    """The widths and groups of vectors where a row is a CTA's, of as many elements as a thread has registers for, the
+    most first.
+    """
+    if _is_nearly_long(operation, n, element):
+        return [(vector_width(element), GROUP_LANES // vector_width(element))]
+    return [(width, 1) for width in _spread_widths(operation, n, element)]
+
+
+def _is_nearly_long(operation: str, n: int, element: str) -> bool:
+    """Whether a thread has 8 elements of 256; of softmax of 16 bits, exponentials would take twice the registers."""
+    return n > LONG_ROW and (operation, element) in NEARLY_LONG
+
+
+def _spread_widths(operation: str, n: int, element: str) -> tuple[int, ...]:
+    """Elements of a thread in 256, in one vector."""
+    if element == "float64":
+        return (4, 2) if operation in EXPONENTIALS and n > SUM_CHUNK * 4 else (2,)
+    if operation in REGISTER_BACKWARD:  # which has more operands
+        if operation in SOFTMAX_GRADIENTS and ITEMSIZE[element] == 2 and n <= SUM_CHUNK * 2:
+            return (4, 2)
+        return (4,) if ITEMSIZE[element] == 2 or n > SUM_CHUNK * 4 else (2,)
+    if operation in REGISTER_NORMS and ITEMSIZE[element] == 2:
+        return (8, 2) if n <= SUM_CHUNK * 4 else (8,)
+    return (4, 2)
+
+
+def choose_register_schedule(operation: str, rows: int, n: int, element: str, device: GPU) -> RegisterSchedule | None:
+    """The schedule of the fewest threads of a row that fill the GPU (of gradients, half of it), else of the most; None
+    for long rows, and for few of those that are nearly as long.
+    """
+    if device.compute_capability < FIRST_WITH_PAIRS or n == 0:
+        return None
+    found = register_schedules(operation, n, element)
+    enough = THREADS_OF_A_MULTIPROCESSOR * device.multiprocessors // (2 if operation in REGISTER_BACKWARD else 1)
+    for one in found:
+        if rows * one.threads >= enough * one.rows:
+            return one
+    if not found or _is_nearly_long(operation, n, element):  # of few such rows, a cluster has more on its way
+        return None
+    return found[-1]
+
+
+# ----------------------------------------------------------------------------------------- long rows that are read once
+
+
+LONG_OPERATIONS = VARIANCES | REGISTER_BACKWARD
+"""Those that have such kernels: long_variance.cu and long_backward.cu."""
+
+
+def long_parts(operation: str, element: str) -> int:
+    """Warps that share a chunk: of a whole one, a thread may have more elements than registers."""
+    if operation in REGISTER_BACKWARD:
+        return GROUP_LANES // vector_width(element)
+    return 4 if element == "float64" else 1
+
+
+def long_warps(operation: str, element: str) -> int:
+    """Of a CTA, at most: for as many there are registers."""
+    if operation in REGISTER_BACKWARD:
+        return 16
+    return 32 if element == "float64" else 20
+
+
+class LongSchedule(NamedTuple):
+    """How CTAs share long rows that are read once."""
+
+    warps: int
+    """Of a CTA, with a chunk each or a part of it."""
+    ctas: int
+    """Of a row."""
+
+    @property
+    def threads(self) -> int:
+        return self.warps * 32
+
+    def bytes(self, operation: str, n: int, element: str) -> int:
+        """Of shared memory: elements, and four times the chunks' sums."""
+        parts, sums = long_parts(operation, element), 32 << long_bits(n)
+        arrays = 2 if operation in REGISTER_BACKWARD else 1
+        elements = arrays * self.warps * SUM_CHUNK // parts * ITEMSIZE[element]
+        return elements + 4 * parts * sums * ITEMSIZE[ACCUMULATE[element]]
+
+
+def long_bits(n: int) -> int:
+    """A thread adds up the sums of 2^bits chunks."""
+    return (ceil_div(chunks_of(n), 32) - 1).bit_length()
+
+
+def long_schedules(operation: str, n: int, element: str, device: GPU) -> list[LongSchedule]:
+    """The schedules for rows of n elements, if there are any; the fewest CTAs first."""
+    chunks, parts, found = chunks_of(n), long_parts(operation, element), list[LongSchedule]()
+    has_kernel = operation in LONG_OPERATIONS and element in ELEMENTS
+    most = SUM_LANES if parts == 1 else SUM_LANES // 2  # chunks of which a warp adds up the sums
+    if not has_kernel or not 2 <= chunks <= most or device.compute_capability < FIRST_WITH_CLUSTERS:
+        return found
+    for ctas in (*cluster_sizes(device), MOST_CTAS):
+        one = LongSchedule(ceil_div(chunks, ctas) * parts, ctas)
+        is_held = one.warps <= long_warps(operation, element)
+        fits = is_held and one.bytes(operation, n, element) <= device.shared_bytes
+        fits = fits and (ctas > 1 or operation in VARIANCES)  # which send their sums as only clusters can
+        if ctas <= chunks and fits and (ctas <= MAX_CTAS or not found):
+            found.append(one)
+    return found
+
+
+def choose_long_schedule(operation: str, rows: int, n: int, element: str, device: GPU) -> LongSchedule | None:
+    """A CTA for each row, else the fewest of which a multiprocessor holds two, so that one reads while another waits
+    (of gradients, which always read: the fewest); the most where rows are few. None if there is no schedule.
+    """
+    found, is_gradient = long_schedules(operation, n, element, device), operation in REGISTER_BACKWARD
+    for one in found:
+        is_small = one.ctas == 1 or one.warps <= long_warps(operation, element) // 2
+        if rows * one.ctas >= device.multiprocessors and (is_gradient or is_small):
+            return one
+    return found[-1] if found else None
+
+
+# ------------------------------------------------------------------------------------------------------- rows in a ring
+
+
+RING_OPERATIONS = SUMS | EXPONENTIALS
+
+MAX_RING_CHUNKS = 256
+"""Of a row: what a warp sums at once."""
+
+MAX_RING_WARPS = 20
+"""Of a CTA."""
+
+RING_AREAS = 4
+"""For what the warps exchange."""
+
+MAX_RING_TEAM = 160
+"""Warps of a team."""
+
+
+class RingSchedule(NamedTuple):
+    """How the warps of rows_ring.cu share rows."""
+
+    warps: int
+    """Of a CTA."""
+    ctas: int
+    """Of a cluster."""
+    rounds: int
+    """Chunks of a warp."""
+    slots: int
+    """Rows that a warp keeps; with one, a team has one row."""
+    kept_steps: int = 0
+    """Of a chunk of 16-bit elements, whose exponentials are kept: half of them in place of the elements."""
+
+    @property
+    def threads(self) -> int:
+        return self.warps * 32
+
+    def area_bytes(self, n: int) -> int:
+        """What the warps exchange at a time: 8 bytes for each chunk or 4 for each warp. Of more chunks than a warp has
+        threads, each thread reads 4 or 8.
+        """
+        chunks = chunks_of(n)
+        places = chunks if chunks <= 32 else 128 if chunks <= 128 else 256
+        return -(-max(8 * places, 4 * self.warps * self.ctas) // 16) * 16
+
+    def bytes(self, n: int, itemsize: int) -> int:
+        """Of shared memory: the chunks, each in as many bytes as it needs wherever it begins in a vector, exponentials,
+        the barriers, what is exchanged.
+        """
+        of_slot = self.rounds * (SUM_CHUNK * itemsize + 32) + 8
+        of_kept = self.rounds * self.kept_steps * SUM_LANES * 2
+        return self.warps * (self.slots * of_slot + of_kept) + RING_AREAS * (8 + self.area_bytes(n))
+
+    def resident_ctas(self, operation: str, n: int, itemsize: int) -> int:
+        """Of a multiprocessor, as many as its shared memory and its registers hold."""
+        ctas = MULTIPROCESSOR_BYTES // (self.bytes(n, itemsize) + CTA_BYTES)
+        return min(ctas, ring_threads(operation, itemsize) // self.threads)
+
+
+def ring_threads(operation: str, itemsize: int) -> int:
+    """Threads of a multiprocessor for which there are registers: as many as there is shared memory for, at most."""
+    if itemsize == 2:
+        return 640 if operation == "softmax" else 896
+    return 512
+
+
+def has_ring_kernel(operation: str, element: str, out_dtype: str) -> bool:
+    """Whether rows_ring.cu computes this."""
+    is_single = ACCUMULATE[out_dtype] == "float32" and element in (out_dtype, *_widened_to(out_dtype))
+    return operation in RING_OPERATIONS and is_single
+
+
+def ring_schedules(operation: str, n: int, itemsize: int, device: GPU) -> list[RingSchedule]:
+    """The schedules of rows_ring.cu for rows of n elements, the fewest CTAs first; of those alike, first the one that
+    keeps the most exponentials and then the one that keeps the fewest.
+    """
+    chunks = chunks_of(n)
+    if device.compute_capability != RING_CAPABILITY or not 1 < chunks <= MAX_RING_CHUNKS:
+        return []
+    found: dict[RingSchedule, None] = {}
+    for ctas in (*cluster_sizes(device), MOST_CTAS):
+        if ctas > MAX_CTAS and found:
+            break
+        for rounds, slots in ((1, 2), (2, 2), (1, 3), (2, 1)):
+            one = RingSchedule(-(-chunks // (ctas * rounds)), ctas, rounds, slots)
+            alike = [one]
+            if operation == "softmax" and itemsize == 2:
+                alike = [one._replace(kept_steps=steps) for steps in range(SUM_CHUNK // SUM_LANES, 0, -1)]
+            alike = [one for one in alike if one.bytes(n, itemsize) <= device.shared_bytes]
+            fits = one.warps <= MAX_RING_WARPS and one.threads <= ring_threads(operation, itemsize)
+            fits = fits and one.warps * ctas <= MAX_RING_TEAM
+            if ctas * 2 <= chunks and fits and (slots > 1 or ctas == 2):  # pairs leave no multiprocessor idle
+                found |= dict.fromkeys(alike[:1] + alike[-1:])
+    return list(found)
+
+
+def choose_ring_schedule(
+    rows: int, n: int, operation: str, itemsize: int, line_up: bool, device: GPU
+) -> RingSchedule | None:
+    """The schedule for rows that lie side by side; None where they are left to rows.cu. `line_up`: whether rows begin
+    where a vector does.
+
+    A chunk for each warp and the next row's on its way; the fewest CTAs of which a multiprocessor holds nearly as many
+    warps with a chunk as of any. Of few rows, the most CTAs of which the GPU holds those of all rows at a time. If that
+    is none, and pairs of multiprocessors are not many more than rows: such a pair for each row, without a next one.
+    """
+    chunks = chunks_of(n)
+    is_few = rows * chunks < 4 * device.multiprocessors
+    if (is_few and chunks < 64) or (operation in SUMS and line_up):
+        return None
+    if operation == "softmax" and itemsize == 2 and line_up and chunks <= 8:
+        return None  # of shorter rows, other kernels have more on their way
+    found: dict[tuple[int, int], RingSchedule] = {}  # by CTAs and slots
+    for one in ring_schedules(operation, n, itemsize, device):
+        if (one.rounds, one.slots) in ((1, 2), (2, 1)):
+            found.setdefault((one.ctas, one.slots), one)
+
+    def working(one: RingSchedule) -> float:
+        return one.resident_ctas(operation, n, itemsize) * chunks / one.ctas
+
+    def hold_all(one: RingSchedule) -> bool:
+        return rows * one.ctas <= device.multiprocessors * one.resident_ctas(operation, n, itemsize)
+
+    double = [one for one in found.values() if one.slots == 2]
+    if not double:
+        return None
+    most = max(map(working, double))
+    first = next(one for one in double if working(one) >= 0.85 * most)
+    if rows * first.ctas >= 2 * device.multiprocessors * first.resident_ctas(operation, n, itemsize):
+        return first
+    if (holding := next(filter(hold_all, reversed(double)), None)) is not None:
+        return holding
+    single = found.get((2, 1))
+    return single if single and device.multiprocessors < 4 * rows <= 2 * device.multiprocessors else double[-1]
+
+
+# -------------------------------------------------------------------------------------------------------------- kernels
+
+
+def chunk_kernel(source: str, element: str, accumulate: str) -> Kernel:
+    """A kernel of row_chunks.cu or softmax_split_rows.cu."""
+    return Kernel(source, (("ELEMENT", c_type(element)), ("ACCUMULATE", C_TYPE[accumulate])))
+
+
+def row_kernel(operation: str, element: str, out_dtype: str, team: str, keeps: bool = True, octets: int = 1) -> Kernel:
+    """The kernel of rows.cu."""
+    return Kernel(
+        "rows.cu",
+        (
+            ("OPERATION", OPERATIONS[operation]),
+            ("ELEMENT", c_type(element)),
+            ("RESULT", C_TYPE[out_dtype] if operation in EXPONENTIALS else "any_dtype"),
+            ("ACCUMULATE", C_TYPE[ACCUMULATE[out_dtype]]),
+            ("TEAM", team),
+            ("KEPT", str(keeps).lower()),
+            ("OCTETS", octets),
+            ("THREADS", (CTA_WARPS if team == LANES else MAX_WARPS if keeps else STREAMING_WARPS) * 32),
+        ),
+    )
+
+
+def register_kernel(operation: str, element: str, schedule: RegisterSchedule) -> Kernel:
+    """The kernel of register_norms.cu, register_backward.cu or register_rows.cu."""
+    is_backward = operation in REGISTER_BACKWARD
+    source = f"register_{'norms' if operation in REGISTER_NORMS else 'backward' if is_backward else 'rows'}.cu"
+    most = schedule._replace(threads=CTA_THREADS if schedule.spread else CTA_WARPS * 32)
+    return Kernel(source, _register_macros(operation, element, most))
+
+
+def _register_macros(operation: str, element: str, schedule: RegisterSchedule) -> tuple[tuple[str, str | int], ...]:
+    return (
+        ("OPERATION", OPERATIONS[operation]),
+        ("ELEMENT", c_type(element)),
+        ("ACCUMULATE", C_TYPE[ACCUMULATE[element]]),
+        ("WIDTH", schedule.width),
+        ("GROUPS", schedule.groups),
+        ("STEPS", schedule.steps),
+        ("SPREAD", str(schedule.spread).lower()),
+        ("THREADS", schedule.threads),
+    )
+
+
+def long_kernel(operation: str, element: str) -> Kernel:
+    """The kernel of long_variance.cu or long_backward.cu."""
+    width, is_backward = vector_width(element), operation in REGISTER_BACKWARD
+    is_spread = is_backward or long_parts(operation, element) > 1
+    groups = 1 if is_spread else GROUP_LANES // width
+    threads = long_warps(operation, element) * 32
+    schedule = RegisterSchedule(width, groups, CTA_STEPS, is_spread, 32, threads)
+    source = f"long_{'backward' if is_backward else 'variance'}.cu"
+    return Kernel(source, _register_macros(operation, element, schedule))
+
+
+def ring_kernel(operation: str, element: str, out_dtype: str) -> Kernel:
+    """The kernel of rows_ring.cu."""
+    return Kernel(
+        "rows_ring.cu",
+        (
+            ("OPERATION", OPERATIONS[operation]),
+            ("ELEMENT", c_type(element)),
+            ("RESULT", C_TYPE[out_dtype]),
+            ("THREADS", ring_threads(operation, ITEMSIZE[element])),
+        ),
+    )
+
+
+def _widened_to(out_dtype: str) -> tuple[str, ...]:
+    return ("bfloat16", "float16") if out_dtype == "float32" else ()
