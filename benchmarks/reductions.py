@@ -526,7 +526,11 @@ def run(arguments: argparse.Namespace) -> Results:
             if time.perf_counter() > end:
                 print(f"{len(wanted) - number} cases left out: the time is over")
                 break
-            record.results.append(measure(case, arguments.backend, copied))
+            try:
+                record.results.append(measure(case, arguments.backend, copied))
+            except torch.OutOfMemoryError:  # some of PyTorch's functions keep several arrays as large as x
+                print(f"{' '.join(map(str, case))} left out: the GPU has too little memory")
+                continue
             print(line(record.results[-1]), flush=True)
     missed = [one for one in record.results if one.is_miss]
     print(f"{len(missed)} of {len(record.results)} cases missed", *map(line, missed), sep="\n")
