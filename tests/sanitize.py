@@ -28,7 +28,10 @@ from .test_schedules import forced, products, run
 SHAPES = (((), 72, 40, 136), ((2,), 13, 21, 37))
 """One for the TMA and one that it does not take."""
 WARP = 32
-ROWS, COLUMNS = ((9, 7), (70, 24), (5, 257), (3, 5000), (3, 5001)), ((13, 1), (24, 40), (16, 2100))
+ROWS, COLUMNS = (
+    ((9, 7), (70, 24), (5, 257), (3, 5000), (3, 5001)),
+    ((13, 1), (24, 40), (16, 300), (16, 2100), (40, 2100)),
+)
 
 
 def every_thread_arriving(ring_kernel: Any, *arguments: Any) -> Kernel:

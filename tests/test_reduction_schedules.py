@@ -22,7 +22,7 @@ from .cases import assert_same_bits, draw, rows_to_reduce
 
 pytest.importorskip("cupy", reason='CuPy is not installed; pip install "bikernels[cuda13]"')
 
-from bikernels.backend.cupy import column_schedules, launch, operations, reductions, row_schedules
+from bikernels.backend.cupy import column_schedules, launch, parameters, reduction_operations, reductions, row_schedules
 
 DTYPES = (("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "float32"), ("float64", "float64"))
 CASTS = (("bfloat16", "float32"), ("float16", "float32"), ("float32", "bfloat16"), ("bfloat16", "float64"))
@@ -133,8 +133,8 @@ def forced(case: Case, operation: str, element: str, out_dtype: str, gpu: launch
         "choose_tall_schedule": None,
         "choose_spread_schedule": None,
     }
-    if case.in_columns and operation in operations.COLUMN_OPERATIONS:
-        vector = operations.vector_width(element)
+    if case.in_columns and operation in reduction_operations.COLUMN_OPERATIONS:
+        vector = reduction_operations.vector_width(element)
         for width in {1, vector if count % vector == 0 else 1}:
             if width > 1:
                 for keeps in (False, True) if column_schedules.PASSES[operation] > 1 else (False,):
@@ -153,29 +153,29 @@ def forced(case: Case, operation: str, element: str, out_dtype: str, gpu: launch
                     for most in (1, 2):
                         patches = elsewhere | {"choose_tall_schedule": tall, "choose_columns": column_schedules.TILES}
                         yield f"{tall}, {most}", patches | {"teams": functools.partial(min, most)}
-                if operation in operations.WEIGHT_GRADIENTS and n <= column_schedules.WEIGHT_ROWS:
+                if operation in reduction_operations.WEIGHT_GRADIENTS and n <= column_schedules.WEIGHT_ROWS:
                     for weight_schedule in column_schedules.weight_schedules(n):
                         patches = elsewhere | {"choose_weight_schedule": weight_schedule, "splits_columns": False}
                         yield str(weight_schedule), patches | {"choose_columns": column_schedules.WEIGHT_TILES}
             elif (
-                operation in operations.SINGLE_COLUMN_OPERATIONS
-                and operations.chunks_of(n) <= column_schedules.MAX_COLUMN_CHUNKS
+                operation in reduction_operations.SINGLE_COLUMN_OPERATIONS
+                and reduction_operations.chunks_of(n) <= column_schedules.MAX_COLUMN_CHUNKS
             ):
                 for column_schedule in column_schedules.column_schedules(n, gpu):
                     patches = elsewhere | {"choose_column_schedule": column_schedule, "splits_columns": False}
                     yield str(column_schedule), patches | {"choose_columns": column_schedules.SINGLY}
-        if n <= SUM_LANES and element != operations.ANY:
+        if n <= SUM_LANES and element != parameters.ANY:
             yield "short", elsewhere | {"choose_columns": column_schedules.SHORT, "splits_columns": False}
             if operation in column_schedules.SHORT_TILE_OPERATIONS and count % vector == 0:
                 yield (
                     "short tiles",
                     elsewhere | {"choose_columns": column_schedules.SHORT_TILES, "splits_columns": False},
                 )
-        if operation in operations.TERMS and n > SUM_CHUNK:
+        if operation in reduction_operations.TERMS and n > SUM_CHUNK:
             yield "chunks", elsewhere | {"splits_columns": lambda name, columns, length, *rest: length == n}
-    if not (case.in_columns and operation in operations.SINGLE_COLUMN_OPERATIONS):
+    if not (case.in_columns and operation in reduction_operations.SINGLE_COLUMN_OPERATIONS):
         elsewhere["choose_columns"] = column_schedules.SINGLY
-        if operation in row_schedules.REGISTER_OPERATIONS and element in operations.ELEMENTS:
+        if operation in row_schedules.REGISTER_OPERATIONS and element in reduction_operations.ELEMENTS:
             # Where the layout does not allow them, another kernel is taken.
             for register_schedule in row_schedules.register_schedules(operation, n, element):
                 yield str(register_schedule), {"choose_register_schedule": register_schedule}
@@ -185,7 +185,7 @@ def forced(case: Case, operation: str, element: str, out_dtype: str, gpu: launch
                 yield f"{long_schedule}, {teams}", patches
         for schedule in row_schedules.row_schedules(n, row_schedules.kept(operation, element, accumulate), gpu):
             yield str(schedule), elsewhere | {"choose_row_schedule": schedule, "splits_rows": False}
-        if operation not in operations.SPLIT:
+        if operation not in reduction_operations.SPLIT:
             yield "streaming", elsewhere | {"choose_row_schedule": None}
         elif n > SUM_CHUNK:
             yield "chunks", elsewhere | {"splits_rows": lambda rows, length, *rest: length == n}
@@ -203,7 +203,7 @@ def run(backend: Any, operation: str, dtype: str, out_dtype: str) -> int:
     ran, index = 0, backend.xp.cuda.runtime.getDevice()
     accumulate = ACCUMULATE[out_dtype]
     rounds = ITEMSIZE[out_dtype] == 2 and dtype != out_dtype and not operation.endswith("backward")
-    element = operations.element_of(dtype, accumulate, rounds)
+    element = reduction_operations.element_of(dtype, accumulate, rounds)
     for case in cases(operation, dtype, out_dtype):
 
         def put(x: np.ndarray, is_transposed: bool = case.in_columns) -> Any:
@@ -235,7 +235,7 @@ def launch_with(backend: Any, operation: str, case: Case, arrays: dict[str, Any]
 
 def module_of(function: str) -> ModuleType:
     """The one that a function which chooses schedules is written in."""
-    modules = (operations, row_schedules, column_schedules)
+    modules = (reduction_operations, row_schedules, column_schedules)
     return next(one for one in modules if getattr(getattr(one, function, None), "__module__", "") == one.__name__)
 
 
@@ -252,7 +252,7 @@ def test_bytes(backend: Any, operation: str, dtype: str, out_dtype: str) -> None
 
 
 @pytest.mark.parametrize("operation", sorted(row_schedules.REGISTER_OPERATIONS))
-@pytest.mark.parametrize("dtype", operations.ELEMENTS)
+@pytest.mark.parametrize("dtype", reduction_operations.ELEMENTS)
 def test_rows_beside_vectors(backend: Any, operation: str, dtype: str) -> None:
     """Rows in registers whose length and distance are whole vectors, and whose addresses are not."""
     if backend.name != "cupy":
@@ -268,8 +268,8 @@ def test_rows_beside_vectors(backend: Any, operation: str, dtype: str) -> None:
         compare_beside_vectors(backend, operation, made, patches, str(long_schedule))
 
 
-@pytest.mark.parametrize("operation", sorted(operations.COLUMN_GRADIENTS))
-@pytest.mark.parametrize("dtype", operations.ELEMENTS)
+@pytest.mark.parametrize("operation", sorted(reduction_operations.COLUMN_GRADIENTS))
+@pytest.mark.parametrize("dtype", reduction_operations.ELEMENTS)
 def test_columns_beside_other_gradients(backend: Any, operation: str, dtype: str) -> None:
     """Gradients and results that do not lie as x does, and statistics with a step."""
     if backend.name != "cupy":
@@ -294,9 +294,9 @@ def test_columns_beside_other_gradients(backend: Any, operation: str, dtype: str
             }
         if n <= SUM_LANES:
             ways["short"] = {"choose_columns": column_schedules.SHORT, "splits_columns": False}
-        elif operation in operations.TERMS:
+        elif operation in reduction_operations.TERMS:
             ways["chunks"] = {"splits_columns": lambda name, columns, length, *rest, n=n: length == n}
-        if n <= column_schedules.WEIGHT_ROWS and operation in operations.WEIGHT_GRADIENTS:
+        if n <= column_schedules.WEIGHT_ROWS and operation in reduction_operations.WEIGHT_GRADIENTS:
             ways["weight tiles"] = {"choose_columns": column_schedules.WEIGHT_TILES, "splits_columns": False}
         x = rows_to_reduce(rng, operation, (48, n), dtype)
         of_all = case(rng, operation, x, dtype, True)
@@ -315,7 +315,7 @@ def test_columns_beside_other_gradients(backend: Any, operation: str, dtype: str
                 assert_same_bits(np.ascontiguousarray(backend.get(out)), made.expected["out"], message)
 
 
-@pytest.mark.parametrize("dtype", operations.ELEMENTS)
+@pytest.mark.parametrize("dtype", reduction_operations.ELEMENTS)
 def test_variances_of_columns_beside_vectors(backend: Any, dtype: str) -> None:
     """Columns that lie side by side, of which the first begins an element behind a vector."""
     if backend.name != "cupy":
@@ -390,7 +390,7 @@ MOST = 2**18
 
 @pytest.mark.parametrize("gpu", [H100, A100], ids=lambda gpu: gpu.name)
 @pytest.mark.parametrize("operation", REDUCTIONS)
-@pytest.mark.parametrize("element", [*operations.ELEMENTS, operations.ANY])
+@pytest.mark.parametrize("element", [*reduction_operations.ELEMENTS, parameters.ANY])
 def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> None:
     accumulate = ACCUMULATE.get(element, "float64")
     of = row_schedules.kept(operation, element, accumulate)
@@ -406,9 +406,11 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
                 assert chosen.lanes * chosen.octets * 8 >= min(n, 256)
             else:
                 assert chosen.warps * chosen.ctas * chosen.rounds(n) * SUM_CHUNK >= n
-            if element in operations.ELEMENTS and operation in row_schedules.REGISTER_OPERATIONS:
+            if element in reduction_operations.ELEMENTS and operation in row_schedules.REGISTER_OPERATIONS:
                 held = row_schedules.choose_register_schedule(operation, rows, n, element, gpu)
-                assert (held is not None) == (0 < n <= (1024 if operation in operations.SUMS else 8192)) or n > 8192
+                assert (held is not None) == (
+                    0 < n <= (1024 if operation in reduction_operations.SUMS else 8192)
+                ) or n > 8192
                 if held is not None:
                     lanes = held.threads if held.spread else held.lanes
                     assert lanes * held.width * held.groups * held.steps >= n
@@ -418,20 +420,21 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
                     parts = row_schedules.long_parts(operation, element)
                     assert gpu is H100 and long.bytes(operation, n, element) <= gpu.shared_bytes
                     assert (
-                        long.warps <= row_schedules.long_warps(operation, element) and long.ctas <= operations.MOST_CTAS
+                        long.warps <= row_schedules.long_warps(operation, element)
+                        and long.ctas <= reduction_operations.MOST_CTAS
                     )
                     chunks = long.warps // parts * long.ctas
                     assert chunks * SUM_CHUNK >= n and row_schedules.long_bits(n) <= 3 - (parts > 1)
             is_short = 0 < n <= column_schedules.MAX_TILE_CHUNKS * SUM_CHUNK
-            if is_short and element != operations.ANY and operation in column_schedules.PASSES:
+            if is_short and element != parameters.ANY and operation in column_schedules.PASSES:
                 tiles = column_schedules.choose_tile_schedule(rows, n, element, operation, gpu)
                 assert tiles in column_schedules.tile_schedules(n, element, operation, gpu, tiles.keeps)
-                assert tiles.ctas <= tiles.parts * operations.chunks_of(n)
-                assert tiles.ctas <= (operations.MOST_CTAS if gpu is H100 else 1)
+                assert tiles.ctas <= tiles.parts * reduction_operations.chunks_of(n)
+                assert tiles.ctas <= (reduction_operations.MOST_CTAS if gpu is H100 else 1)
                 spread = column_schedules.choose_spread_schedule(rows, n, element, operation, gpu)
                 if spread is not None:
                     assert spread in column_schedules.spread_schedules(n, element, operation, gpu, spread.keeps)
-                    assert spread.ctas <= min(spread.parts * operations.chunks_of(n), 3 * gpu.multiprocessors)
+                    assert spread.ctas <= min(spread.parts * reduction_operations.chunks_of(n), 3 * gpu.multiprocessors)
                     assert spread.bytes(n, ACCUMULATE[element]) <= gpu.shared_bytes
                 tall = column_schedules.choose_tall_schedule(rows, n, element, operation, gpu)
                 if tall is not None:
@@ -440,9 +443,9 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
                     assert tall.ctas // tall.parts * SUM_CHUNK >= n
                     assert tall.groups * (column_schedules.TALL_WORD_BYTES // tall.itemsize) >= tall.ctas
             short = column_schedules.short_schedule(rows, n)
-            assert short.groups * operations.GROUP_LANES >= min(n, SUM_LANES)
+            assert short.groups * reduction_operations.GROUP_LANES >= min(n, SUM_LANES)
             assert n > SUM_LANES or short.threads <= column_schedules.SHORT_THREADS
-            if 0 < n <= column_schedules.WEIGHT_ROWS and element != operations.ANY:
+            if 0 < n <= column_schedules.WEIGHT_ROWS and element != parameters.ANY:
                 weight = column_schedules.choose_weight_schedule(rows, n, element)
                 assert weight in column_schedules.weight_schedules(n)
                 assert weight.groups * column_schedules.WEIGHT_AT_ONCE >= n and weight.threads % 32 == 0
@@ -460,13 +463,13 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
             one = column_schedules.choose_column_schedule(rows, n, gpu)
             assert one.groups * 8 >= min(n, SUM_LANES)
             assert one.tile * one.groups == column_schedules.COLUMN_THREADS
-            if operations.chunks_of(n) <= column_schedules.MAX_COLUMN_CHUNKS:
+            if reduction_operations.chunks_of(n) <= column_schedules.MAX_COLUMN_CHUNKS:
                 assert one.bytes(n, accumulate) <= 48 * 1024
 
 
 def test_few_long_columns_are_spread() -> None:
     few = column_schedules.choose_spread_schedule(16, 262_144, "bfloat16", "var", H100)
-    assert few is not None and few.keeps and few.ctas > operations.MAX_CTAS
+    assert few is not None and few.keeps and few.ctas > reduction_operations.MAX_CTAS
     many = column_schedules.choose_spread_schedule(256, 262_144, "float32", "var", H100)
     assert many is not None and not many.keeps  # which read them twice
     for columns, n, operation in ((4096, 262_144, "var"), (16, 2048, "softmax"), (16, 262_144, "mean")):
@@ -475,7 +478,7 @@ def test_few_long_columns_are_spread() -> None:
 
 def test_long_columns_are_read_once_for_variances() -> None:
     """However many there are, if there is much to read."""
-    for element in operations.ELEMENTS:
+    for element in reduction_operations.ELEMENTS:
         for columns, n in ((65536, 4096), (4096, 16384), (4096, 65536), (256, 262_144)):
             chosen = column_schedules.choose_tall_schedule(columns, n, element, "var", H100)
             assert chosen is not None and chosen.vectors * 16 >= 64
@@ -483,6 +486,14 @@ def test_long_columns_are_read_once_for_variances() -> None:
             assert column_schedules.choose_tall_schedule(columns, n, element, "var", A100) is None
         assert column_schedules.choose_tall_schedule(16, 4096, element, "var", H100) is None
         assert column_schedules.choose_tall_schedule(65536, 1024, element, "var", H100) is None
+
+
+def test_tall_columns_meet_in_little_memory() -> None:
+    """Columns of a view that overlaps itself may be many more than memory holds."""
+    dense, overlapping = 2**20, 2**27
+    for element in reduction_operations.ELEMENTS:
+        assert column_schedules.choose_tall_schedule(dense, 4096, element, "var", H100) is not None
+        assert column_schedules.choose_tall_schedule(overlapping, 4096, element, "var", H100) is None
 
 
 def test_long_rows_go_to_the_ring() -> None:

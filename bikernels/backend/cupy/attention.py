@@ -13,8 +13,7 @@ from ...specs import AttentionSpec
 from ...views import Device
 from .. import AttentionLaunch
 from .compile import Kernel
-from .launch import ADDRESS, GPU, MAX_GRID, Launch, gpu, load, shaped
-from .operations import FIRST_WITH_CLUSTERS
+from .launch import ADDRESS, FIRST_WITH_CLUSTERS, GPU, MAX_GRID, Launch, gpu, load, shaped
 from .parameters import ATTENTION, C_TYPE, DTYPE_CODE, SHORT_ATTENTION, divisor
 
 DTYPES = ("bfloat16", "float16", "float32")

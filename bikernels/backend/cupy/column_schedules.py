@@ -10,13 +10,12 @@ from typing import NamedTuple
 
 from ...contract import ACCUMULATE, ITEMSIZE, SUM_CHUNK, SUM_LANES
 from .compile import Kernel
-from .launch import GPU
-from .operations import (
-    ANY,
+from .launch import FIRST_WITH_CLUSTERS, GPU
+from .parameters import ANY, C_TYPE, c_type
+from .reduction_operations import (
     COLUMN_GRADIENTS,
     CTA_BYTES,
     EXPONENTIALS,
-    FIRST_WITH_CLUSTERS,
     GROUP_LANES,
     MAX_CTAS,
     MOST_CTAS,
@@ -27,14 +26,11 @@ from .operations import (
     TERMS,
     VARIANCES,
     WEIGHT_GRADIENTS,
-    c_type,
     ceil_div,
     chunks_of,
     cluster_sizes,
-    next_power_of_two,
     vector_width,
 )
-from .parameters import C_TYPE
 
 MAX_COLUMN_CHUNKS, MAX_TILE_CHUNKS = 32, 256
 """Chunks of a column (columns.cuh, column_tiles.cu): their sums, in shared memory, are one chunk of the next level."""
@@ -444,6 +440,10 @@ TALL_COLUMNS = SUM_CHUNK // 2
 TALL_WORD_BYTES = 32
 """Of a column's sums, that a thread reads at once where a team meets."""
 
+MOST_MEETING_BYTES = 2**30
+"""Where all teams meet: much more than arrays need whose columns do not overlap, and little enough for the kernel to
+count columns and words in 32 bits."""
+
 
 class TallSchedule(NamedTuple):
     """How CTAs share long columns whose variance tall_variance.cu computes."""
@@ -512,7 +512,8 @@ def choose_tall_schedule(columns: int, n: int, element: str, operation: str, dev
     if columns * n * ITEMSIZE[element] < MOST_BYTES or n <= TALL_COLUMNS:
         return None
     found = tall_schedules(n, element, operation, device)
-    return next((one for one in found if one.vectors * 16 <= PREFERRED_BYTES_ACROSS or one.ctas <= MAX_CTAS), None)
+    best = next((one for one in found if one.vectors * 16 <= PREFERRED_BYTES_ACROSS or one.ctas <= MAX_CTAS), None)
+    return None if best is None or best.meeting_bytes * ceil_div(columns, best.tile) > MOST_MEETING_BYTES else best
 
 
 # -------------------------------------------------------------------------------------------------------- short columns
@@ -622,6 +623,11 @@ def choose_columns(operation: str, columns: int, n: int, element: str, width: in
 def short_tile_vectors(n: int) -> int:
     """Side by side: of a tile of short_tiles.cu, at most 32."""
     return TILE_THREADS // max(TILE_THREADS // 32, next_power_of_two(ceil_div(max(n, 1), GROUP_LANES)))
+
+
+def next_power_of_two(number: int) -> int:
+    """The next one that is not smaller."""
+    return 1 << (number - 1).bit_length()
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels

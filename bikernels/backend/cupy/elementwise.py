@@ -11,10 +11,8 @@ from ...contract import ACCUMULATE
 from ...specs import ELEMENTWISE, ElementwiseSpec, contiguous_strides
 from ...views import Device
 from .. import ElementwiseLaunch
-from . import operations
 from .compile import Kernel
-from .operations import ANY
-from .parameters import C_TYPE, DTYPE_CODE, fill_dims
+from .parameters import ANY, C_TYPE, DTYPE_CODE, c_type, fill_dims
 from .parameters import ELEMENTWISE as PARAMETERS
 
 _BINARY = frozenset(name for name in ELEMENTWISE if name == "pow" or name.endswith("backward"))
@@ -27,7 +25,7 @@ def _kernel(operation: str, element: str, accumulate: str, binary: bool) -> Kern
         "elementwise.cu",
         (
             ("OPERATION", "".join(part.capitalize() for part in operation.split("_"))),
-            ("ELEMENT", operations.c_type(element)),
+            ("ELEMENT", c_type(element)),
             ("ACCUMULATE", C_TYPE[accumulate]),
             ("BINARY", str(binary).lower()),
         ),
@@ -44,7 +42,7 @@ def kernels() -> Iterator[Kernel]:
 
 def prepare(spec: ElementwiseSpec, device: Device) -> ElementwiseLaunch:
     """See `bikernels.backend.Backend.prepare_elementwise`."""
-    from .launch import ADDRESS, FLOAT64, gpu, load, shaped
+    from .launch import ADDRESS, FIRST_WITH_CLUSTERS, FLOAT64, gpu, load, shaped
 
     layouts = [spec.out, spec.x, spec.y or spec.x]
     shape, accumulate = spec.out.shape, ACCUMULATE[spec.out.dtype]
@@ -62,7 +60,7 @@ def prepare(spec: ElementwiseSpec, device: Device) -> ElementwiseLaunch:
         _THREADS,
         0,
         (parameters, FLOAT64, FLOAT64, ADDRESS, ADDRESS, ADDRESS),
-        overlapping=gpu(device.index).compute_capability >= operations.FIRST_WITH_CLUSTERS,
+        overlapping=gpu(device.index).compute_capability >= FIRST_WITH_CLUSTERS,
     )
 
     def launch(stream: int, out: int, x: int, y: int = 0, a: float = 0.0, b: float = 0.0) -> None:

@@ -21,6 +21,9 @@ from . import compile as compiler
 from . import driver
 from .compile import Kernel
 
+FIRST_WITH_CLUSTERS = (9, 0)
+"""The first compute capability that has clusters and launches that overlap."""
+
 MAX_GRID = 2**31 - 1
 """CTAs of a launch; kernels walk on where there is more work."""
 

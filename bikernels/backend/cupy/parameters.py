@@ -14,9 +14,17 @@ MAX_DIMS = 32
 C_TYPE = {"bfloat16": "bfloat16", "float16": "float16", "float32": "float", "float64": "double"}
 """The floating-point dtypes in CUDA C++."""
 
+ANY = "any"
+"""In place of a dtype: read as whatever it is, an element at a time."""
+
 DTYPE_CODE = {dtype: code for code, dtype in enumerate(FLOAT_DTYPES + INTEGER_DTYPES)}
 
 DIVISOR = np.dtype([("number", "i8"), ("multiplier", "u8"), ("shift", "i8")])
+
+
+def c_type(element: str) -> str:
+    """The type in CUDA C++ of a dtype, or of ANY."""
+    return "any_dtype" if element == ANY else C_TYPE[element]
 
 
 def _dims(operands: int) -> np.dtype[Any]:

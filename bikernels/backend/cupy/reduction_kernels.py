@@ -19,11 +19,11 @@ from .column_schedules import (
     weight_kernel,
 )
 from .compile import Kernel
-from .operations import (
-    ANY,
+from .launch import FIRST_WITH_CLUSTERS
+from .parameters import ANY
+from .reduction_operations import (
     COLUMN_OPERATIONS,
     ELEMENTS,
-    FIRST_WITH_CLUSTERS,
     OPERATIONS,
     SINGLE_COLUMN_OPERATIONS,
     SPLIT,
@@ -40,7 +40,6 @@ from .row_schedules import (
     REGISTER_BACKWARD,
     REGISTER_OPERATIONS,
     WARP_STEPS,
-    _widened_to,
     chunk_kernel,
     has_ring_kernel,
     long_kernel,
@@ -48,6 +47,7 @@ from .row_schedules import (
     register_schedules,
     ring_kernel,
     row_kernel,
+    widened_to,
 )
 
 
@@ -71,7 +71,8 @@ def kernels(compute_capability: int) -> Iterator[Kernel]:
         if has_clusters and element in ELEMENTS:
             for operation in filter(("var", *REGISTER_BACKWARD).__contains__, OPERATIONS):
                 found[long_kernel(operation, element)] = None
-            found[tall_kernel(element)] = None
+            if compute_capability < 120:  # of which a CTA has less shared memory
+                found[tall_kernel(element)] = None
         if element != ANY:
             for operation in filter(COLUMN_OPERATIONS.__contains__, OPERATIONS):
                 one = TileSchedule(vector_width(element), 1, 1, 1, False, False, arrays_of(operation))
@@ -90,7 +91,7 @@ def kernels(compute_capability: int) -> Iterator[Kernel]:
             for out_dtype in ELEMENTS:
                 if compute_capability == 90 and has_ring_kernel(operation, element, out_dtype):
                     found[ring_kernel(operation, element, out_dtype)] = None
-                if ACCUMULATE[out_dtype] == accumulate and element in (ANY, out_dtype, *_widened_to(out_dtype)):
+                if ACCUMULATE[out_dtype] == accumulate and element in (ANY, out_dtype, *widened_to(out_dtype)):
                     for team in (LANES, CTA, CLUSTER) if has_clusters else (LANES, CTA):
                         found[row_kernel(operation, element, out_dtype, team)] = None
                     found[row_kernel(operation, element, out_dtype, LANES, octets=OCTETS)] = None

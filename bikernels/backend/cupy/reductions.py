@@ -13,12 +13,23 @@ from ...contract import ACCUMULATE, ITEMSIZE, SUM_CHUNK
 from ...specs import ReductionSpec, contiguous_strides, merge_dimensions
 from ...views import Device
 from .. import ReductionLaunch
-from . import column_schedules, operations, row_schedules
+from . import column_schedules, reduction_operations, row_schedules
 from .column_schedules import ColumnSchedule, TallSchedule, TileSchedule
 from .compile import Kernel
-from .launch import ADDRESS, PORTABLE_CTAS, Argument, Launch, gpu, load, resident_ctas, shaped, workspace
-from .operations import GROUP_LANES
+from .launch import (
+    ADDRESS,
+    FIRST_WITH_CLUSTERS,
+    PORTABLE_CTAS,
+    Argument,
+    Launch,
+    gpu,
+    load,
+    resident_ctas,
+    shaped,
+    workspace,
+)
 from .parameters import DTYPE_CODE, OPERANDS, REDUCTION, divisor, fill_dims
+from .reduction_operations import GROUP_LANES
 from .row_schedules import LongSchedule, RegisterSchedule, RingSchedule, RowSchedule
 
 SIDES = OPERANDS[2:]
@@ -78,9 +89,9 @@ class _Rows(NamedTuple):
 
     @property
     def element(self) -> str:
-        """As what x, and the gradient with it, are read: see operations.py."""
+        """As what x, and the gradient with it, are read: see reduction_operations.py."""
         differ = "grad" in self.operands and self.operands["grad"].dtype != self.x.dtype
-        return operations.element_of(self.x.dtype, self.accumulate, self.rounds or differ)
+        return reduction_operations.element_of(self.x.dtype, self.accumulate, self.rounds or differ)
 
     @property
     def lie_side_by_side(self) -> bool:
@@ -90,7 +101,7 @@ class _Rows(NamedTuple):
     @property
     def line_up(self) -> bool:
         """Whether rows begin where a vector does, if the first one does."""
-        return all(step % operations.vector_width(self.element) == 0 for step in self.x.kept)
+        return all(step % reduction_operations.vector_width(self.element) == 0 for step in self.x.kept)
 
     @property
     def in_columns(self) -> bool:
@@ -133,7 +144,7 @@ class _Rows(NamedTuple):
         statistics = [self.operands[name] for name in ("mean", "rstd") if name in self.operands]
         if not self.has_accumulated_statistics or any(abs(one.row[0]) * self.n >= 2**31 for one in statistics):
             return 1
-        width = operations.vector_width(self.element)
+        width = reduction_operations.vector_width(self.element)
         *others, last = self.x.kept
         lines_up = self.kept[-1] % width == 0 and all(step % width == 0 for step in (*others, *self.x.row))
         return width if last == 1 and lines_up else 1
@@ -148,10 +159,10 @@ class _Rows(NamedTuple):
         arrays = [self.operands[name] for name in ("x", "grad", "out")]
         statistics = [self.operands[name] for name in ("mean", "rstd") if name in self.operands]
         return (
-            self.number < 2**30
-            and all(one.kept == (1,) for one in arrays)
+            all(one.kept == (1,) for one in arrays)
             and all(one.kept == (0,) for one in statistics)
-            and all(one.row[0] % self.width == 0 and abs(one.row[0]) * self.n < 2**31 for one in arrays[:2])
+            and all(one.row[0] % self.width == 0 for one in arrays[:2])
+            and all(abs(one.row[0]) * self.n + self.number < 2**31 for one in arrays[:2])
         )
 
     @property
@@ -238,7 +249,7 @@ class _Plan:
     ) -> Launch:
         """See `launch.shaped`."""
         function = load(kernel, name, self.index, shared_bytes, cluster)
-        overlapping = overlapping and self.gpu.compute_capability >= operations.FIRST_WITH_CLUSTERS
+        overlapping = overlapping and self.gpu.compute_capability >= FIRST_WITH_CLUSTERS
         return shaped(
             function,
             grid,
@@ -269,7 +280,7 @@ def prepare(spec: ReductionSpec, device: Device) -> ReductionLaunch:
     rows, plan, operation = _rows_of(spec), _Plan(device), spec.operation
     if (held := _choose_registers(plan, rows, operation)) is not None:
         _plan_single(plan, _register_launch(plan, rows, operation, held))
-    elif rows.in_columns and operation in operations.TERMS:
+    elif rows.in_columns and operation in reduction_operations.TERMS:
         _plan_column_tree(plan, rows, operation)
     elif rows.in_columns and _has_column_kernel(rows, operation):
         if (tall := _choose_tall(plan, rows, operation)) is not None:
@@ -282,11 +293,11 @@ def prepare(spec: ReductionSpec, device: Device) -> ReductionLaunch:
         _plan_single(plan, _long_launch(plan, rows, operation, long))
     elif (ring := _choose_ring(plan, rows, operation)) is not None:
         _plan_single(plan, _ring_launch(plan, rows, operation, ring))
-    elif operation in operations.SUMS:
+    elif operation in reduction_operations.SUMS:
         _plan_row_tree(plan, rows, operation)
     else:
         schedule = _choose_rows(plan, rows, operation)
-        if schedule is None and operation in operations.SPLIT:
+        if schedule is None and operation in reduction_operations.SPLIT:
             _plan_split_softmax(plan, rows, operation)
         else:
             _plan_single(plan, _row_launch(plan, rows, operation, schedule))
@@ -330,10 +341,10 @@ def _resident_long(plan: _Plan, rows: _Rows, operation: str, schedule: LongSched
 
 def _has_column_kernel(rows: _Rows, operation: str) -> bool:
     """Whether one kernel for columns can compute what is no sum."""
-    if operation not in operations.COLUMN_OPERATIONS or rows.chunks > rows.max_column_chunks:
+    if operation not in reduction_operations.COLUMN_OPERATIONS or rows.chunks > rows.max_column_chunks:
         return False
     how = _choose_columns(rows, operation)
-    return how != column_schedules.SINGLY or operation in operations.SINGLE_COLUMN_OPERATIONS
+    return how != column_schedules.SINGLY or operation in reduction_operations.SINGLE_COLUMN_OPERATIONS
 
 
 def _choose_tall(plan: _Plan, rows: _Rows, operation: str) -> TallSchedule | None:
@@ -372,7 +383,7 @@ def _choose_rows(plan: _Plan, rows: _Rows, operation: str) -> RowSchedule | None
     """The schedule that keeps rows; None if it does not fit or if chunks are to be spread over the GPU."""
     kept = row_schedules.kept(operation, rows.element, rows.accumulate)
     chosen = row_schedules.choose_row_schedule(rows.number, rows.n, kept, plan.gpu)
-    may_split = operation in operations.SPLIT
+    may_split = operation in reduction_operations.SPLIT
     return (
         None if may_split and row_schedules.splits_rows(rows.number, rows.n, plan.gpu, chosen is not None) else chosen
     )
@@ -401,7 +412,7 @@ def _ring_launch(plan: _Plan, rows: _Rows, operation: str, schedule: RingSchedul
     """A launch of rows_ring.cu, given the addresses of out, x and its sides."""
     kernel = row_schedules.ring_kernel(operation, rows.element, rows.out_dtype)
     resident = _resident_ring(plan, rows, operation, schedule)
-    teams = operations.teams(rows.number, resident // schedule.ctas) if schedule.slots > 1 else rows.number
+    teams = reduction_operations.teams(rows.number, resident // schedule.ctas) if schedule.slots > 1 else rows.number
     numbers = (schedule.slots, schedule.rounds, schedule.kept_steps, schedule.ctas, schedule.area_bytes(rows.n))
     return plan.shape(
         kernel,
@@ -486,7 +497,7 @@ def _long_launch(plan: _Plan, rows: _Rows, operation: str, schedule: LongSchedul
     return plan.shape(
         row_schedules.long_kernel(operation, rows.element),
         _long_name(operation),
-        operations.teams(rows.number, resident // schedule.ctas) * schedule.ctas,
+        reduction_operations.teams(rows.number, resident // schedule.ctas) * schedule.ctas,
         schedule.threads,
         schedule.bytes(operation, rows.n, rows.element),
         (np.int64(rows.number), *arguments),
@@ -616,17 +627,14 @@ def _tile_arguments(
 def _plan_spread_tiles(plan: _Plan, rows: _Rows, operation: str, schedule: TileSchedule) -> None:
     """column_tiles.cu with CTAs that meet in the workspace, all on the GPU at once."""
     tiles = -(-rows.number // schedule.tile)
-    kernel, name = (
-        column_schedules.tile_kernel(operation, rows.element, rows.out_dtype, schedule),
-        "reduce_column_tiles",
-    )
+    kernel = column_schedules.tile_kernel(operation, rows.element, rows.out_dtype, schedule)
     shared_bytes = schedule.bytes(rows.n, rows.accumulate)
     resident = _resident_tiles(plan, rows, operation, schedule, rows.n)
     phase = column_schedules.tile_phase(schedule, tiles, plan.gpu)
     run = plan.shape(
         kernel,
-        name,
-        operations.teams(tiles, resident // schedule.ctas) * schedule.ctas,
+        "reduce_column_tiles",
+        reduction_operations.teams(tiles, resident // schedule.ctas) * schedule.ctas,
         column_schedules.TILE_THREADS,
         shared_bytes,
         _tile_arguments(rows, operation, schedule, rows.n, True, phase, ADDRESS),
@@ -638,7 +646,7 @@ def _plan_spread_tiles(plan: _Plan, rows: _Rows, operation: str, schedule: TileS
 def _plan_tall(plan: _Plan, rows: _Rows, operation: str, schedule: TallSchedule) -> None:
     """tall_variance.cu, whose CTAs meet in the workspace, all on the GPU at once."""
     tiles, resident = -(-rows.number // schedule.tile), _resident_tall(plan, rows, schedule)
-    teams = operations.teams(tiles, resident // schedule.ctas)
+    teams = reduction_operations.teams(tiles, resident // schedule.ctas)
     numbers = map(np.int32, (*schedule.arguments(), tiles, teams))
     run = plan.shape(
         column_schedules.tall_kernel(rows.element),
@@ -690,7 +698,7 @@ def _plan_column_tree(plan: _Plan, rows: _Rows, operation: str) -> None:
         operation, rows.number, rows.n, rows.element, rows.width, plan.gpu, source is None
     ):
         source, rows = _plan_column_sums(plan, rows, operation, source)
-        if operation not in operations.SUMS:
+        if operation not in reduction_operations.SUMS:
             operation, rows = "sum", rows._replace(divisor=1.0)
     _plan_last_level(plan, _column_launch(plan, rows, operation), source)
 

@@ -9,13 +9,12 @@ from typing import NamedTuple
 
 from ...contract import ACCUMULATE, ITEMSIZE, SUM_CHUNK, SUM_LANES
 from .compile import Kernel
-from .launch import GPU
-from .operations import (
-    ANY,
+from .launch import FIRST_WITH_CLUSTERS, GPU
+from .parameters import ANY, C_TYPE, c_type
+from .reduction_operations import (
     CTA_BYTES,
     ELEMENTS,
     EXPONENTIALS,
-    FIRST_WITH_CLUSTERS,
     GROUP_LANES,
     MAX_CTAS,
     MOST_CTAS,
@@ -25,13 +24,11 @@ from .operations import (
     SOFTMAX_GRADIENTS,
     SUMS,
     VARIANCES,
-    c_type,
     ceil_div,
     chunks_of,
     cluster_sizes,
     vector_width,
 )
-from .parameters import C_TYPE
 
 MAX_ROW_CHUNKS = SUM_CHUNK
 """Chunks of a row that one CTA may sum: their sums are one chunk of the next level."""
@@ -348,7 +345,7 @@ class LongSchedule(NamedTuple):
         return self.warps * 32
 
     def bytes(self, operation: str, n: int, element: str) -> int:
-        """Of shared memory: elements, and four times the chunks' sums."""
+        """Of shared memory: elements, and room for four times the chunks' sums."""
         parts, sums = long_parts(operation, element), 32 << long_bits(n)
         arrays = 2 if operation in REGISTER_BACKWARD else 1
         elements = arrays * self.warps * SUM_CHUNK // parts * ITEMSIZE[element]
@@ -456,7 +453,7 @@ def ring_threads(operation: str, itemsize: int) -> int:
 
 def has_ring_kernel(operation: str, element: str, out_dtype: str) -> bool:
     """Whether rows_ring.cu computes this."""
-    is_single = ACCUMULATE[out_dtype] == "float32" and element in (out_dtype, *_widened_to(out_dtype))
+    is_single = ACCUMULATE[out_dtype] == "float32" and element in (out_dtype, *widened_to(out_dtype))
     return operation in RING_OPERATIONS and is_single
 
 
@@ -594,5 +591,6 @@ def ring_kernel(operation: str, element: str, out_dtype: str) -> Kernel:
     )
 
 
-def _widened_to(out_dtype: str) -> tuple[str, ...]:
+def widened_to(out_dtype: str) -> tuple[str, ...]:
+    """The dtypes that a result of this dtype may have been widened from."""
     return ("bfloat16", "float16") if out_dtype == "float32" else ()

@@ -114,9 +114,9 @@ struct Team {
     __device__ __forceinline__ Word* words(int tile, int which) const {
         return meeting + (tile * 2 + which) * (columns() * WORDS << group_bits);
     }
-    // Of two folds, every warp; of the columns.
-    __device__ __forceinline__ A* partial(int which) const {
-        return reinterpret_cast<A*>(shared + PLACES * ROUNDS * THREADS * VECTOR) + which * WARPS * columns();
+    // Of a fold, every warp: two folds have different places unless all threads have met between them; of the columns.
+    __device__ __forceinline__ A* partial(int fold) const {
+        return reinterpret_cast<A*>(shared + PLACES * ROUNDS * THREADS * VECTOR) + fold * WARPS * columns();
     }
     __device__ __forceinline__ A* values() const { return partial(2); }
 
@@ -190,7 +190,8 @@ struct Team {
     }
 
     // Share the sums of the threads' lanes, of which there are two neighbours.
-    __device__ __forceinline__ void share(int tile, int which, A (&lane)[WIDTH], const A (&neighbour)[WIDTH]) const {
+    __device__ __forceinline__ void share(int tile, int which, int fold, A (&lane)[WIDTH],
+                                          const A (&neighbour)[WIDTH]) const {
 #pragma unroll
         for (int w = 0; w < WIDTH; w++) lane[w] += neighbour[w];
 #pragma unroll 1
@@ -198,7 +199,7 @@ struct Team {
 #pragma unroll
             for (int w = 0; w < WIDTH; w++) lane[w] += __shfl_xor_sync(~0u, lane[w], mask);
         }
-        A* const of_warps = partial(which);
+        A* const of_warps = partial(fold);
         if (lane_id() >> bits == 0) {
 #pragma unroll
             for (int w = 0; w < WIDTH; w++) of_warps[warp_id() * columns() + left() + w] = lane[w];
@@ -324,7 +325,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         } else {
             team.read(before, 0, threadIdx.x, word);
         }
-        if (goes_on) team.share(tile, 0, sum, other);
+        if (goes_on) team.share(tile, 0, has_before ? 0 : 1, sum, other);
         if (has_before) {
             team.means(before, word, mean);
             team.add_squares<0>(raw[0], mean, sum);
@@ -332,7 +333,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (goes_on) team.take<1>(tile + teams, raw[0]);
         if (has_before) team.add_squares<1>(raw[1], mean, other);
         if (goes_on) team.take<0>(tile + 2 * teams, raw[1]);
-        if (has_before) team.share(before, 1, sum, other);
+        if (has_before) team.share(before, 1, 1, sum, other);
         if (!goes_on) break;
     }
     team.write(begin, out);

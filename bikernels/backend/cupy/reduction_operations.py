@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from ...contract import ACCUMULATE, ITEMSIZE, SUM_CHUNK
-from .launch import GPU, PORTABLE_CTAS
-from .parameters import C_TYPE
-
-FIRST_WITH_CLUSTERS = (9, 0)
-"""The first compute capability that has clusters and launches that overlap."""
+from .launch import FIRST_WITH_CLUSTERS, GPU, PORTABLE_CTAS
+from .parameters import ANY
 
 GROUP_LANES = 8
 """Neighbouring lanes of the tree that a thread sums."""
-
-ANY = "any"
-"""In place of a dtype: read as whatever it is, an element at a time."""
 
 ELEMENTS = ("bfloat16", "float16", "float32", "float64")
 
@@ -82,7 +76,7 @@ def cluster_sizes(device: GPU) -> tuple[int, ...]:
 
 
 RING_CAPABILITY = (9, 0)
-"""The compute capability that rows_ring.cu is for."""
+"""The compute capability that rows_ring.cu and clusters of 16 CTAs are for."""
 
 MULTIPROCESSOR_BYTES, CTA_BYTES = 228 * 1024, 1024
 """Shared memory of a multiprocessor, and what the system takes of it for each CTA."""
@@ -103,16 +97,6 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def next_power_of_two(number: int) -> int:
-    """The next one that is not smaller."""
-    return 1 << (number - 1).bit_length()
-
-
 def element_of(x_dtype: str, accumulate: str, rounds: bool) -> str:
     """As what x is read: its dtype, if that accumulates so and is not rounded first; else ANY."""
     return x_dtype if x_dtype in ELEMENTS and ACCUMULATE[x_dtype] == accumulate and not rounds else ANY
-
-
-def c_type(element: str) -> str:
-    """The type in CUDA C++ of a dtype, or of ANY."""
-    return "any_dtype" if element == ANY else C_TYPE[element]
