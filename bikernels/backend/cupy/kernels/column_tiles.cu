@@ -16,6 +16,7 @@
 // are on the GPU at once then. DEPTH: groups of copies on their way, if they are not kept. LEVELS: of the tree, in a
 // thread: it has at most 2^LEVELS lanes of a piece. THREADS: of a CTA; CTAS: of a multiprocessor. IS_OF_CHUNKS: whether
 // each chunk is reduced apart.
+#include "column_vectors.cuh"
 #include "hopper.cuh"
 #include "meeting.cuh"
 #include "softmax.cuh"
@@ -33,10 +34,6 @@ constexpr int WARPS = THREADS / WARP;
 constexpr int FEW_CTAS = 512;              // of a launch: they all begin at once
 constexpr int BYTES_OF_A_CYCLE = 13;       // that a multiprocessor reads if all do, roughly
 
-template <class T>
-struct Add {
-    __device__ __forceinline__ T operator()(T a, T b) const { return a + b; }
-};
 struct Larger {
     __device__ __forceinline__ A operator()(A a, A b) const { return larger_nan(a, b); }
 };
@@ -256,7 +253,7 @@ struct Tile {
                     use_group<UNROLLED, FIRST_PASS>(
                         position(piece, (lane << round_bits) + round), beside,
                         [&](int i, const auto& other, uint4& raw, uint4& grad) { add(i, other, raw, grad, sum); });
-                push<0>(lane, sum, waiting);
+                push(lane, sum, waiting);
             }
             const A of_piece = fold(sum, Add<A>());
             if (threadIdx.x < columns) {
@@ -286,7 +283,7 @@ struct Tile {
             for (int w = 0; w < WIDTH; w++) of_warps[warp_id() * columns + left + w] = value[w];
         }
         __syncthreads();
-        return threadIdx.x < columns ? fold_warps<WARPS>(of_warps + threadIdx.x, fold) : T(0);
+        return threadIdx.x < columns ? fold_warps<WARPS>(of_warps + threadIdx.x, columns, fold) : T(0);
     }
 
     // sums[at] becomes the sum of all pieces of each column. FOR_ALL: in every CTA; else in the first, and the others get
@@ -557,31 +554,6 @@ struct Tile {
 
     __device__ __forceinline__ void end_pass() {
         if constexpr (KEPT) out_place = 0;
-    }
-
-    // Add lane number `lane` to the sums that wait: afterwards `sum` is the last neighbours' sum.
-    template <int LEVEL>
-    static __device__ __forceinline__ void push(int lane, A (&sum)[WIDTH], A (&waiting)[LEVELS][WIDTH]) {
-        if constexpr (LEVEL < LEVELS) {
-            if (lane >> LEVEL & 1) {
-#pragma unroll
-                for (int w = 0; w < WIDTH; w++) sum[w] = waiting[LEVEL][w] + sum[w];
-                push<LEVEL + 1>(lane, sum, waiting);
-            } else {
-#pragma unroll
-                for (int w = 0; w < WIDTH; w++) waiting[LEVEL][w] = sum[w];
-            }
-        }
-    }
-
-    template <int COUNT, class T, class Fold>
-    __device__ __forceinline__ T fold_warps(const T* from, Fold fold) const {
-        if constexpr (COUNT == 1) {
-            return *from;
-        } else {
-            return fold(fold_warps<COUNT / 2>(from, fold),
-                        fold_warps<COUNT / 2>(from + COUNT / 2 * columns, fold));
-        }
     }
 };
 

@@ -3,6 +3,7 @@
 // and reads them all before it uses the first.
 //
 // OPERATION: a struct below. ELEMENT: the dtype of x; ACCUMULATE: float or double. THREADS: of a CTA.
+#include "column_vectors.cuh"
 #include "overlap.cuh"
 #include "reduction.cuh"
 
@@ -78,7 +79,7 @@ struct Tile {
             for (int w = 0; w < WIDTH; w++) sums[warp_id() * columns + left + w] = total[w];
         }
         __syncthreads();
-        return threadIdx.x < columns ? fold_warps<WARPS>(sums + threadIdx.x, columns) : A(0);
+        return threadIdx.x < columns ? fold_warps<WARPS>(sums + threadIdx.x, columns, Add<A>()) : A(0);
     }
 
     template <class Result>
@@ -87,25 +88,6 @@ struct Tile {
             store(out, p.row_offset<OF_OUT>(first + threadIdx.x), p.out_dtype(), result);
     }
 
-  private:
-    static __device__ __forceinline__ uint4 gathered(const X* from) {
-        union {
-            X x[WIDTH];
-            uint4 raw;
-        } all;
-#pragma unroll
-        for (int w = 0; w < WIDTH; w++) all.x[w] = from[w];
-        return all.raw;
-    }
-
-    template <int COUNT>
-    static __device__ __forceinline__ A fold_warps(const A* from, int columns) {
-        if constexpr (COUNT == 1) {
-            return *from;
-        } else {
-            return fold_warps<COUNT / 2>(from, columns) + fold_warps<COUNT / 2>(from + COUNT / 2 * columns, columns);
-        }
-    }
 };
 
 struct Mean {

@@ -10,6 +10,7 @@
 //
 // ELEMENT: the dtype of x; ACCUMULATE: float or double. THREADS: of a CTA.
 #include "async_copy.cuh"
+#include "column_vectors.cuh"
 #include "meeting.cuh"
 #include "reduction.cuh"
 
@@ -54,15 +55,6 @@ __device__ __forceinline__ void copy_vector(uint4* to, const X* from) {
     asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
                  "l"(from), "l"(policy)
                  : "memory");
-}
-
-template <int COUNT>
-__device__ __forceinline__ A fold_warps(const A* from, int columns) {
-    if constexpr (COUNT == 1) {
-        return *from;
-    } else {
-        return fold_warps<COUNT / 2>(from, columns) + fold_warps<COUNT / 2>(from + COUNT / 2 * columns, columns);
-    }
 }
 
 struct Team {
@@ -207,7 +199,7 @@ struct Team {
         __syncthreads();
         if (threadIdx.x < columns()) {
             Word* const to = words(tile, which) + (threadIdx.x * WORDS << group_bits) + rank;
-            *const_cast<volatile Word*>(to) = word_of(fold_warps<WARPS>(of_warps + threadIdx.x, columns()));
+            *const_cast<volatile Word*>(to) = word_of(fold_warps<WARPS>(of_warps + threadIdx.x, columns(), Add<A>()));
         }
     }
 

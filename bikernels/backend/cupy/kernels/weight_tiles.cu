@@ -8,6 +8,7 @@
 //
 // OPERATION: a struct below. ELEMENT: the dtype of x and of the gradient; ACCUMULATE: float or double, and the dtype of
 // the statistics. AT_ONCE: elements of a thread, of each array. THREADS: of a CTA, at most.
+#include "column_vectors.cuh"
 #include "overlap.cuh"
 #include "reduction.cuh"
 
@@ -24,31 +25,6 @@ struct Array {
 struct Arrays {
     Array x, grad, mean, rstd;
 };
-
-__device__ __forceinline__ uint4 gathered(const X* from) {
-    union {
-        X x[WIDTH];
-        uint4 raw;
-    } all;
-#pragma unroll
-    for (int w = 0; w < WIDTH; w++) all.x[w] = from[w];
-    return all.raw;
-}
-
-// Add lane number `lane` to the sums that wait, as neighbours: afterwards `sum` is the last neighbours' sum.
-template <int LEVELS, int LEVEL = 0>
-__device__ __forceinline__ void push(int lane, A (&sum)[WIDTH], A (&waiting)[LEVELS][WIDTH]) {
-    if constexpr (LEVEL < LEVELS) {
-        if (lane >> LEVEL & 1) {
-#pragma unroll
-            for (int w = 0; w < WIDTH; w++) sum[w] = waiting[LEVEL][w] + sum[w];
-            push<LEVELS, LEVEL + 1>(lane, sum, waiting);
-        } else {
-#pragma unroll
-            for (int w = 0; w < WIDTH; w++) waiting[LEVEL][w] = sum[w];
-        }
-    }
-}
 
 template <bool CENTRED>
 struct WeightBackward {
