@@ -212,25 +212,56 @@ def _share(dtype: str, in_cluster: bool) -> Function:
     return share
 
 
+def _for_elements(visit: Function) -> Function:
+    """for_elements(tile, state, more): state = visit(tile, state, more, i) for the places i of all elements that the
+    thread has, of which those from the column's length on do not exist; the last state.
+    """
+
+    @device
+    def for_elements(tile: Any, state: Any, more: Any) -> Any:
+        _, _, _, _, _, _, _, lanes, rounds, pieces, rank, blocks, _ = tile
+        piece = rank
+        while piece < pieces:
+            first = _first(tile, piece)
+            lane = types.int32(0)
+            while lane < lanes:
+                i = types.int32(first + lane)
+                done = types.int32(0)
+                while done < rounds:
+                    state = visit(tile, state, more, i)
+                    i = types.int32(i + SUM_LANES)
+                    done = types.int32(done + 1)
+                lane = types.int32(lane + 1)
+            piece = types.int32(piece + blocks)
+        return state
+
+    return for_elements
+
+
+@device
+def _copy_element(tile: Any, to: Any, more: Any, i: Any) -> Any:
+    """Queue a copy to the place `to`; the next one's."""
+    if i < tile[0]:
+        copy_async(to, tile[2] + types.int64(i) * tile[1])
+    return types.uint32(to + types.uint32(THREADS * VECTOR_BYTES))
+
+
+@device
+def _prefetch_element(tile: Any, state: Any, sides: Any, i: Any) -> Any:
+    """Have the L2 fetch a vector of x and of the gradient."""
+    if i < tile[0]:
+        prefetch_line(tile[2] + types.int64(i) * tile[1])
+        prefetch_line(sides[0] + types.int64(i) * sides[1])
+    return state
+
+
+_copy_elements, _prefetch_elements = _for_elements(_copy_element), _for_elements(_prefetch_element)
+
+
 @device
 def _copy(tile: Any) -> None:
     """Queue copies of all elements that the thread has."""
-    n, step, x, _, _, _, _, lanes, rounds, pieces, rank, blocks, to = tile
-    piece = rank
-    while piece < pieces:
-        first = _first(tile, piece)
-        lane = types.int32(0)
-        while lane < lanes:
-            i = types.int32(first + lane)
-            done = types.int32(0)
-            while done < rounds:
-                if i < n:
-                    copy_async(to, x + types.int64(i) * step)
-                to = types.uint32(to + types.uint32(THREADS * VECTOR_BYTES))
-                i = types.int32(i + SUM_LANES)
-                done = types.int32(done + 1)
-            lane = types.int32(lane + 1)
-        piece = types.int32(piece + blocks)
+    _copy_elements(tile, tile[12], types.int32(0))
     commit_copies()
 
 
@@ -397,23 +428,7 @@ def _overlap(variant: Variant) -> Function:
     @device
     def begin(tile: Any, sides: Any) -> None:
         launch_dependents()
-        n, step, x, _, _, _, _, lanes, rounds, pieces, rank, blocks, _ = tile
-        grad, grad_step = sides[0], sides[1]
-        piece = rank
-        while piece < pieces:
-            first = _first(tile, piece)
-            lane = types.int32(0)
-            while lane < lanes:
-                i = types.int32(first + lane)
-                done = types.int32(0)
-                while done < rounds:
-                    if i < n:
-                        prefetch_line(x + types.int64(i) * step)
-                        prefetch_line(grad + types.int64(i) * grad_step)
-                    i = types.int32(i + SUM_LANES)
-                    done = types.int32(done + 1)
-                lane = types.int32(lane + 1)
-            piece = types.int32(piece + blocks)
+        _prefetch_elements(tile, types.int32(0), sides)
         wait_for_predecessors()
 
     return begin if variant.overlaps else nothing
