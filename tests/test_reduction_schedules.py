@@ -408,9 +408,8 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
                 assert chosen.warps * chosen.ctas * chosen.rounds(n) * SUM_CHUNK >= n
             if element in reduction_operations.ELEMENTS and operation in row_schedules.REGISTER_OPERATIONS:
                 held = row_schedules.choose_register_schedule(operation, rows, n, element, gpu)
-                assert (held is not None) == (
-                    0 < n <= (1024 if operation in reduction_operations.SUMS else 8192)
-                ) or n > 8192
+                most = 1024 if operation in reduction_operations.SUMS else 8192
+                assert (held is not None) == (0 < n <= most) or n > 8192
                 if held is not None:
                     lanes = held.threads if held.spread else held.lanes
                     assert lanes * held.width * held.groups * held.steps >= n
@@ -419,10 +418,8 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
                 if long is not None:
                     parts = row_schedules.long_parts(operation, element)
                     assert gpu is H100 and long.bytes(operation, n, element) <= gpu.shared_bytes
-                    assert (
-                        long.warps <= row_schedules.long_warps(operation, element)
-                        and long.ctas <= reduction_operations.MOST_CTAS
-                    )
+                    assert long.warps <= row_schedules.long_warps(operation, element) and long.threads <= 1024
+                    assert long.ctas <= reduction_operations.MOST_CTAS
                     chunks = long.warps // parts * long.ctas
                     assert chunks * SUM_CHUNK >= n and row_schedules.long_bits(n) <= 3 - (parts > 1)
             is_short = 0 < n <= column_schedules.MAX_TILE_CHUNKS * SUM_CHUNK
@@ -451,9 +448,8 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
                 assert weight.groups * column_schedules.WEIGHT_AT_ONCE >= n and weight.threads % 32 == 0
                 assert weight.bytes(element) <= 48 * 1024
             itemsize = ITEMSIZE.get(element, 8)
-            ring = (
-                row_schedules.choose_ring_schedule(rows, n, operation, itemsize, False, gpu) if itemsize <= 4 else None
-            )
+            shape = rows, n, operation, itemsize
+            ring = row_schedules.choose_ring_schedule(*shape, False, gpu) if itemsize <= 4 else None
             if ring is not None:
                 assert gpu is H100 and ring.bytes(n, itemsize) <= gpu.shared_bytes
                 assert ring.warps * ring.ctas * ring.rounds * SUM_CHUNK >= n

@@ -98,7 +98,6 @@ def splits_columns(operation: str, columns: int, n: int, element: str, width: in
 
 # ----------------------------------------------------------------------------------------------------- tiles of columns
 
-
 PASSES = {
     "sum": 1,
     "mean": 1,
@@ -518,7 +517,6 @@ def choose_tall_schedule(columns: int, n: int, element: str, operation: str, dev
 
 # -------------------------------------------------------------------------------------------------------- short columns
 
-
 SHORT_THREADS = 512
 """Of a CTA, at most, where columns are short (short_columns.cu)."""
 
@@ -542,8 +540,7 @@ def short_schedule(columns: int, n: int) -> ShortSchedule:
     return ShortSchedule(groups, min(max(32, 256 // groups), SHORT_THREADS // groups, next_power_of_two(columns)))
 
 
-# -------------------------------------------------------------------------- gradients of weights, columns over few rows
-
+# ----------------------------------------------------------------------------------- gradients of weights over few rows
 
 WEIGHT_ROWS = 2 * SUM_LANES
 """Of a batch that has few, at most (weight_tiles.cu)."""
@@ -553,6 +550,9 @@ WEIGHT_AT_ONCE = 4
 
 WEIGHT_THREADS = 1024
 """Of a CTA, at most."""
+
+FEW_LINES = 32
+"""Of an element of all columns."""
 
 
 class WeightSchedule(NamedTuple):
@@ -587,9 +587,6 @@ def choose_weight_schedule(columns: int, n: int, element: str) -> WeightSchedule
     wanted = whole if columns * ITEMSIZE[element] >= FEW_LINES * PREFERRED_BYTES_ACROSS else whole // 2
     return min(weight_schedules(n), key=lambda one: abs(one.vectors - wanted))
 
-
-FEW_LINES = 32
-"""Of an element of all columns."""
 
 # ------------------------------------------------------------------------------------------------ how columns are taken
 

@@ -1,4 +1,4 @@
-"""The reductions, and what the choices of their kernels have in common."""
+"""The reductions' names and kinds, and what the choices of schedules for rows and for columns have in common."""
 
 from __future__ import annotations
 
@@ -64,6 +64,12 @@ SPLIT = SUMS | {"softmax", "log_softmax"}
 MAX_CTAS, MOST_CTAS = PORTABLE_CTAS, 16
 """Of a cluster; the second, where it can be had, of rows that fit no other."""
 
+RING_CAPABILITY = (9, 0)
+"""The compute capability that rows_ring.cu and clusters of 16 CTAs are for."""
+
+CTA_BYTES = 1024
+"""Of shared memory, that the system takes for each CTA."""
+
 
 def chunks_of(n: int) -> int:
     """Chunks of a row of n elements."""
@@ -73,13 +79,6 @@ def chunks_of(n: int) -> int:
 def cluster_sizes(device: GPU) -> tuple[int, ...]:
     """CTAs of a cluster, as far as every GPU with clusters has them."""
     return (1, 2, 4, MAX_CTAS) if device.compute_capability >= FIRST_WITH_CLUSTERS else (1,)
-
-
-RING_CAPABILITY = (9, 0)
-"""The compute capability that rows_ring.cu and clusters of 16 CTAs are for."""
-
-MULTIPROCESSOR_BYTES, CTA_BYTES = 228 * 1024, 1024
-"""Shared memory of a multiprocessor, and what the system takes of it for each CTA."""
 
 
 def teams(rows: int, resident: int) -> int:

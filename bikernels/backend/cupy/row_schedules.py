@@ -18,7 +18,6 @@ from .reduction_operations import (
     GROUP_LANES,
     MAX_CTAS,
     MOST_CTAS,
-    MULTIPROCESSOR_BYTES,
     OPERATIONS,
     RING_CAPABILITY,
     SOFTMAX_GRADIENTS,
@@ -190,7 +189,6 @@ def splits_rows(rows: int, n: int, device: GPU, fits: bool) -> bool:
 
 # ---------------------------------------------------------------------------------------------------- rows in registers
 
-
 REGISTER_NORMS = VARIANCES | {"rms_norm", "layer_norm"}
 """Those that register_norms.cu has."""
 
@@ -313,7 +311,6 @@ def choose_register_schedule(operation: str, rows: int, n: int, element: str, de
 
 # ----------------------------------------------------------------------------------------- long rows that are read once
 
-
 LONG_OPERATIONS = VARIANCES | REGISTER_BACKWARD
 """Those that have such kernels: long_variance.cu and long_backward.cu."""
 
@@ -388,7 +385,6 @@ def choose_long_schedule(operation: str, rows: int, n: int, element: str, device
 
 # ------------------------------------------------------------------------------------------------------- rows in a ring
 
-
 RING_OPERATIONS = SUMS | EXPONENTIALS
 
 MAX_RING_CHUNKS = 256
@@ -402,6 +398,9 @@ RING_AREAS = 4
 
 MAX_RING_TEAM = 160
 """Warps of a team."""
+
+MULTIPROCESSOR_BYTES = 228 * 1024
+"""Shared memory of a multiprocessor."""
 
 
 class RingSchedule(NamedTuple):
