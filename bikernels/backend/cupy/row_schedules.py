@@ -5,6 +5,7 @@ Everything here may change freely; the results stay the same.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 from ...contract import ACCUMULATE, ITEMSIZE, SUM_CHUNK, SUM_LANES
@@ -195,7 +196,7 @@ REGISTER_NORMS = VARIANCES | {"rms_norm", "layer_norm"}
 REGISTER_BACKWARD = frozenset(("softmax_backward", "log_softmax_backward", "rms_norm_backward", "layer_norm_backward"))
 """Those that register_backward.cu has."""
 
-REGISTER_OPERATIONS = SUMS | {"softmax", "log_softmax"} | REGISTER_NORMS | REGISTER_BACKWARD
+REGISTER_OPERATIONS = SUMS | EXPONENTIALS | REGISTER_NORMS | REGISTER_BACKWARD
 """All of them, and those that register_rows.cu has."""
 
 FIRST_WITH_PAIRS = (8, 0)
@@ -212,7 +213,10 @@ CTA_THREADS = 512
 
 LONG_ROW = 8 * SUM_CHUNK
 
-NEARLY_LONG = {("log_softmax", element) for element in ("bfloat16", "float16", "float32")} | {("softmax", "float32")}
+NEARLY_LONG = {
+    *itertools.product(("log_softmax", "logsumexp"), ("bfloat16", "float16", "float32")),
+    ("softmax", "float32"),
+}
 """Operations and dtypes of which longer rows, twice as long at most, are a CTA's where they are many."""
 
 THREADS_OF_A_MULTIPROCESSOR = 2048

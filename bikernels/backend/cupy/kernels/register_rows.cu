@@ -1,4 +1,4 @@
-// Sums, softmax and log_softmax of rows whose elements lie side by side, kept in registers: short rows, and few rows.
+// Sums and the softmax family of rows whose elements lie side by side, kept in registers: short rows, and few rows.
 //
 // OPERATION: as below; a mean by any divisor. ELEMENT, ACCUMULATE, WIDTH, GROUPS, STEPS, SPREAD: see register_rows.cuh.
 // THREADS: of a CTA, at most.
@@ -6,9 +6,10 @@
 // One form of exp serves every t <= 0, so that no thread has to wait for another's branch.
 #include "register_rows.cuh"
 
-enum Operation { Mean, Softmax, LogSoftmax };
+enum Operation { Mean, Softmax, LogSoftmax, LogSumExp };
 
 constexpr bool IS_SUM = OPERATION == Mean, IS_LOG = OPERATION == LogSoftmax, IS_PRECISE = sizeof(X) == sizeof(A);
+constexpr bool IS_ALONE = IS_SUM || OPERATION == LogSumExp;  // one result of a row
 constexpr bool RECOMPUTED = IS_LOG && sizeof(X) == 2 && VECTORS * WORDS > 16;  // of packed elements, in half the registers
 
 // Word number `word` of a vector of elements that are not there: -inf, or 0 in a sum.
@@ -92,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const X* const from = static_cast<const X*>(x) + row * x_step;
     X* const to = static_cast<X*>(out) + row * out_step;
     const auto may_be_vectors = [&](int n) {
-        return n % WIDTH == 0 && are_vectors_at(address_bits(x, x_step) | (IS_SUM ? 0 : address_bits(out, out_step)));
+        return n % WIDTH == 0 && are_vectors_at(address_bits(x, x_step) | (IS_ALONE ? 0 : address_bits(out, out_step)));
     };
     const bool are_vectors = may_be_vectors(n);
     wait_for_predecessors();
@@ -101,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         if (n == 1) {
             if (is_present) {
                 const A value = accumulate<A>(*from), zero = value - value;  // a NaN, if it is not finite
-                store(to, IS_LOG ? zero : 1 + zero);
+                store(to, OPERATION == LogSumExp ? value + A(0) : IS_LOG ? zero : 1 + zero);
             }
             return;
         }
@@ -161,6 +162,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
     }
     const A sum = row_sum(lane, place, shared.sums, count, shared.counts);
+    if constexpr (IS_ALONE) {
+        const bool is_infinite = maximum - maximum != 0 && maximum == maximum;
+        if (place.first == 0 && is_present) store(to, is_infinite ? maximum : maximum + normaliser_of(count, sum, true));
+        return;
+    }
     if constexpr (RECOMPUTED) forget_widened(raw);
     const bool is_nan = !(maximum - maximum == 0);  // and so is all of the row
     const A normaliser = is_nan ? nan_of(A(0)) : normaliser_of(count, sum, IS_LOG);

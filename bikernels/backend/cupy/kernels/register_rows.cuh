@@ -127,7 +127,7 @@ __device__ __forceinline__ void load_row(const X* from, const Place& place, int 
 constexpr unsigned THREADS_AT_ONCE = 1 << 17;
 __device__ __forceinline__ void prefetch_row(const X* from, const Place& place, int n) {
 #if __CUDA_ARCH__ >= 900
-    if (gridDim.x * blockDim.x > THREADS_AT_ONCE) return;
+    if (gridDim.x > THREADS_AT_ONCE / blockDim.x) return;
 #pragma unroll
     for (int i = 0; i < VECTORS; i++)
         if (place(i) < n && place(i) * sizeof(X) % 128 == 0) prefetch_line(from + place(i));
