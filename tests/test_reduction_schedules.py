@@ -521,12 +521,12 @@ def test_gradients_of_weights_over_few_rows() -> None:
     assert set(others) == {column_schedules.TILES}
 
 
-def test_gradients_of_long_rows_are_read_once() -> None:
+def test_norms_and_gradients_of_long_rows_are_read_once() -> None:
     """By as few CTAs as fill the GPU, or by many if rows are few."""
-    choose = row_schedules.choose_long_schedule
-    for operation in row_schedules.REGISTER_BACKWARD:
+    choose, largest = row_schedules.choose_long_schedule, {"rms_norm": "float64", "layer_norm": "float64"}
+    for operation in (*largest, *row_schedules.REGISTER_BACKWARD):
         many, few = (choose(operation, rows, 65536, "float32", H100) for rows in (4096, 1))
         assert many is not None and few is not None and 1 < many.ctas < few.ctas
-        largest = choose(operation, 256, 262_144, "float32", H100)
-        assert largest is not None and largest.ctas > launch.PORTABLE_CTAS
+        most = choose(operation, 256, 262_144, largest.get(operation, "float32"), H100)
+        assert most is not None and most.ctas > launch.PORTABLE_CTAS
         assert choose(operation, 4096, 65536, "float32", A100) is None

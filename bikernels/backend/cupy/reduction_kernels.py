@@ -35,9 +35,9 @@ from .row_schedules import (
     CLUSTER,
     CTA,
     LANES,
+    LONG_OPERATIONS,
     LONG_ROW,
     OCTETS,
-    REGISTER_BACKWARD,
     REGISTER_OPERATIONS,
     WARP_STEPS,
     chunk_kernel,
@@ -69,7 +69,7 @@ def kernels(compute_capability: int) -> Iterator[Kernel]:
                 for schedule in register_schedules(operation, n, element):
                     found[register_kernel(operation, element, schedule)] = None
         if has_clusters and element in ELEMENTS:
-            for operation in filter(("var", *REGISTER_BACKWARD).__contains__, OPERATIONS):
+            for operation in filter(LONG_OPERATIONS.__contains__, OPERATIONS):
                 found[long_kernel(operation, element)] = None
             if compute_capability < 120:  # of which a CTA has less shared memory
                 found[tall_kernel(element)] = None

@@ -328,7 +328,9 @@ def _choose_long(plan: _Plan, rows: _Rows, operation: str) -> LongSchedule | Non
 
 def _long_name(operation: str) -> str:
     """Of the function."""
-    return "differentiate_long_rows" if operation in row_schedules.REGISTER_BACKWARD else "reduce_long_rows"
+    if operation in row_schedules.REGISTER_BACKWARD:
+        return "differentiate_long_rows"
+    return "reduce_long_rows" if operation in reduction_operations.VARIANCES else "normalise_long_rows"
 
 
 def _resident_long(plan: _Plan, rows: _Rows, operation: str, schedule: LongSchedule) -> int:
@@ -461,13 +463,11 @@ def _steps(rows: _Rows, *names: str) -> list[np.int64]:
 
 def _register_launch(plan: _Plan, rows: _Rows, operation: str, schedule: RegisterSchedule) -> Launch:
     """A launch of a kernel for rows in registers, given the addresses of out, x and its sides."""
-    number, scalar = np.int64(rows.number), np.dtype(rows.accumulate).type
-    divisor, eps, is_root = scalar(rows.divisor), scalar(rows.eps), np.int32(operation == "std")
+    divisor, is_root = np.dtype(rows.accumulate).type(rows.divisor), np.int32(operation == "std")
     shape = np.int32(rows.n), np.int32(schedule.lanes.bit_length() - 1)
     arguments: tuple[Argument, ...]
     if operation in row_schedules.REGISTER_NORMS:
-        name, sides = "normalise_rows", ("weight", "bias", "mean", "rstd")
-        arguments = (*_steps(rows, "x", "out", "mean", "rstd"), divisor, eps, *shape, is_root, *_addresses(rows, sides))
+        name, arguments = "normalise_rows", _norm_arguments(rows, (*shape, is_root))
     elif operation in row_schedules.REGISTER_BACKWARD:
         name, arguments = "differentiate_rows", _gradient_arguments(rows, shape)
     else:
@@ -479,21 +479,23 @@ def _register_launch(plan: _Plan, rows: _Rows, operation: str, schedule: Registe
         -(-rows.number // schedule.rows),
         schedule.threads,
         0,
-        (number, *arguments),
+        (np.int64(rows.number), *arguments),
         overlapping=True,
     )
 
 
 def _long_launch(plan: _Plan, rows: _Rows, operation: str, schedule: LongSchedule) -> Launch:
-    """A launch of long_variance.cu or long_backward.cu, given the addresses of out, x and its sides."""
+    """A launch of long_variance.cu, long_norms.cu or long_backward.cu, given the addresses of out, x and its sides."""
     resident = _resident_long(plan, rows, operation, schedule)
     divisor = np.dtype(rows.accumulate).type(rows.divisor)
     shape = np.int32(rows.n), np.int32(row_schedules.long_bits(rows.n))
     arguments: tuple[Argument, ...]
     if operation in row_schedules.REGISTER_BACKWARD:
         arguments = _gradient_arguments(rows, shape)
-    else:
+    elif operation in reduction_operations.VARIANCES:
         arguments = (*_steps(rows, "x", "out"), divisor, *shape, np.int32(operation == "std"), *_addresses(rows, ()))
+    else:
+        arguments = _norm_arguments(rows, shape)
     return plan.shape(
         row_schedules.long_kernel(operation, rows.element),
         _long_name(operation),
@@ -504,6 +506,13 @@ def _long_launch(plan: _Plan, rows: _Rows, operation: str, schedule: LongSchedul
         cluster=schedule.ctas,
         overlapping=True,
     )
+
+
+def _norm_arguments(rows: _Rows, shape: Sequence[np.int32]) -> tuple[Argument, ...]:
+    """Those of the kernels for variances and norms of rows that are read once, behind the number of rows."""
+    steps, sides = ("x", "out", "mean", "rstd"), ("weight", "bias", "mean", "rstd")
+    divisor, eps = (np.dtype(rows.accumulate).type(value) for value in (rows.divisor, rows.eps))
+    return (*_steps(rows, *steps), divisor, eps, *shape, *_addresses(rows, sides))
 
 
 def _gradient_arguments(rows: _Rows, shape: tuple[np.int32, np.int32]) -> tuple[Argument, ...]:

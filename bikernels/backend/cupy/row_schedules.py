@@ -315,22 +315,27 @@ def choose_register_schedule(operation: str, rows: int, n: int, element: str, de
 
 # ----------------------------------------------------------------------------------------- long rows that are read once
 
-LONG_OPERATIONS = VARIANCES | REGISTER_BACKWARD
-"""Those that have such kernels: long_variance.cu and long_backward.cu."""
+LONG_OPERATIONS = REGISTER_NORMS | REGISTER_BACKWARD
+"""Those that have such kernels: long_variance.cu, long_norms.cu and long_backward.cu."""
 
 
 def long_parts(operation: str, element: str) -> int:
     """Warps that share a chunk: of a whole one, a thread may have more elements than registers."""
-    if operation in REGISTER_BACKWARD:
+    if operation not in VARIANCES:
         return GROUP_LANES // vector_width(element)
     return 4 if element == "float64" else 1
 
 
 def long_warps(operation: str, element: str) -> int:
     """Of a CTA, at most: for as many there are registers."""
-    if operation in REGISTER_BACKWARD:
-        return 16
-    return 32 if element == "float64" else 20
+    if operation in VARIANCES:
+        return 32 if element == "float64" else 20
+    return 16 if operation in REGISTER_BACKWARD else 32
+
+
+def is_always_reading(operation: str) -> bool:
+    """Whether the next row is on its way all the time that a CTA has one. Sums are then sent, as only clusters can."""
+    return operation not in VARIANCES
 
 
 class LongSchedule(NamedTuple):
@@ -369,20 +374,20 @@ def long_schedules(operation: str, n: int, element: str, device: GPU) -> list[Lo
         one = LongSchedule(ceil_div(chunks, ctas) * parts, ctas)
         is_held = one.warps <= long_warps(operation, element)
         fits = is_held and one.bytes(operation, n, element) <= device.shared_bytes
-        fits = fits and (ctas > 1 or operation in VARIANCES)  # which send their sums as only clusters can
+        fits = fits and (ctas > 1 or not is_always_reading(operation))
         if ctas <= chunks and fits and (ctas <= MAX_CTAS or not found):
             found.append(one)
     return found
 
 
 def choose_long_schedule(operation: str, rows: int, n: int, element: str, device: GPU) -> LongSchedule | None:
-    """A CTA for each row, else the fewest of which a multiprocessor holds two, so that one reads while another waits
-    (of gradients, which always read: the fewest); the most where rows are few. None if there is no schedule.
+    """The fewest CTAs of a row, if they always read; else one, or the fewest of which a multiprocessor holds two, so
+    that one reads while another waits. The most where rows are few. None if there is no schedule.
     """
-    found, is_gradient = long_schedules(operation, n, element, device), operation in REGISTER_BACKWARD
+    found = long_schedules(operation, n, element, device)
     for one in found:
         is_small = one.ctas == 1 or one.warps <= long_warps(operation, element) // 2
-        if rows * one.ctas >= device.multiprocessors and (is_gradient or is_small):
+        if rows * one.ctas >= device.multiprocessors and (is_small or is_always_reading(operation)):
             return one
     return found[-1] if found else None
 
@@ -571,14 +576,13 @@ def _register_macros(operation: str, element: str, schedule: RegisterSchedule) -
 
 
 def long_kernel(operation: str, element: str) -> Kernel:
-    """The kernel of long_variance.cu or long_backward.cu."""
-    width, is_backward = vector_width(element), operation in REGISTER_BACKWARD
-    is_spread = is_backward or long_parts(operation, element) > 1
-    groups = 1 if is_spread else GROUP_LANES // width
+    """The kernel of long_variance.cu, long_norms.cu or long_backward.cu."""
+    width, parts = vector_width(element), long_parts(operation, element)
+    is_spread = parts > 1 or operation not in VARIANCES
     threads = long_warps(operation, element) * 32
-    schedule = RegisterSchedule(width, groups, CTA_STEPS, is_spread, 32, threads)
-    source = f"long_{'backward' if is_backward else 'variance'}.cu"
-    return Kernel(source, _register_macros(operation, element, schedule))
+    schedule = RegisterSchedule(width, GROUP_LANES // (width * parts), CTA_STEPS, is_spread, 32, threads)
+    name = "backward" if operation in REGISTER_BACKWARD else "variance" if operation in VARIANCES else "norms"
+    return Kernel(f"long_{name}.cu", _register_macros(operation, element, schedule))
 
 
 def ring_kernel(operation: str, element: str, out_dtype: str) -> Kernel:

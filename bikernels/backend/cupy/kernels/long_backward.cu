@@ -11,13 +11,6 @@
 static_assert(SPREAD, "the chunks of a CTA lie side by side");
 constexpr int KEPT_BYTES = SUM_CHUNK / PARTS * sizeof(X);  // of a warp, of x or the gradient
 
-__device__ __forceinline__ void send_sum(unsigned shared, unsigned rank, float sum, unsigned barrier) {
-    send_in_cluster(shared, rank, __float_as_uint(sum), barrier);
-}
-__device__ __forceinline__ void send_sum(unsigned shared, unsigned rank, double sum, unsigned barrier) {
-    send_in_cluster(shared, rank, make_uint2(__double2loint(sum), __double2hiint(sum)), barrier);
-}
-
 // `rows` rows of n elements, at most 32 << bits chunks, by clusters of several CTAs. Rows of x (of the softmax family, of the
 // result), out and the gradient of the result, and statistics, lie as far apart as the steps say.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)

@@ -54,6 +54,14 @@ __device__ __forceinline__ int place_of(int chunk, int part, int bits) {
     return ((chunk & ((1 << bits) - 1)) * PARTS + part) * WARP + (chunk >> bits);
 }
 
+// Write a sum to what lies at that address in CTA `rank` of the cluster, and count its bytes at the barrier there.
+__device__ __forceinline__ void send_sum(unsigned shared, unsigned rank, float sum, unsigned barrier) {
+    send_in_cluster(shared, rank, __float_as_uint(sum), barrier);
+}
+__device__ __forceinline__ void send_sum(unsigned shared, unsigned rank, double sum, unsigned barrier) {
+    send_in_cluster(shared, rank, make_uint2(__double2loint(sum), __double2hiint(sum)), barrier);
+}
+
 // The sum of chunks' sums, of which those that are not there are 0, in each thread of a warp.
 __device__ __forceinline__ A sum_chunks(const A* sums, int bits) {
     A v[SHARE] = {};

@@ -1,16 +1,8 @@
 // var and std, rms_norm and layer_norm of rows whose elements lie side by side, kept in registers.
 //
-// OPERATION: as below. ELEMENT, ACCUMULATE, WIDTH, GROUPS, STEPS, SPREAD: see register_rows.cuh; weight and bias have
-// the dtype of x. THREADS: of a CTA, at most.
-//
-// An absent weight counts as 1 and an absent bias as -0, with which products and sums are what they are without.
-#include "register_rows.cuh"
-
-enum Operation { Variance, RmsNorm, LayerNorm };
-
-constexpr bool IS_CENTRED = OPERATION != RmsNorm, HAS_SIDES = OPERATION != Variance, HAS_BIAS = OPERATION == LayerNorm;
-
-// -------------------------------------------------------------------------------------------------------------- kernel
+// OPERATION: see norms.cuh. ELEMENT, ACCUMULATE, WIDTH, GROUPS, STEPS, SPREAD: see register_rows.cuh. THREADS: of a
+// CTA, at most.
+#include "norms.cuh"
 
 // Left to itself the compiler takes 64 registers for float64, which are too few on sm_80.
 constexpr int LEAST_CTAS = sizeof(A) == 8 ? 1 : 0;
@@ -80,10 +72,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST_CTAS)
             const Words& b = biases.at(i, place, n, are_vectors);
             A v[WIDTH];
 #pragma unroll
-            for (int j = 0; j < WIDTH; j++) {
-                const A value = element(raw[i], j, type), h = (IS_CENTRED ? value - mean : value) * r;
-                v[j] = HAS_BIAS ? fused(h, element(w, j, type), element(b, j, type)) : h * element(w, j, type);
-            }
+            for (int j = 0; j < WIDTH; j++)
+                v[j] = result(element(raw[i], j, type), mean, r, element(w, j, type), element(b, j, type));
             store_results(to, place(i), n, are_vectors, v);
         }
     }

@@ -190,14 +190,17 @@ __device__ __forceinline__ void store_results(X* to, int position, int n, bool a
     store_vector(to, position, n, are_vectors, words);
 }
 
-// Let the compiler widen 16-bit elements again, instead of keeping them in twice as many registers.
+// Let the compiler read elements again, instead of keeping in registers what it has computed of them.
+__device__ __forceinline__ void forget(Words (&raw)[VECTORS]) {
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++)
+#pragma unroll
+        for (int word = 0; word < WORDS; word++) asm("" : "+r"(raw[i][word]));
+}
+
+// The same of 16-bit elements, which widened take twice as many.
 __device__ __forceinline__ void forget_widened(Words (&raw)[VECTORS]) {
-    if constexpr (sizeof(X) == 2 && VECTORS * WORDS > 16) {
-#pragma unroll
-        for (int i = 0; i < VECTORS; i++)
-#pragma unroll
-            for (int word = 0; word < WORDS; word++) asm("" : "+r"(raw[i][word]));
-    }
+    if constexpr (sizeof(X) == 2 && VECTORS * WORDS > 16) forget(raw);
 }
 
 // ----------------------------------------------------------------------------------------------------- weight and bias
@@ -241,7 +244,6 @@ struct Side {
         return held[EXISTS && IS_EARLY ? i : 0];
     }
 
-  private:
     __device__ __forceinline__ void read(int position, int n, bool are_vectors, Words& to) const {
 #pragma unroll
         for (int word = 0; word < WORDS; word++)

@@ -1,0 +1,125 @@
+// rms_norm and layer_norm of rows longer than a CTA's registers, whose elements lie side by side, read once (sm_90 on).
+// A chunk of the tree is that of PARTS warps and a row a cluster's, whose CTAs take row after row: each thread takes
+// its elements from shared memory to registers and at once begins to copy those of the next row to the same places, so
+// that the memory is busy while warps meet, compute and write.
+//
+// OPERATION: see norms.cuh. ELEMENT, ACCUMULATE, WIDTH, GROUPS: see register_rows.cuh, with STEPS of a chunk and
+// SPREAD. THREADS: of a CTA, at most.
+#include "long_rows.cuh"
+#include "norms.cuh"
+
+static_assert(SPREAD, "the chunks of a CTA lie side by side");
+static_assert(HAS_SIDES, "variances have long_variance.cu");
+constexpr int KEPT_BYTES = SUM_CHUNK / PARTS * sizeof(X);  // of a warp
+constexpr int AHEAD = HAS_BIAS && sizeof(X) == 2 ? 1 : 2;  // vectors of weight and bias that are read at a time
+
+// `rows` rows of n elements, at most 32 << bits chunks, by clusters of several CTAs. Rows of x and out, and statistics,
+// lie as far apart as the steps say.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    normalise_long_rows(long long rows, long long x_step, long long out_step, long long mean_step, long long rstd_step,
+                        A divisor, A eps, int n, int bits, void* out, const void* x, const void* weight,
+                        const void* bias, void* means, void* rstds) {
+    extern __shared__ __align__(16) unsigned char shared[];
+    __shared__ unsigned long long barriers[2];
+    launch_dependents();  // they wait for this kernel's end
+    const int ctas = cluster_size(), warps = blockDim.x / WARP, chunks = (n + SUM_CHUNK - 1) / SUM_CHUNK;
+    const int begin = cluster_rank() * warps / PARTS * SUM_CHUNK;  // from where `place` counts
+    const int chunk = begin / SUM_CHUNK + warp_id() / PARTS;       // that the warp has, or a part of it
+    const Place place(5);
+    const bool are_vectors = are_vectors_at(address_bits(x, x_step) | address_bits(out, out_step) |
+                                            address_bits(weight, 0) | address_bits(bias, 0));
+    unsigned char* const own = shared + warp_id() * KEPT_BYTES;
+    const Kept kept{reinterpret_cast<uint4*>(own) + lane_id(), place, n - begin, are_vectors};
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++)
+        if (place(i) >= kept.n) kept.at[i * WARP] = make_uint4(0, 0, 0, 0);
+
+    // The sums of all parts of chunks, of two exchanges in turn, in every CTA that has a chunk. A barrier counts their
+    // bytes; who waits for it finds them. A warp sends its sum of an exchange when it has read those of the one before,
+    // and goes on when all have sent theirs: nobody then needs what the next exchange overwrites.
+    const int places = WARP * PARTS << bits, senders = chunks * PARTS;
+    A* const sums = reinterpret_cast<A*>(shared + warps * KEPT_BYTES);
+    for (int i = threadIdx.x; i < 2 * places; i += blockDim.x) sums[i] = 0;
+    int exchange = 0;
+    const auto add_up = [&](A sum) {
+        A* const all = sums + (exchange & 1) * places;
+        const unsigned barrier = shared_address(barriers + (exchange & 1));
+        if (threadIdx.x == 0) arrive_and_expect(barrier, senders * static_cast<int>(sizeof(A)));
+        A* const to = all + place_of(chunk, warp_id() % PARTS, bits);
+        if (lane_id() * warps < senders) send_sum(shared_address(to), lane_id(), sum, barrier);
+        wait_barrier(barrier, exchange++ >> 1 & 1);
+        return sum_chunks(all, bits);
+    };
+    if (threadIdx.x < 2) init_barrier(shared_address(barriers + threadIdx.x), 1);
+    fence_barrier_init();
+    arrive_at_cluster();
+
+    const int teams = gridDim.x / ctas;
+    long long row = blockIdx.x / ctas;
+    const X* const from = static_cast<const X*>(x) + begin;
+    X* const type = nullptr;
+    const Side<true, false> weights(weight == nullptr ? nullptr : static_cast<const X*>(weight) + begin);
+    const Side<HAS_BIAS, true> biases(bias == nullptr ? nullptr : static_cast<const X*>(bias) + begin);
+
+    prefetch_row(from + row * x_step, place, kept.n);
+    wait_for_predecessors();
+    kept.copy(from + row * x_step);
+    wait_for_cluster();  // all CTAs have started
+    if (chunk * SUM_CHUNK >= n) return;
+#pragma unroll 1
+    for (; row < rows; row += teams) {
+        Words raw[VECTORS];
+        wait_for_copies<0>();
+        kept.take(raw);
+        if (row + teams < rows) kept.copy(from + (row + teams) * x_step);
+
+        A mean = 0;
+        if constexpr (IS_CENTRED) {
+            A lane[GROUPS][WIDTH] = {};
+#pragma unroll
+            for (int i = 0; i < VECTORS; i++)
+#pragma unroll
+                for (int j = 0; j < WIDTH; j++) lane[i % GROUPS][j] += element(raw[i], j, type);
+            forget(raw);
+            mean = add_up(warp_sum(lane, place)) / divisor;
+        }
+        A squares[GROUPS][WIDTH] = {};
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++) {
+#pragma unroll
+            for (int j = 0; j < WIDTH; j++) {
+                const A value = element(raw[i], j, type), y = IS_CENTRED ? value - mean : value;
+                if (!IS_CENTRED || place(i) < kept.n) squares[i % GROUPS][j] += y * y;  // of an absent element: 0
+            }
+        }
+        forget(raw);
+        const A r = 1 / root(add_up(warp_sum(squares, place)) / divisor + eps);
+        if (begin + threadIdx.x == 0) {
+            if (means != nullptr) store(static_cast<A*>(means) + row * mean_step, mean);
+            if (rstds != nullptr) store(static_cast<A*>(rstds) + row * rstd_step, r);
+        }
+
+        int end = kept.n;
+        asm volatile("" : "+r"(end));  // asked again: there are no registers to remember which vectors there are
+        X* const to = static_cast<X*>(out) + row * out_step + begin;
+#pragma unroll
+        for (int first = 0; first < VECTORS; first += AHEAD) {
+            Words w[AHEAD], b[AHEAD];
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) {
+                weights.read(place(first + i), end, are_vectors, w[i]);
+                if (HAS_BIAS) biases.read(place(first + i), end, are_vectors, b[i]);
+            }
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) {
+                A v[WIDTH];
+#pragma unroll
+                for (int j = 0; j < WIDTH; j++) {
+                    const A value = element(raw[first + i], j, type);
+                    v[j] = result(value, mean, r, element(w[i], j, type), element(b[i], j, type));
+                }
+                store_results(to, place(first + i), end, are_vectors, v);
+            }
+        }
+    }
+}
