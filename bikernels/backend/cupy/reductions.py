@@ -495,7 +495,7 @@ def _long_launch(plan: _Plan, rows: _Rows, operation: str, schedule: LongSchedul
     elif operation in reduction_operations.VARIANCES:
         arguments = (*_steps(rows, "x", "out"), divisor, *shape, np.int32(operation == "std"), *_addresses(rows, ()))
     else:
-        arguments = _norm_arguments(rows, shape)
+        arguments = _norm_arguments(rows, (*shape, np.int32(schedule.held)))
     return plan.shape(
         row_schedules.long_kernel(operation, rows.element),
         _long_name(operation),

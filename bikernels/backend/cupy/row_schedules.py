@@ -333,6 +333,10 @@ def long_warps(operation: str, element: str) -> int:
     return 16 if operation in REGISTER_BACKWARD else 32
 
 
+LONG_SIDES = {"rms_norm": 1, "layer_norm": 2}
+"""Operands that rows share, of which something is kept in shared memory."""
+
+
 def is_always_reading(operation: str) -> bool:
     """Whether the next row is on its way all the time that a CTA has one. Sums are then sent, as only clusters can."""
     return operation not in VARIANCES
@@ -345,6 +349,8 @@ class LongSchedule(NamedTuple):
     """Of a CTA, with a chunk each or a part of it."""
     ctas: int
     """Of a row."""
+    held: int = 0
+    """Vectors that a thread keeps in shared memory of what rows share: of norms, of the weight and of the bias."""
 
     @property
     def threads(self) -> int:
@@ -355,6 +361,7 @@ class LongSchedule(NamedTuple):
         parts, sums = long_parts(operation, element), 32 << long_bits(n)
         arrays = 2 if operation in REGISTER_BACKWARD else 1
         elements = arrays * self.warps * SUM_CHUNK // parts * ITEMSIZE[element]
+        elements += LONG_SIDES.get(operation, 0) * self.held * self.threads * 16
         return elements + 4 * parts * sums * ITEMSIZE[ACCUMULATE[element]]
 
 
@@ -364,7 +371,9 @@ def long_bits(n: int) -> int:
 
 
 def long_schedules(operation: str, n: int, element: str, device: GPU) -> list[LongSchedule]:
-    """The schedules for rows of n elements, if there are any; the fewest CTAs first."""
+    """The schedules for rows of n elements, if there are any; the fewest CTAs first, of those alike first the one that
+    holds the most.
+    """
     chunks, parts, found = chunks_of(n), long_parts(operation, element), list[LongSchedule]()
     has_kernel = operation in LONG_OPERATIONS and element in ELEMENTS
     most = SUM_LANES if parts == 1 else SUM_LANES // 2  # chunks of which a warp adds up the sums
@@ -376,7 +385,9 @@ def long_schedules(operation: str, n: int, element: str, device: GPU) -> list[Lo
         fits = is_held and one.bytes(operation, n, element) <= device.shared_bytes
         fits = fits and (ctas > 1 or not is_always_reading(operation))
         if ctas <= chunks and fits and (ctas <= MAX_CTAS or not found):
-            found.append(one)
+            several = [one._replace(held=held) for held in range(CTA_STEPS, 0, -2) if operation in LONG_SIDES]
+            several = [held for held in several if held.bytes(operation, n, element) <= device.shared_bytes]
+            found += [*several[:1], one]
     return found
 
 

@@ -11,24 +11,27 @@
 static_assert(SPREAD, "the chunks of a CTA lie side by side");
 static_assert(HAS_SIDES, "variances have long_variance.cu");
 constexpr int KEPT_BYTES = SUM_CHUNK / PARTS * sizeof(X);  // of a warp
+constexpr int SIDES = HAS_BIAS ? 2 : 1;
 constexpr int AHEAD = HAS_BIAS && sizeof(X) == 2 ? 1 : 2;  // vectors of weight and bias that are read at a time
 
 // `rows` rows of n elements, at most 32 << bits chunks, by clusters of several CTAs. Rows of x and out, and statistics,
-// lie as far apart as the steps say.
+// lie as far apart as the steps say. `held`: vectors of the weight and of the bias that a thread keeps in shared memory,
+// a multiple of AHEAD.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     normalise_long_rows(long long rows, long long x_step, long long out_step, long long mean_step, long long rstd_step,
-                        A divisor, A eps, int n, int bits, void* out, const void* x, const void* weight,
+                        A divisor, A eps, int n, int bits, int held, void* out, const void* x, const void* weight,
                         const void* bias, void* means, void* rstds) {
     extern __shared__ __align__(16) unsigned char shared[];
-    __shared__ unsigned long long barriers[2];
     launch_dependents();  // they wait for this kernel's end
     const int ctas = cluster_size(), warps = blockDim.x / WARP, chunks = (n + SUM_CHUNK - 1) / SUM_CHUNK;
     const int begin = cluster_rank() * warps / PARTS * SUM_CHUNK;  // from where `place` counts
-    const int chunk = begin / SUM_CHUNK + warp_id() / PARTS;       // that the warp has, or a part of it
+    // The chunk that the warp has, or a part of it. Asked when needed: there are few registers to remember anything.
+    const auto chunk = [=] { return static_cast<int>(cluster_rank() * warps + warp_id()) / PARTS; };
     const Place place(5);
     const bool are_vectors = are_vectors_at(address_bits(x, x_step) | address_bits(out, out_step) |
                                             address_bits(weight, 0) | address_bits(bias, 0));
-    unsigned char* const own = shared + warp_id() * KEPT_BYTES;
+    const int warp_bytes = KEPT_BYTES + SIDES * held * WARP * 16;
+    unsigned char* const own = shared + warp_id() * warp_bytes;
     const Kept kept{reinterpret_cast<uint4*>(own) + lane_id(), place, n - begin, are_vectors};
 #pragma unroll
     for (int i = 0; i < VECTORS; i++)
@@ -38,14 +41,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     // bytes; who waits for it finds them. A warp sends its sum of an exchange when it has read those of the one before,
     // and goes on when all have sent theirs: nobody then needs what the next exchange overwrites.
     const int places = WARP * PARTS << bits, senders = chunks * PARTS;
-    A* const sums = reinterpret_cast<A*>(shared + warps * KEPT_BYTES);
+    A* const sums = reinterpret_cast<A*>(shared + warps * warp_bytes);
+    unsigned long long* const barriers = reinterpret_cast<unsigned long long*>(sums + 2 * places);
     for (int i = threadIdx.x; i < 2 * places; i += blockDim.x) sums[i] = 0;
     int exchange = 0;
     const auto add_up = [&](A sum) {
         A* const all = sums + (exchange & 1) * places;
         const unsigned barrier = shared_address(barriers + (exchange & 1));
         if (threadIdx.x == 0) arrive_and_expect(barrier, senders * static_cast<int>(sizeof(A)));
-        A* const to = all + place_of(chunk, warp_id() % PARTS, bits);
+        A* const to = all + place_of(chunk(), warp_id() % PARTS, bits);
         if (lane_id() * warps < senders) send_sum(shared_address(to), lane_id(), sum, barrier);
         wait_barrier(barrier, exchange++ >> 1 & 1);
         return sum_chunks(all, bits);
@@ -64,14 +68,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     prefetch_row(from + row * x_step, place, kept.n);
     wait_for_predecessors();
     kept.copy(from + row * x_step);
+    uint4* const sides = kept.at + KEPT_BYTES / 16;
+#pragma unroll 1
+    for (int i = 0; i < held; i++) {
+        Words words;
+        weights.read(place(i), kept.n, are_vectors, words);
+        store_words(reinterpret_cast<X*>(sides + i * SIDES * WARP), words);
+        if constexpr (HAS_BIAS) {
+            biases.read(place(i), kept.n, are_vectors, words);
+            store_words(reinterpret_cast<X*>(sides + (i * SIDES + 1) * WARP), words);
+        }
+    }
     wait_for_cluster();  // all CTAs have started
-    if (chunk * SUM_CHUNK >= n) return;
+    if (chunk() * SUM_CHUNK >= n) return;
 #pragma unroll 1
     for (; row < rows; row += teams) {
         Words raw[VECTORS];
         wait_for_copies<0>();
         kept.take(raw);
         if (row + teams < rows) kept.copy(from + (row + teams) * x_step);
+        int end = kept.n, in_shared = held;
+        asm volatile("" : "+r"(end), "+r"(in_shared));  // asked anew which vectors there are: see `chunk`
 
         A mean = 0;
         if constexpr (IS_CENTRED) {
@@ -89,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
             for (int j = 0; j < WIDTH; j++) {
                 const A value = element(raw[i], j, type), y = IS_CENTRED ? value - mean : value;
-                if (!IS_CENTRED || place(i) < kept.n) squares[i % GROUPS][j] += y * y;  // of an absent element: 0
+                if (!IS_CENTRED || place(i) < end) squares[i % GROUPS][j] += y * y;  // of an absent element: 0
             }
         }
         forget(raw);
@@ -99,16 +116,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             if (rstds != nullptr) store(static_cast<A*>(rstds) + row * rstd_step, r);
         }
 
-        int end = kept.n;
-        asm volatile("" : "+r"(end));  // asked again: there are no registers to remember which vectors there are
         X* const to = static_cast<X*>(out) + row * out_step + begin;
 #pragma unroll
         for (int first = 0; first < VECTORS; first += AHEAD) {
             Words w[AHEAD], b[AHEAD];
 #pragma unroll
             for (int i = 0; i < AHEAD; i++) {
-                weights.read(place(first + i), end, are_vectors, w[i]);
-                if (HAS_BIAS) biases.read(place(first + i), end, are_vectors, b[i]);
+                if (first < in_shared) {
+                    const uint4* const at = sides + (first + i) * SIDES * WARP;
+                    load_words(reinterpret_cast<const X*>(at), w[i]);
+                    if (HAS_BIAS) load_words(reinterpret_cast<const X*>(at + WARP), b[i]);
+                } else {
+                    weights.read(place(first + i), end, are_vectors, w[i]);
+                    if (HAS_BIAS) biases.read(place(first + i), end, are_vectors, b[i]);
+                }
             }
 #pragma unroll
             for (int i = 0; i < AHEAD; i++) {
