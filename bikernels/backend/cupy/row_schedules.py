@@ -381,13 +381,12 @@ def long_schedules(operation: str, n: int, element: str, device: GPU) -> list[Lo
         return found
     for ctas in (*cluster_sizes(device), MOST_CTAS):
         one = LongSchedule(ceil_div(chunks, ctas) * parts, ctas)
-        is_held = one.warps <= long_warps(operation, element)
-        fits = is_held and one.bytes(operation, n, element) <= device.shared_bytes
+        fits = ctas <= chunks and one.warps <= long_warps(operation, element)
         fits = fits and (ctas > 1 or not is_always_reading(operation))
-        if ctas <= chunks and fits and (ctas <= MAX_CTAS or not found):
-            several = [one._replace(held=held) for held in range(CTA_STEPS, 0, -2) if operation in LONG_SIDES]
-            several = [held for held in several if held.bytes(operation, n, element) <= device.shared_bytes]
-            found += [*several[:1], one]
+        if fits and (ctas <= MAX_CTAS or not found):
+            several = [one._replace(held=held) for held in range(CTA_STEPS, 0, -2) if operation in LONG_SIDES] + [one]
+            several = [each for each in several if each.bytes(operation, n, element) <= device.shared_bytes]
+            found += several[:1] + several[1:][-1:]
     return found
 
 
