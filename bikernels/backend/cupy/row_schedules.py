@@ -330,7 +330,7 @@ def long_warps(operation: str, element: str) -> int:
     """Of a CTA, at most: for as many there are registers."""
     if operation in VARIANCES:
         return 32 if element == "float64" else 20
-    return 16 if operation in REGISTER_BACKWARD else 32
+    return 16 if operation in REGISTER_BACKWARD else 24 if ITEMSIZE[element] == 2 else 32
 
 
 LONG_SIDES = {"rms_norm": 1, "layer_norm": 2}

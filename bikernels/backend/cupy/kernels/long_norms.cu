@@ -12,11 +12,11 @@ static_assert(SPREAD, "the chunks of a CTA lie side by side");
 static_assert(HAS_SIDES, "variances have long_variance.cu");
 constexpr int KEPT_BYTES = SUM_CHUNK / PARTS * sizeof(X);  // of a warp
 constexpr int SIDES = HAS_BIAS ? 2 : 1;
-constexpr int AHEAD = HAS_BIAS && sizeof(X) == 2 ? 1 : 2;  // vectors of weight and bias that are read at a time
+constexpr int AHEAD = 2;  // vectors of weight and bias that are read at a time
 
 // `rows` rows of n elements, at most 32 << bits chunks, by clusters of several CTAs. Rows of x and out, and statistics,
-// lie as far apart as the steps say. `held`: vectors of the weight and of the bias that a thread keeps in shared memory,
-// a multiple of AHEAD.
+// lie as far apart as the steps say. `held`: vectors of the weight and of the bias that a thread keeps in shared memory, if
+// it reads vectors; a multiple of AHEAD.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     normalise_long_rows(long long rows, long long x_step, long long out_step, long long mean_step, long long rstd_step,
                         A divisor, A eps, int n, int bits, int held, void* out, const void* x, const void* weight,
@@ -30,6 +30,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const Place place(5);
     const bool are_vectors = are_vectors_at(address_bits(x, x_step) | address_bits(out, out_step) |
                                             address_bits(weight, 0) | address_bits(bias, 0));
+    if (!are_vectors) held = 0;
     const int warp_bytes = KEPT_BYTES + SIDES * held * WARP * 16;
     unsigned char* const own = shared + warp_id() * warp_bytes;
     const Kept kept{reinterpret_cast<uint4*>(own) + lane_id(), place, n - begin, are_vectors};
@@ -69,16 +70,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     wait_for_predecessors();
     kept.copy(from + row * x_step);
     uint4* const sides = kept.at + KEPT_BYTES / 16;
+    const auto hold = [&](const auto& side, uint4* to) {
 #pragma unroll 1
-    for (int i = 0; i < held; i++) {
-        Words words;
-        weights.read(place(i), kept.n, are_vectors, words);
-        store_words(reinterpret_cast<X*>(sides + i * SIDES * WARP), words);
-        if constexpr (HAS_BIAS) {
-            biases.read(place(i), kept.n, are_vectors, words);
-            store_words(reinterpret_cast<X*>(sides + (i * SIDES + 1) * WARP), words);
+        for (int i = 0; i < held; i++, to += SIDES * WARP) {
+            if (side.data != nullptr) {
+                if (place(i) < kept.n) copy_vector_async(shared_address(to), side.data + place(i));
+            } else {
+                Words words;
+                side.read(place(i), kept.n, are_vectors, words);
+                store_words(reinterpret_cast<X*>(to), words);
+            }
         }
-    }
+    };
+    hold(weights, sides);
+    if constexpr (HAS_BIAS) hold(biases, sides + WARP);
+    commit_copies();
     wait_for_cluster();  // all CTAs have started
     if (chunk() * SUM_CHUNK >= n) return;
 #pragma unroll 1
