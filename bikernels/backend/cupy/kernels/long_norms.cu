@@ -93,8 +93,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         wait_for_copies<0>();
         kept.take(raw);
         if (row + teams < rows) kept.copy(from + (row + teams) * x_step);
-        int end = kept.n, in_shared = held;
-        asm volatile("" : "+r"(end), "+r"(in_shared));  // asked anew which vectors there are: see `chunk`
+        int end = kept.n;
+        asm volatile("" : "+r"(end));  // asked anew which vectors there are: see `chunk`
 
         A mean = 0;
         if constexpr (IS_CENTRED) {
@@ -128,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             Words w[AHEAD], b[AHEAD];
 #pragma unroll
             for (int i = 0; i < AHEAD; i++) {
-                if (first < in_shared) {
+                if (first < held) {
                     const uint4* const at = sides + (first + i) * SIDES * WARP;
                     load_words(reinterpret_cast<const X*>(at), w[i]);
                     if (HAS_BIAS) load_words(reinterpret_cast<const X*>(at + WARP), b[i]);
