@@ -43,7 +43,7 @@ ROWS = (
     (6, 262_200),
 )
 """Rows and their length. Of odd ones, rows begin anywhere in a vector."""
-COLUMNS = ((13, 1), (24, 40), (2056, 8), (64, 300), (72, 2100), (33, 5000), (8, 9001), (16, 66000))
+COLUMNS = ((13, 1), (40, 1), (24, 40), (2056, 8), (64, 300), (72, 2100), (33, 5000), (8, 9001), (16, 66000))
 """Columns and their length. Some are whole vectors side by side and some are not."""
 CORRECTION, EPS = 1.0, 1e-3
 
@@ -177,7 +177,8 @@ def forced(case: Case, operation: str, element: str, out_dtype: str, gpu: launch
         elsewhere["choose_columns"] = column_schedules.SINGLY
         if operation in row_schedules.REGISTER_OPERATIONS and element in reduction_operations.ELEMENTS:
             # Where the layout does not allow them, another kernel is taken.
-            for register_schedule in row_schedules.register_schedules(operation, n, element):
+            is_aligned = n < reduction_operations.GROUP_LANES or n % reduction_operations.vector_width(element) == 0
+            for register_schedule in row_schedules.register_schedules(operation, n, element, is_aligned):
                 yield str(register_schedule), {"choose_register_schedule": register_schedule}
         for long_schedule in [] if case.in_columns else row_schedules.long_schedules(operation, n, element, gpu):
             for teams in (1, count):  # one that takes row after row, or one for each
@@ -191,7 +192,7 @@ def forced(case: Case, operation: str, element: str, out_dtype: str, gpu: launch
             yield "chunks", elsewhere | {"splits_rows": lambda rows, length, *rest: length == n}
         if not case.in_columns and row_schedules.has_ring_kernel(operation, element, out_dtype):
             for ring_schedule in row_schedules.ring_schedules(operation, n, ITEMSIZE[element], gpu):
-                for teams in (1, count)[ring_schedule.slots == 1 :]:  # one that takes row after row, or one for each
+                for teams in (1, count):  # one that takes row after row, or one for each
                     yield (
                         f"{ring_schedule}, {teams}",
                         no_registers | {"choose_ring_schedule": ring_schedule, "teams": teams},
@@ -260,7 +261,7 @@ def test_rows_beside_vectors(backend: Any, operation: str, dtype: str) -> None:
     rng, gpu = np.random.default_rng(9), launch.gpu(backend.xp.cuda.runtime.getDevice())
     for n in (1, 2, 16, 256, 1000, 2048):
         made = case(rng, operation, draw(rng, (5, n), dtype, "wide"), dtype, False)
-        for schedule in row_schedules.register_schedules(operation, n, dtype):
+        for schedule in row_schedules.register_schedules(operation, n, dtype, True):
             compare_beside_vectors(backend, operation, made, {"choose_register_schedule": schedule}, str(schedule))
     for long_schedule in row_schedules.long_schedules(operation, 8200, dtype, gpu):
         made = case(rng, operation, draw(rng, (5, 8200), dtype, "wide"), dtype, False)
@@ -368,7 +369,7 @@ def test_rows_of_one_element_are_kept_in_registers(kept: tuple[int, ...]) -> Non
     x = Layout("bfloat16", kept, (1,) * len(kept))
     for operation in ("log_softmax", "softmax", "mean", "var"):
         rows = reductions._rows_of(ReductionSpec(operation, len(kept), x, x))
-        assert (rows.n, rows.fits_registers, rows.in_columns) == (1, True, False)
+        assert (rows.n, rows.fits_registers) == (1, True)
 
 
 @pytest.mark.parametrize("operation", REDUCTIONS)
@@ -407,13 +408,13 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
             else:
                 assert chosen.warps * chosen.ctas * chosen.rounds(n) * SUM_CHUNK >= n
             if element in reduction_operations.ELEMENTS and operation in row_schedules.REGISTER_OPERATIONS:
-                held = row_schedules.choose_register_schedule(operation, rows, n, element, gpu)
-                most = 1024 if operation in reduction_operations.SUMS else 8192
-                assert (held is not None) == (0 < n <= most) or n > 8192
-                if held is not None:
-                    lanes = held.threads if held.spread else held.lanes
-                    assert lanes * held.width * held.groups * held.steps >= n
-                    assert 32 % held.lanes == 0 and held.threads <= 512
+                for is_aligned in (True, False):
+                    held = row_schedules.choose_register_schedule(operation, rows, n, element, is_aligned, gpu)
+                    assert (held is not None) == (0 < n <= 8192) or n > 8192
+                    if held is not None:
+                        lanes = held.threads if held.spread else held.lanes
+                        assert lanes * held.width * held.groups * held.steps >= n
+                        assert 32 % held.lanes == 0 and held.threads <= 512
                 long = row_schedules.choose_long_schedule(operation, rows, n, element, gpu)
                 if long is not None:
                     parts = row_schedules.long_parts(operation, element)
@@ -455,7 +456,7 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
                 assert ring.warps * ring.ctas * ring.rounds * SUM_CHUNK >= n
                 resident = ring.resident_ctas(operation, n, itemsize)
                 assert 0 < ring.threads <= resident * ring.threads <= row_schedules.ring_threads(operation, itemsize)
-                assert ring.slots > 1 or rows * ring.ctas <= gpu.multiprocessors * resident
+                assert ring.slots > 1 or ring.ctas == 1 or rows * ring.ctas <= gpu.multiprocessors * resident
             one = column_schedules.choose_column_schedule(rows, n, gpu)
             assert one.groups * 8 >= min(n, SUM_LANES)
             assert one.tile * one.groups == column_schedules.COLUMN_THREADS

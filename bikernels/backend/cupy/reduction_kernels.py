@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 from ...contract import ACCUMULATE, SUM_CHUNK, SUM_LANES
@@ -65,8 +66,8 @@ def kernels(compute_capability: int) -> Iterator[Kernel]:
                 found[column_kernel(operation, element, accumulate, in_cluster)] = None
         for operation in filter(REGISTER_OPERATIONS.__contains__, OPERATIONS):
             lengths = (1, SUM_LANES, WARP_STEPS * SUM_LANES, SUM_CHUNK, LONG_ROW, 2 * LONG_ROW)
-            for n in lengths if element in ELEMENTS else ():
-                for schedule in register_schedules(operation, n, element):
+            for n, is_aligned in itertools.product(lengths, (True, False)) if element in ELEMENTS else ():
+                for schedule in register_schedules(operation, n, element, is_aligned):
                     found[register_kernel(operation, element, schedule)] = None
         if has_clusters and element in ELEMENTS:
             for operation in filter(LONG_OPERATIONS.__contains__, OPERATIONS):

@@ -105,10 +105,10 @@ class _Rows(NamedTuple):
 
     @property
     def in_columns(self) -> bool:
-        """Whether neighbouring rows lie closer than a row's elements, which then lie a fixed step apart."""
+        """Whether neighbouring rows lie closer than a row's elements, which are a fixed step apart or single."""
         if len(self.row) != 1 or not self.kept or self.kept[-1] < column_schedules.MIN_COLUMNS:
             return False
-        return abs(self.x.kept[-1]) < abs(self.x.row[0])
+        return self.n == 1 or abs(self.x.kept[-1]) < abs(self.x.row[0])
 
     @property
     def has_accumulated_statistics(self) -> bool:
@@ -117,24 +117,30 @@ class _Rows(NamedTuple):
 
     @property
     def fits_registers(self) -> bool:
-        """Whether the kernels for rows in registers read and write such a layout, and whole vectors of it if addresses
-        allow that.
-        """
+        """Whether the kernels for rows in registers read and write such a layout."""
         if self.element != self.out_dtype or len(self.row) != 1 or len(self.kept) > 1:
             return False
-        named = {name: self.operands[name] for name in ("x", "out", "grad", "weight", "bias") if name in self.operands}
-        sides = [named[name] for name in ("weight", "bias") if name in named]
+        sides = [self.operands[name] for name in ("weight", "bias") if name in self.operands]
         if any(one.dtype != self.element or any(one.kept) for one in sides):
             return False
         if not self.has_accumulated_statistics:
             return False
-        if named["out"].row == (0,):  # a result of one element for each row
-            del named["out"]
-        arrays = named.values()
-        aligned = self.n < GROUP_LANES or all(
-            step % GROUP_LANES == 0 for step in (self.n, *(step for one in arrays for step in one.kept))
+        return self.n == 1 or all(one.row[0] == 1 for one in self._arrays)
+
+    @property
+    def has_whole_vectors(self) -> bool:
+        """Whether rows are short, or all begin and end where a vector does if the first one begins so."""
+        steps = (self.n, *(step for one in self._arrays for step in one.kept))
+        return self.n < GROUP_LANES or all(
+            step % reduction_operations.vector_width(self.element) == 0 for step in steps
         )
-        return aligned and (self.n == 1 or all(one.row[0] == 1 for one in arrays))
+
+    @property
+    def _arrays(self) -> list[_Operand]:
+        """The operands that have an element for each of x, in dtype and number."""
+        found = [self.operands[name] for name in ("x", "grad", "weight", "bias") if name in self.operands]
+        out = self.operands["out"]
+        return found if out.row == (0,) else [*found, out]
 
     @property
     def width(self) -> int:
@@ -313,12 +319,13 @@ def _choose_registers(plan: _Plan, rows: _Rows, operation: str) -> RegisterSched
     """The schedule that keeps rows in registers; None if the operation or the layout has none, or others are better."""
     if operation not in row_schedules.REGISTER_OPERATIONS or not rows.fits_registers:
         return None
-    return row_schedules.choose_register_schedule(operation, rows.number, rows.n, rows.element, plan.gpu)
+    shape = rows.number, rows.n, rows.element, rows.has_whole_vectors
+    return row_schedules.choose_register_schedule(operation, *shape, plan.gpu)
 
 
 def _choose_long(plan: _Plan, rows: _Rows, operation: str) -> LongSchedule | None:
     """The schedule that reads a long row once; None if the operation or the layout has none."""
-    if not rows.fits_registers:
+    if not (rows.fits_registers and rows.has_whole_vectors):
         return None
     chosen = row_schedules.choose_long_schedule(operation, rows.number, rows.n, rows.element, plan.gpu)
     if chosen is not None and chosen.ctas > PORTABLE_CTAS and _resident_long(plan, rows, operation, chosen) == 0:
@@ -414,7 +421,7 @@ def _ring_launch(plan: _Plan, rows: _Rows, operation: str, schedule: RingSchedul
     """A launch of rows_ring.cu, given the addresses of out, x and its sides."""
     kernel = row_schedules.ring_kernel(operation, rows.element, rows.out_dtype)
     resident = _resident_ring(plan, rows, operation, schedule)
-    teams = reduction_operations.teams(rows.number, resident // schedule.ctas) if schedule.slots > 1 else rows.number
+    teams = reduction_operations.teams(rows.number, resident // schedule.ctas)
     numbers = (schedule.slots, schedule.rounds, schedule.kept_steps, schedule.ctas, schedule.area_bytes(rows.n))
     return plan.shape(
         kernel,

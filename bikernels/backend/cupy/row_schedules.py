@@ -243,9 +243,16 @@ class RegisterSchedule(NamedTuple):
         """Of a CTA."""
         return 1 if self.spread else self.threads // self.lanes
 
+    def narrowed(self, element: str) -> RegisterSchedule:
+        """With the same elements of a thread in vectors of a word, or an element, for rows that begin anywhere."""
+        width = max(1, 4 // ITEMSIZE[element])
+        return self._replace(width=width, groups=self.width * self.groups // width)
 
-def register_schedules(operation: str, n: int, element: str) -> list[RegisterSchedule]:
-    """The schedules for rows of n elements, if their layout allows any; the fewest threads of a row first."""
+
+def register_schedules(operation: str, n: int, element: str, is_aligned: bool) -> list[RegisterSchedule]:
+    """The schedules for rows of n elements, if their layout allows any; the fewest threads of a row first.
+    `is_aligned`: whether all of them begin where a vector does, if the first one does.
+    """
     vector, is_sum, is_double = vector_width(element), operation in SUMS, element == "float64"
     found = []
     if n <= SUM_LANES:
@@ -253,7 +260,7 @@ def register_schedules(operation: str, n: int, element: str) -> list[RegisterSch
         for elements in (MANY_ELEMENTS[element], GROUP_LANES):
             groups = elements // vector
             is_many = elements > GROUP_LANES
-            if is_many and (operation in REGISTER_BACKWARD or vectors < 4 * groups):
+            if is_many and (operation in REGISTER_BACKWARD or vectors < 4 * groups or not is_aligned):
                 continue  # a row costs too little, or neighbours would read too far apart
             found.append(RegisterSchedule(vector, groups, 1, False, max(1, vectors // groups), CTA_WARPS * 32))
     elif n <= WARP_STEPS * SUM_LANES:
@@ -262,12 +269,22 @@ def register_schedules(operation: str, n: int, element: str) -> list[RegisterSch
         else:
             groups = GROUP_LANES // vector
             found.append(RegisterSchedule(vector, groups, WARP_STEPS, False, 32, CTA_WARPS * 32))
-    elif not is_sum:
+    elif n <= _longest(operation, element, is_aligned):
+        if is_sum and n <= SUM_CHUNK and not is_double:
+            groups = GROUP_LANES // vector
+            found.append(RegisterSchedule(vector, groups, CTA_STEPS, False, 32, CTA_WARPS * 32))
         for width, groups in _spread_vectors(operation, n, element):
             threads = chunks_of(n) * SUM_LANES // (width * groups)
             if threads <= CTA_THREADS:
                 found.append(RegisterSchedule(width, groups, CTA_STEPS, True, 32, threads))
-    return found
+    return found if is_aligned else [one.narrowed(element) for one in found]
+
+
+def _longest(operation: str, element: str, is_aligned: bool) -> int:
+    """Elements of a row, at most, whatever there are registers for."""
+    if not is_aligned and operation in REGISTER_BACKWARD and ITEMSIZE[element] == 2:
+        return 4 * SUM_CHUNK  # single elements of two arrays are read and written
+    return LONG_ROW if operation in SUMS else 2 * LONG_ROW
 
 
 def _spread_vectors(operation: str, n: int, element: str) -> list[tuple[int, int]]:
@@ -287,30 +304,34 @@ def _is_nearly_long(operation: str, n: int, element: str) -> bool:
 def _spread_widths(operation: str, n: int, element: str) -> tuple[int, ...]:
     """Elements of a thread in 256, in one vector."""
     if element == "float64":
-        return (4, 2) if operation in EXPONENTIALS and n > SUM_CHUNK * 4 else (2,)
+        return (4, 2) if operation in EXPONENTIALS | SUMS and n > SUM_CHUNK * 4 else (2,)
     if operation in REGISTER_BACKWARD:  # which has more operands
         if operation in SOFTMAX_GRADIENTS and ITEMSIZE[element] == 2 and n <= SUM_CHUNK * 2:
             return (4, 2)
         return (4,) if ITEMSIZE[element] == 2 or n > SUM_CHUNK * 4 else (2,)
-    if operation in REGISTER_NORMS and ITEMSIZE[element] == 2:
+    if operation in REGISTER_NORMS | SUMS and ITEMSIZE[element] == 2:
         return (8, 2) if n <= SUM_CHUNK * 4 else (8,)
     return (4, 2)
 
 
-def choose_register_schedule(operation: str, rows: int, n: int, element: str, device: GPU) -> RegisterSchedule | None:
+def choose_register_schedule(
+    operation: str, rows: int, n: int, element: str, is_aligned: bool, device: GPU
+) -> RegisterSchedule | None:
     """The schedule of the fewest threads of a row that fill the GPU (of gradients, half of it), else of the most; None
-    for long rows, and for few of those that are nearly as long.
+    for long rows, and for those nearly as long that are few, or that are many and begin anywhere.
     """
     if device.compute_capability < FIRST_WITH_PAIRS or n == 0:
         return None
-    found = register_schedules(operation, n, element)
+    found = register_schedules(operation, n, element, is_aligned)
+    is_nearly_long = _is_nearly_long(operation, n, element)
+    if is_nearly_long and not is_aligned:  # the ring copies such rows in whole vectors, unless they are few
+        has_ring = device.compute_capability == RING_CAPABILITY and not are_few(rows, n, device)
+        return None if has_ring or not found else found[-1]
     enough = THREADS_OF_A_MULTIPROCESSOR * device.multiprocessors // (2 if operation in REGISTER_BACKWARD else 1)
     for one in found:
         if rows * one.threads >= enough * one.rows:
             return one
-    if not found or _is_nearly_long(operation, n, element):  # of few such rows, a cluster has more on its way
-        return None
-    return found[-1]
+    return None if not found or is_nearly_long else found[-1]  # of few such rows, a cluster has more on its way
 
 
 # ----------------------------------------------------------------------------------------- long rows that are read once
@@ -432,7 +453,7 @@ class RingSchedule(NamedTuple):
     rounds: int
     """Chunks of a warp."""
     slots: int
-    """Rows that a warp keeps; with one, a team has one row."""
+    """Rows that a warp keeps; with one, chunk by chunk the next one takes its place."""
     kept_steps: int = 0
     """Of a chunk of 16-bit elements, whose exponentials are kept: half of them in place of the elements."""
 
@@ -452,7 +473,7 @@ class RingSchedule(NamedTuple):
         """Of shared memory: the chunks, each in as many bytes as it needs wherever it begins in a vector, exponentials,
         the barriers, what is exchanged.
         """
-        of_slot = self.rounds * (SUM_CHUNK * itemsize + 32) + 8
+        of_slot = self.rounds * (SUM_CHUNK * itemsize + 32 + 8)
         of_kept = self.rounds * self.kept_steps * SUM_LANES * 2
         return self.warps * (self.slots * of_slot + of_kept) + RING_AREAS * (8 + self.area_bytes(n))
 
@@ -494,9 +515,14 @@ def ring_schedules(operation: str, n: int, itemsize: int, device: GPU) -> list[R
             alike = [one for one in alike if one.bytes(n, itemsize) <= device.shared_bytes]
             fits = one.warps <= MAX_RING_WARPS and one.threads <= ring_threads(operation, itemsize)
             fits = fits and one.warps * ctas <= MAX_RING_TEAM
-            if ctas * 2 <= chunks and fits and (slots > 1 or ctas == 2):  # pairs leave no multiprocessor idle
+            if ctas * 2 <= chunks and fits and (slots > 1 or ctas <= 2):  # pairs leave no multiprocessor idle
                 found |= dict.fromkeys(alike[:1] + alike[-1:])
     return list(found)
+
+
+def are_few(rows: int, n: int, device: GPU) -> bool:
+    """Whether rows have hardly more chunks than multiprocessors have schedulers."""
+    return rows * chunks_of(n) < 4 * device.multiprocessors
 
 
 def choose_ring_schedule(
@@ -506,12 +532,13 @@ def choose_ring_schedule(
     where a vector does.
 
     A chunk for each warp and the next row's on its way; the fewest CTAs of which a multiprocessor holds nearly as many
-    warps with a chunk as of any. Of few rows, the most CTAs of which the GPU holds those of all rows at a time. If that
-    is none, and pairs of multiprocessors are not many more than rows: such a pair for each row, without a next one.
+    warps with a chunk as of any. Where that is a pair, and rows of 16 bits begin anywhere: one CTA, two chunks for each
+    warp, and the next row's each on its way to where this row's was. Of few rows, the most CTAs of which the GPU holds
+    those of all rows at a time. If that is none, and pairs of multiprocessors are not many more than rows: such a pair
+    for each row, without a next one.
     """
     chunks = chunks_of(n)
-    is_few = rows * chunks < 4 * device.multiprocessors
-    if (is_few and chunks < 64) or (operation in SUMS and line_up):
+    if (are_few(rows, n, device) and chunks < 64) or (operation in SUMS and line_up):
         return None
     if operation == "softmax" and itemsize == 2 and line_up and chunks <= 8:
         return None  # of shorter rows, other kernels have more on their way
@@ -532,7 +559,7 @@ def choose_ring_schedule(
     most = max(map(working, double))
     first = next(one for one in double if working(one) >= 0.85 * most)
     if rows * first.ctas >= 2 * device.multiprocessors * first.resident_ctas(operation, n, itemsize):
-        return first
+        return found.get((1, 1), first) if first.ctas == 2 and itemsize == 2 and not line_up else first
     if (holding := next(filter(hold_all, reversed(double)), None)) is not None:
         return holding
     single = found.get((2, 1))

@@ -196,6 +196,11 @@ __device__ __forceinline__ void copy_bulk(unsigned shared, const void* global, u
     }
 }
 
+// Have the L2 fetch `bytes`, a multiple of 16 from such a multiple on.
+__device__ __forceinline__ void prefetch_bulk(const void* global, unsigned bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
+
 // ------------------------------------------------------------------------------------------------------------ registers
 
 template <int REGISTERS>

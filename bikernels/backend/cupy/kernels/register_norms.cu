@@ -27,6 +27,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST_CTAS)
 
     __shared__ __align__(16) A sums[2][MOST_WARPS];
     clear_absent_warps(sums);
+    if constexpr (SPREAD) prefetch_row(from, place, n);
     wait_for_predecessors();
 
     Words raw[VECTORS] = {};

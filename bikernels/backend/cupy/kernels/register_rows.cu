@@ -96,6 +96,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         return n % WIDTH == 0 && are_vectors_at(address_bits(x, x_step) | (IS_ALONE ? 0 : address_bits(out, out_step)));
     };
     const bool are_vectors = may_be_vectors(n);
+    if constexpr (SPREAD) prefetch_row(from, place, n);
     wait_for_predecessors();
 
     if constexpr (!IS_SUM && !SPREAD && STEPS == 1) {
@@ -158,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             count += is_zero(t);
             lane[i % GROUPS][j] += is_zero(t) ? A(0) : power;
             v[i][j] = IS_LOG ? t : power;
-            if (!IS_LOG && !IS_DOUBLE && place(i) < n) least = smaller(least, t);
+            if (!IS_LOG && !IS_DOUBLE && place.has(i, j, n)) least = smaller(least, t);
         }
     }
     const A sum = row_sum(lane, place, shared.sums, count, shared.counts);

@@ -15,6 +15,7 @@ constexpr int VECTORS = STEPS * GROUPS, WORDS = WIDTH * static_cast<int>(sizeof(
 constexpr int PARTS = SPREAD ? THREAD_LANES / (WIDTH * GROUPS) : 1;
 constexpr int MOST_WARPS = 16;
 constexpr bool IS_WARP = SPREAD || STEPS > 1;  // whether a row has all threads of its warps
+constexpr bool IS_NARROW = WORDS == 1;         // whether rows of any length may have vectors of that width
 using Words = unsigned[WORDS];
 
 // A thread's place in its row.
@@ -27,8 +28,7 @@ struct Place {
 
     __device__ __forceinline__ Place(int bits) : lanes(1 << bits), warp(warp_id()), row(blockIdx.x), group(0) {
         if constexpr (SPREAD) {
-            static_assert(PARTS == 1 || GROUPS == 1, "the lanes of a part lie side by side");
-            first = warp / PARTS * SUM_CHUNK + (warp % PARTS * WARP + lane_id()) * WIDTH;
+            first = warp / PARTS * SUM_CHUNK + warp % PARTS * (SUM_LANES / PARTS) + lane_id() * WIDTH;
             group = WARP * WIDTH;
         } else {
             row = (row * blockDim.x + threadIdx.x) >> bits;
@@ -42,8 +42,11 @@ struct Place {
         return first + i / GROUPS * SUM_LANES + i % GROUPS * group;
     }
 
-    // Whether a row of n elements has element j of vector i: only rows of less than 8 have a part of a vector.
-    __device__ __forceinline__ bool has(int i, int j, int n) const { return (*this)(i) + (IS_WARP ? 0 : j) < n; }
+    // Whether a row of n elements has element j of vector i. Of longer rows only the last narrow vector may be one that
+    // they have a part of.
+    __device__ __forceinline__ bool has(int i, int j, int n) const {
+        return (*this)(i) + (IS_WARP && !IS_NARROW ? 0 : j) < n;
+    }
 };
 
 // --------------------------------------------------------------------------------------------------- reading, writing

@@ -430,31 +430,31 @@ struct Row : Place<PLAIN> {
     // Bytes by which vectors of elements, of 8 bytes, may lie behind a multiple of 16.
     __device__ __forceinline__ unsigned skipped() const { return PLAIN ? 0 : (x - phase * SIZE) % 16; }
 
-    // By one thread: begin to copy the warp's chunks, and the whole vectors that hold them. `is_alone`: the team has no
-    // other row, and few rows are all that there is: what has been read leaves its place in the L2 to results.
-    __device__ __forceinline__ void load(unsigned barrier, bool is_alone) const {
-        const unsigned long long begin = x - phase * SIZE - skipped();
-        const unsigned row_bytes = skipped() + (phase + static_cast<int>(p.n)) * SIZE;
-        unsigned total = 0;
-        for (int round = 0; round < rounds && chunk(round) < chunks; round++) {
-            const unsigned from = chunk(round) * (SUM_CHUNK * SIZE);
-            const unsigned chunk_bytes = SUM_CHUNK * SIZE + skipped() + phase * SIZE;
-            const unsigned bytes = (min(chunk_bytes, row_bytes - from) + 15) / 16 * 16;
-            copy_bulk(shared_address(slot) + round * SLOT, reinterpret_cast<const void*>(begin + from), bytes, barrier,
-                      is_alone);
-            total += bytes;
-        }
-        arrive_and_expect(barrier, total);
+    // By one thread: begin to copy one of the warp's chunks, with the whole vectors that hold it, if the warp has it.
+    // `is_alone`: the team has no other row, and few rows are all that there is: what has been read leaves its place in
+    // the L2 to results.
+    __device__ __forceinline__ void load(int round, unsigned barrier, bool is_alone) const {
+        if (chunk(round) >= chunks) return;
+        const Source source = source_of(round);
+        copy_bulk(shared_address(slot) + round * SLOT, source.first, source.bytes, barrier, is_alone);
+        arrive_and_expect(barrier, source.bytes);
+    }
+    // By one thread: have the L2 fetch it.
+    __device__ __forceinline__ void prefetch(int round) const {
+        if (chunk(round) >= chunks) return;
+        const Source source = source_of(round);
+        prefetch_bulk(source.first, source.bytes);
     }
 
-    // Calls work(chunk) for each of the warp's chunks.
+    // Calls work(chunk, round) for each of the warp's chunks.
     template <class Work>
     __device__ __forceinline__ void for_chunks(Work work) const {
 #pragma unroll 1
         for (int round = 0; round < rounds && chunk(round) < chunks; round++) {
             const int c = chunk(round);
             work(Chunk{slot + round * SLOT + skipped(), beside + round * kept_steps * STEP_BYTES, kept_steps, c, phase,
-                       static_cast<int>(p.n) + phase - c * SUM_CHUNK});
+                       static_cast<int>(p.n) + phase - c * SUM_CHUNK},
+                 round);
         }
     }
 
@@ -468,9 +468,9 @@ struct Row : Place<PLAIN> {
         if (is_writer()) store(static_cast<RESULT*>(out) + start<OF_OUT>(), v);
     }
 
-    // Writes the row. compute(chunk, step, i, v) puts the results of a step to v, one(chunk, position) returns one.
-    template <int UNROLL, class Compute, class One>
-    __device__ __forceinline__ void write(void* out, Compute compute, One one) const {
+    // Writes the row, and calls done(round) after each chunk. compute(chunk, step, i, v) puts the results of a step to v, one(chunk, position) returns one.
+    template <int UNROLL, class Compute, class One, class Done>
+    __device__ __forceinline__ void write(void* out, Compute compute, One one, Done done) const {
         const auto full = [&](const Chunk& c, auto put) {
             Chunk::template for_range<UNROLL>(0, STEPS, [&](int step, int i) {
                 Elements v;
@@ -478,19 +478,20 @@ struct Row : Place<PLAIN> {
                 put(step, i, v);
             });
         };
-        write<UNROLL, UNROLL>(out, 0, typename Chunk::Nothing{}, compute, one, true, full);
+        write<UNROLL, UNROLL>(out, 0, typename Chunk::Nothing{}, compute, one, true, full, done);
     }
     // With simply(chunk, step, i, v) for a chunk's first `simple` steps that are whole; full(chunk, put) calls
     // put(step, i, v) for all steps of a chunk that is full, where that `is_known`.
-    template <int UNROLL, int UNROLL_WHOLE, class Simply, class Compute, class One, class Full>
+    template <int UNROLL, int UNROLL_WHOLE, class Simply, class Compute, class One, class Full, class Done>
     __device__ __forceinline__ void write(void* out, int simple, Simply simply, Compute compute, One one, bool is_known,
-                                          Full full) const {
+                                          Full full, Done done) const {
         RESULT* const begin = static_cast<RESULT*>(out) + start<OF_OUT>() - phase;
         const bool is_aligned = PLAIN || is_vector_aligned(begin);
-        for_chunks([&](const Chunk& c) {
+        for_chunks([&](const Chunk& c, int round) {
             RESULT* const to = begin + c.number * SUM_CHUNK;
             if (c.is_full() && is_known) {
                 full(c, [&](int step, int i, const Elements& v) { write_vectors(to, step, i, v); });
+                done(round);
                 return;
             }
             const auto to_whole = [&](auto put) {
@@ -518,10 +519,23 @@ struct Row : Place<PLAIN> {
             }
             if (c.is_last() && SUM_CHUNK + lane_id() < c.end)
                 store(to + SUM_CHUNK + lane_id(), one(c, SUM_CHUNK + lane_id()));
+            done(round);
         });
     }
 
   private:
+    // What is copied of a chunk.
+    struct Source {
+        const void* first;
+        unsigned bytes;
+    };
+    __device__ __forceinline__ Source source_of(int round) const {
+        const unsigned long long begin = x - phase * SIZE - skipped();
+        const unsigned row_bytes = skipped() + (phase + static_cast<int>(p.n)) * SIZE;
+        const unsigned from = chunk(round) * (SUM_CHUNK * SIZE);
+        const unsigned chunk_bytes = SUM_CHUNK * SIZE + skipped() + phase * SIZE;
+        return {reinterpret_cast<const void*>(begin + from), (min(chunk_bytes, row_bytes - from) + 15) / 16 * 16};
+    }
     // Those of step number step + i of a chunk.
     static __device__ __forceinline__ void write_vectors(RESULT* chunk, int step, int i, const Elements& v) {
         const unsigned offset = Chunk::position(step, 0) * static_cast<unsigned>(sizeof(RESULT));
@@ -594,8 +608,9 @@ struct Mean {
     static constexpr int EXCHANGES = 1;
     using Row = ::Row<PLAIN>;
 
-    __device__ __forceinline__ void begin(const Row& row) {
-        row.for_chunks([&](const Chunk<PLAIN>& c) {
+    __device__ __forceinline__ void begin(const Row& row, unsigned loaded, int parity) {
+        row.for_chunks([&](const Chunk<PLAIN>& c, int round) {
+            wait_barrier(loaded + round * 8, parity);
             const auto elements = [&](int step, int i, Elements& v) { c.read(step, i, v); };
             const auto of_edge = [&](int step, unsigned present, Elements& v) {
                 c.read(step, 0, v);
@@ -610,9 +625,11 @@ struct Mean {
         row.team.arrived(row.turn, row.chunks * 4);
     }
     __device__ __forceinline__ void middle(const Row& row) {}
-    __device__ __forceinline__ void end(const Row& row, void* out) {
+    template <class Done>
+    __device__ __forceinline__ void end(const Row& row, void* out, Done done) {
         const A sum = total_of_chunks(row.team.template meet<A>(row.turn), row.chunks).sum;
         row.write_one(out, sum / static_cast<A>(row.p.divisor));
+        row.for_chunks([&](const Chunk<PLAIN>&, int round) { done(round); });
     }
 };
 
@@ -638,7 +655,7 @@ struct SoftmaxFamily {
     bool is_known;  // whether the warp's chunk is full and computed without care
     Elements last;
 
-    __device__ __forceinline__ void begin(const Row& row) {
+    __device__ __forceinline__ void begin(const Row& row, unsigned loaded, int parity) {
         Maximum<ELEMENT, A> most_of_vectors;
         Minimum<ELEMENT> least_of_vectors;
         A most = lowest<A>();
@@ -647,7 +664,8 @@ struct SoftmaxFamily {
             most = larger_nan(most, x);
             least = fminf(least, x);
         };
-        row.for_chunks([&](const Chunk& c) {
+        row.for_chunks([&](const Chunk& c, int round) {
+            wait_barrier(loaded + round * 8, parity);
             const auto whole = [&](int step, int i) {
                 uint4 raw[VECTORS];
                 Elements v;
@@ -695,7 +713,7 @@ struct SoftmaxFamily {
             const uint2 pair = make_uint2(__float_as_uint(sum), count);
             row.team.share(row.turn + 1, place_of_chunk(c.number, row.chunks), pair);
         };
-        row.for_chunks([&](const Chunk& c) {
+        row.for_chunks([&](const Chunk& c, int) {
             unsigned count = 0, care = 0;
             if (are_near && has_maximum) {
                 Chunk::template for_range<4>(0, c.whole_steps(), [&](int step, int i) {
@@ -787,7 +805,8 @@ struct SoftmaxFamily {
         row.team.arrived(row.turn + 1, row.chunks * 8);
     }
 
-    __device__ __forceinline__ void end(const Row& row, void* out) {
+    template <class Done>
+    __device__ __forceinline__ void end(const Row& row, void* out, Done done) {
         const Total total = total_of_chunks(row.team.template meet<uint2>(row.turn + 1), row.chunks);
         // Where the maximum is no number, neither is the result (but for that of logsumexp).
         const A normaliser = maximum - maximum == 0 ? normaliser_of(total.count, total.sum, FORM != Form::SOFTMAX)
@@ -796,6 +815,7 @@ struct SoftmaxFamily {
         if constexpr (FORM == Form::LOGSUMEXP) {
             const bool is_infinite = maximum - maximum != 0 && maximum == maximum;
             row.write_one(out, is_infinite ? maximum : maximum + normaliser);
+            row.for_chunks([&](const Chunk&, int round) { done(round); });
         } else if constexpr (FORM == Form::LOG_SOFTMAX) {
             const auto result = [&](A x) { return x - maximum - normaliser; };
             row.template write<4>(
@@ -805,7 +825,7 @@ struct SoftmaxFamily {
 #pragma unroll
                     for (int j = 0; j < THREAD_LANES; j++) v[j] = result(v[j]);
                 },
-                [&](const Chunk& c, int position) { return result(c.read_one(position)); });
+                [&](const Chunk& c, int position) { return result(c.read_one(position)); }, done);
         } else {
             const A reciprocal = 1 / normaliser;
             const bool is_few = normaliser <= FEW, is_simple = is_few && are_near;
@@ -870,7 +890,8 @@ struct SoftmaxFamily {
                         divide_for(last, v, normaliser, reciprocal, static_cast<RESULT*>(nullptr));
                         put(STEPS - 1, 0, v);
                     }
-                });
+                },
+                done);
         }
     }
 
@@ -907,8 +928,8 @@ using LogSumExp = SoftmaxFamily<Form::LOGSUMEXP, PLAIN>;
 // -------------------------------------------------------------------------------------------------------------- kernel
 
 // What a launch gives; its dynamic shared memory: of every warp `slots` times `rounds` chunks, and beside them what it keeps
-// of `kept_steps` steps of each chunk; a barrier for each area of the exchange and of the warps' slots; the areas. See
-// RingSchedule in row_schedules.py. There are two slots at least, or teams have one row.
+// of `kept_steps` steps of each chunk; a barrier for each area of the exchange and for each chunk that a warp has room for;
+// the areas. See RingSchedule in row_schedules.py.
 struct Launch {
     const Reduction& p;
     const Team& team;
@@ -924,42 +945,65 @@ __device__ __forceinline__ void take_rows(const Launch& a) {
     using Operation = OPERATION<PLAIN>;
     // Row number `index` of the team's.
     const long long teams = gridDim.x / a.team.ctas, first = blockIdx.x / a.team.ctas;
+    const int rounds = PLAIN ? 1 : a.rounds;
     const auto place_of = [&](int index, int slot) {
-        const int kept_bytes = (PLAIN ? 1 : a.rounds) * SLOT;
-        return Place<PLAIN>(a.p, first + index * teams, a.x, index * Operation::EXCHANGES, a.own + slot * kept_bytes);
+        return Place<PLAIN>(a.p, first + index * teams, a.x, index * Operation::EXCHANGES, a.own + slot * (rounds * SLOT));
     };
     const auto row_at = [&](const Place<PLAIN>& place) {
-        return Row<PLAIN>(place, a.p, a.team, a.own + a.slots * ((PLAIN ? 1 : a.rounds) * SLOT), a.rounds, a.kept_steps,
-                          a.chunks);
+        return Row<PLAIN>(place, a.p, a.team, a.own + a.slots * (rounds * SLOT), rounds, a.kept_steps, a.chunks);
     };
+    const auto loaded_of = [&](int slot) { return a.loaded + slot * rounds * 8; };
     const int rows = first < a.p.rows ? static_cast<int>((a.p.rows - 1 - first) / teams) + 1 : 0;
     if (lane_id() == 0) {
-        for (int i = 0; i < min(a.slots, rows); i++) row_at(place_of(i, i)).load(a.loaded + i * 8, a.slots == 1);
+        for (int i = 0; i < min(a.slots, rows); i++)
+            for (int round = 0; round < rounds; round++) row_at(place_of(i, i)).prefetch(round);
+    }
+    wait_for_predecessors();
+    if (lane_id() == 0) {
+        for (int i = 0; i < min(a.slots, rows); i++)
+            for (int round = 0; round < rounds; round++)
+                row_at(place_of(i, i)).load(round, loaded_of(i) + round * 8, a.slots == 1 && rows == 1);
     }
     __syncwarp();
 
     Operation operation, next;
     Place<PLAIN> place, next_place;
     int slot = 0, next_slot = 0, parity = 0;
-#pragma unroll 1
-    for (int index = -1; index < rows; index++) {
-        if (index >= 0) operation.middle(row_at(place));
-        if (index + 1 < rows) {
-            next_place = place_of(index + 1, next_slot);
-            wait_barrier(a.loaded + next_slot * 8, parity);
-            next.begin(row_at(next_place));
-            if (++next_slot == a.slots) {
-                next_slot = 0;
-                parity ^= 1;
-            }
+    const auto begin_next = [&](int index) {
+        if (index + 1 == rows) return;
+        next_place = place_of(index + 1, next_slot);
+        next.begin(row_at(next_place), loaded_of(next_slot), parity);
+        if (++next_slot == a.slots) {
+            next_slot = 0;
+            parity ^= 1;
         }
-        if (index >= 0) {
-            operation.end(row_at(place), a.out);
+    };
+    const auto end = [&](int index) {
+        if (index < 0) return;
+        operation.end(row_at(place), a.out, [&](int round) {
             if constexpr (Operation::WRITES_SLOTS) fence_written();
             __syncwarp();
             if (lane_id() == 0 && index + a.slots < rows)
-                row_at(place_of(index + a.slots, slot)).load(a.loaded + slot * 8, false);
-            if (++slot == a.slots) slot = 0;
+                row_at(place_of(index + a.slots, slot)).load(round, loaded_of(slot) + round * 8, false);
+        });
+        if (++slot == a.slots) slot = 0;
+    };
+#pragma unroll 1
+    for (int index = -1; index < rows; index++) {
+        if (index >= 0) operation.middle(row_at(place));
+        if constexpr (PLAIN) {
+            begin_next(index);
+            end(index);
+        } else {
+            const bool is_ahead = a.slots > 1;  // with one slot, a row ends before the next one begins
+#pragma unroll 1
+            for (int i = 0; i < 2; i++) {  // so that the code of both exists once
+                if ((i == 0) == is_ahead) {
+                    begin_next(index);
+                } else {
+                    end(index);
+                }
+            }
         }
         operation = next;
         place = next_place;
@@ -972,23 +1016,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     extern __shared__ __align__(128) unsigned char shared[];
     launch_dependents();  // they wait for this kernel's end
     const int warps = blockDim.x / WARP;
-    const int own_bytes = slots * (rounds * SLOT) + rounds * kept_steps * STEP_BYTES;
+    const int own_bytes = slots * (rounds * SLOT) + rounds * kept_steps * STEP_BYTES, chunk_slots = slots * rounds;
     unsigned char* const own = shared + warp_id() * own_bytes;
     unsigned char* const behind = shared + warps * own_bytes;
     const unsigned barriers = shared_address(behind);
-    const unsigned loaded = barriers + (AREAS + warp_id() * slots) * 8;
-    const Team team{warps, ctas, ctas > 1 ? static_cast<int>(cluster_rank()) : 0, behind + (AREAS + warps * slots) * 8,
+    const unsigned loaded = barriers + (AREAS + warp_id() * chunk_slots) * 8;
+    const Team team{warps, ctas, ctas > 1 ? static_cast<int>(cluster_rank()) : 0, behind + (AREAS + warps * chunk_slots) * 8,
                     area_bytes, barriers};
 
     if (threadIdx.x < AREAS) init_barrier(barriers + threadIdx.x * 8, warps * ARRIVING);
-    if (lane_id() < slots) init_barrier(loaded + lane_id() * 8, 1);
+    if (lane_id() < chunk_slots) init_barrier(loaded + lane_id() * 8, 1);
     fence_barrier_init();
     if (ctas > 1) {
         sync_cluster();
     } else {
         __syncthreads();
     }
-    wait_for_predecessors();
 
     const Launch launch{p, team, slots, rounds, kept_steps, static_cast<int>(chunks_of(p.n)), own, loaded, out, x};
     if constexpr (OPERATION<false>::HAS_PLAIN) {
@@ -996,7 +1039,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (OPERATION<false>::WRITES_ROWS)
             addresses |= reinterpret_cast<unsigned long long>(out) | p.dims.stride[OF_OUT][0] * sizeof(RESULT);
         const bool are_many = p.rows * ctas > gridDim.x;  // of one row, code that is longer is not worth being fetched
-        if (rounds == 1 && are_many && p.kept == 1 && addresses % 16 == 0) {
+        if (rounds == 1 && slots > 1 && are_many && p.kept == 1 && addresses % 16 == 0) {
             take_rows<true>(launch);
             return;
         }
