@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument(
         "--products", type=int, default=1, metavar="N", help="of a schedule's products one in N, in turn"
     )
+    parser.add_argument("--rows", action="store_true", help="reductions of rows only, not of columns")
     arguments = parser.parse_args()
     bikernels.backends()
     backend, share, ran = BackendUnderTest("cupy"), slice(arguments.first, None, arguments.every), 0
@@ -78,7 +79,7 @@ def main() -> None:
         some = slice(place % arguments.products, None, arguments.products)
         ran += sum(run(backend, case, product) for product in products(case.dtype, case.arithmetic, SHAPES)[some])
     print(f"{ran} products by {len(cases)} schedules, the bytes of the CPU's", flush=True)
-    reductions.ROWS, reductions.COLUMNS = ROWS, COLUMNS
+    reductions.ROWS, reductions.COLUMNS = ROWS, () if arguments.rows else COLUMNS
     if arguments.racecheck:
         changed = functools.partial(every_thread_arriving, row_schedules.ring_kernel)
         mock.patch.object(row_schedules, "ring_kernel", changed).start()
