@@ -246,11 +246,13 @@ def _cases(quick: bool) -> Iterator[Case]:
 
 ROWS, LENGTHS = (1, 16, 256, 4096, 65536), (1, 16, 256, 1024, 4096, 16384, 65536, 262144)
 ODD_ROWS, ODD_LENGTHS = (16, 4096, 65536), (100, 1001, 5001, 30522, 50257)
-"""Rows that begin anywhere in a vector."""
+"""Rows of other lengths: all but those of 100 elements of 32 bits begin anywhere in a vector."""
 
 
 def sweep() -> Iterator[Case]:
-    """All operations, dtypes and axes over rows and lengths; backward passes in those that models are trained in."""
+    """All operations, dtypes and axes over rows and lengths, and rows of odd lengths; backward passes in the dtypes of
+    training.
+    """
     for operation in OPERATIONS:
         axes = ("last",) if operation.startswith(NORMS) else ("last", "first", "middle")
         dtypes = ("bf16", "fp32") if operation in BACKWARD else tuple(DTYPES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -38,7 +39,7 @@ ROWS = (
     (13, 9001),
     (9, 16384),
     (9, 32000),
-    (9, 33000),
+    (9, 33_004),
     (7, 152000),
     (6, 262_200),
 )
@@ -261,7 +262,8 @@ def test_rows_beside_vectors(backend: Any, operation: str, dtype: str) -> None:
     rng, gpu = np.random.default_rng(9), launch.gpu(backend.xp.cuda.runtime.getDevice())
     for n in (1, 2, 16, 256, 1000, 2048):
         made = case(rng, operation, draw(rng, (5, n), dtype, "wide"), dtype, False)
-        for schedule in row_schedules.register_schedules(operation, n, dtype, True):
+        schedules = (row_schedules.register_schedules(operation, n, dtype, is_aligned) for is_aligned in (True, False))
+        for schedule in dict.fromkeys(itertools.chain(*schedules)):
             compare_beside_vectors(backend, operation, made, {"choose_register_schedule": schedule}, str(schedule))
     for long_schedule in row_schedules.long_schedules(operation, 8200, dtype, gpu):
         made = case(rng, operation, draw(rng, (5, 8200), dtype, "wide"), dtype, False)
@@ -396,7 +398,26 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
     accumulate = ACCUMULATE.get(element, "float64")
     of = row_schedules.kept(operation, element, accumulate)
     for rows in (1, 8, 64, 1000, 65536):
-        for n in (0, 1, 2, 8, 9, 100, 256, 257, 2048, 2049, 4096, 32000, 50257, 151936, 262144, 600_000, 10_000_000):
+        for n in (
+            0,
+            1,
+            2,
+            8,
+            9,
+            100,
+            256,
+            257,
+            2048,
+            2049,
+            4096,
+            16384,
+            32000,
+            50257,
+            151936,
+            262144,
+            600_000,
+            10_000_000,
+        ):
             chosen = row_schedules.choose_row_schedule(rows, n, of, gpu)
             if chosen is None:
                 assert n * of.element[row_schedules.CTA] > 100_000 or n > 4_000_000
@@ -410,7 +431,8 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
             if element in reduction_operations.ELEMENTS and operation in row_schedules.REGISTER_OPERATIONS:
                 for is_aligned in (True, False):
                     held = row_schedules.choose_register_schedule(operation, rows, n, element, is_aligned, gpu)
-                    assert (held is not None) == (0 < n <= 8192) or n > 8192
+                    is_sum = operation in reduction_operations.SUMS
+                    assert (held is not None) == (0 < n <= (16384 if is_sum else 8192)) or (n > 8192 and not is_sum)
                     if held is not None:
                         lanes = held.threads if held.spread else held.lanes
                         assert lanes * held.width * held.groups * held.steps >= n
@@ -506,6 +528,16 @@ def test_long_rows_go_to_the_ring() -> None:
     assert row_schedules.choose_ring_schedule(8192, 2048, "log_softmax", 2, True, H100) is None
     assert row_schedules.choose_ring_schedule(4096, 50257, "mean", 2, False, H100) is not None
     assert row_schedules.choose_ring_schedule(4096, 50264, "mean", 2, True, H100) is None
+    anywhere = row_schedules.choose_ring_schedule(8192, 50257, "log_softmax", 2, False, H100)
+    assert anywhere is not None and (anywhere.ctas, anywhere.slots) == (1, 1)
+
+
+def test_rows_in_registers_are_no_more_than_ctas() -> None:
+    """Of a view that overlaps itself, there may be more than a launch has CTAs for; those kernels do not walk on."""
+    for operation, n in (("sum", 2049), ("var", 2049), ("logsumexp", 16384)):
+        for rows, is_held in ((launch.MAX_GRID, True), (launch.MAX_GRID + 1, False)):
+            held = row_schedules.choose_register_schedule(operation, rows, n, "bfloat16", True, H100)
+            assert (held is not None) == is_held
 
 
 def test_gradients_of_weights_over_few_rows() -> None:

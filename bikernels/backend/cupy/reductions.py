@@ -137,7 +137,7 @@ class _Rows(NamedTuple):
 
     @property
     def _arrays(self) -> list[_Operand]:
-        """The operands that have an element for each of x, in dtype and number."""
+        """The operands that have an element wherever a row of x has one."""
         found = [self.operands[name] for name in ("x", "grad", "weight", "bias") if name in self.operands]
         out = self.operands["out"]
         return found if out.row == (0,) else [*found, out]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ...contract import ACCUMULATE, ITEMSIZE, SUM_CHUNK, SUM_LANES
 from .compile import Kernel
-from .launch import FIRST_WITH_CLUSTERS, GPU
+from .launch import FIRST_WITH_CLUSTERS, GPU, MAX_GRID
 from .parameters import ANY, C_TYPE, c_type
 from .reduction_operations import (
     CTA_BYTES,
@@ -217,7 +217,7 @@ NEARLY_LONG = {
     *itertools.product(("log_softmax", "logsumexp"), ("bfloat16", "float16", "float32")),
     ("softmax", "float32"),
 }
-"""Operations and dtypes of which longer rows, twice as long at most, are a CTA's where they are many."""
+"""Operations and dtypes of which longer rows, twice as long at most, may be a CTA's: see `choose_register_schedule`."""
 
 THREADS_OF_A_MULTIPROCESSOR = 2048
 
@@ -244,7 +244,7 @@ class RegisterSchedule(NamedTuple):
         return 1 if self.spread else self.threads // self.lanes
 
     def narrowed(self, element: str) -> RegisterSchedule:
-        """With the same elements of a thread in vectors of a word, or an element, for rows that begin anywhere."""
+        """With as many elements of a thread, in vectors of a word, or of one element: for rows that begin anywhere."""
         width = max(1, 4 // ITEMSIZE[element])
         return self._replace(width=width, groups=self.width * self.groups // width)
 
@@ -277,7 +277,8 @@ def register_schedules(operation: str, n: int, element: str, is_aligned: bool) -
             threads = chunks_of(n) * SUM_LANES // (width * groups)
             if threads <= CTA_THREADS:
                 found.append(RegisterSchedule(width, groups, CTA_STEPS, True, 32, threads))
-    return found if is_aligned else [one.narrowed(element) for one in found]
+    # Rows shorter than an octet may have a part of a vector.
+    return [one if is_aligned and (n < GROUP_LANES or n % one.width == 0) else one.narrowed(element) for one in found]
 
 
 def _longest(operation: str, element: str, is_aligned: bool) -> int:
@@ -318,11 +319,13 @@ def choose_register_schedule(
     operation: str, rows: int, n: int, element: str, is_aligned: bool, device: GPU
 ) -> RegisterSchedule | None:
     """The schedule of the fewest threads of a row that fill the GPU (of gradients, half of it), else of the most; None
-    for long rows, and for those nearly as long that are few, or that are many and begin anywhere.
+    for long rows, and for more rows than a launch has CTAs for. Of rows nearly as long, only many that are aligned, and
+    those that begin anywhere if they are few or there is no ring.
     """
     if device.compute_capability < FIRST_WITH_PAIRS or n == 0:
         return None
     found = register_schedules(operation, n, element, is_aligned)
+    found = [one for one in found if ceil_div(rows, one.rows) <= MAX_GRID]
     is_nearly_long = _is_nearly_long(operation, n, element)
     if is_nearly_long and not is_aligned:  # the ring copies such rows in whole vectors, unless they are few
         has_ring = device.compute_capability == RING_CAPABILITY and not are_few(rows, n, device)
@@ -331,7 +334,9 @@ def choose_register_schedule(
     for one in found:
         if rows * one.threads >= enough * one.rows:
             return one
-    return None if not found or is_nearly_long else found[-1]  # of few such rows, a cluster has more on its way
+    return (
+        None if not found or is_nearly_long else found[-1]
+    )  # of few that are nearly long, a cluster has more on its way
 
 
 # ----------------------------------------------------------------------------------------- long rows that are read once
@@ -378,7 +383,7 @@ class LongSchedule(NamedTuple):
         return self.warps * 32
 
     def bytes(self, operation: str, n: int, element: str) -> int:
-        """Of shared memory: elements, and room for four times the chunks' sums."""
+        """Of shared memory: elements, what is held, and room for four times the chunks' sums, or twice and barriers."""
         parts, sums = long_parts(operation, element), 32 << long_bits(n)
         arrays = 2 if operation in REGISTER_BACKWARD else 1
         elements = arrays * self.warps * SUM_CHUNK // parts * ITEMSIZE[element]

@@ -15,8 +15,8 @@ constexpr int SIDES = HAS_BIAS ? 2 : 1;
 constexpr int AHEAD = 2;  // vectors of weight and bias that are read at a time
 
 // `rows` rows of n elements, at most 32 << bits chunks, by clusters of several CTAs. Rows of x and out, and statistics,
-// lie as far apart as the steps say. `held`: vectors of the weight and of the bias that a thread keeps in shared memory, if
-// it reads vectors; a multiple of AHEAD.
+// lie as far apart as the steps say. `held`: vectors of the weight and of the bias that a thread keeps in shared memory,
+// if it reads vectors; a multiple of AHEAD.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     normalise_long_rows(long long rows, long long x_step, long long out_step, long long mean_step, long long rstd_step,
                         A divisor, A eps, int n, int bits, int held, void* out, const void* x, const void* weight,

@@ -15,7 +15,7 @@ constexpr int VECTORS = STEPS * GROUPS, WORDS = WIDTH * static_cast<int>(sizeof(
 constexpr int PARTS = SPREAD ? THREAD_LANES / (WIDTH * GROUPS) : 1;
 constexpr int MOST_WARPS = 16;
 constexpr bool IS_WARP = SPREAD || STEPS > 1;  // whether a row has all threads of its warps
-constexpr bool IS_NARROW = WORDS == 1;         // whether rows of any length may have vectors of that width
+constexpr bool IS_NARROW = WORDS == 1;         // whether rows of any length may end within such a vector
 using Words = unsigned[WORDS];
 
 // A thread's place in its row.
@@ -42,8 +42,7 @@ struct Place {
         return first + i / GROUPS * SUM_LANES + i % GROUPS * group;
     }
 
-    // Whether a row of n elements has element j of vector i. Of longer rows only the last narrow vector may be one that
-    // they have a part of.
+    // Whether a row of n elements has element j of vector i. Of longer rows, only narrow vectors are asked for parts.
     __device__ __forceinline__ bool has(int i, int j, int n) const {
         return (*this)(i) + (IS_WARP && !IS_NARROW ? 0 : j) < n;
     }

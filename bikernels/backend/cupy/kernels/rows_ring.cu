@@ -420,7 +420,7 @@ struct Row : Place<PLAIN> {
           p(p),
           team(team),
           beside(beside),
-          rounds(PLAIN ? 1 : rounds),
+          rounds(rounds),
           kept_steps(kept_steps),
           chunks(chunks) {}
 
@@ -468,7 +468,8 @@ struct Row : Place<PLAIN> {
         if (is_writer()) store(static_cast<RESULT*>(out) + start<OF_OUT>(), v);
     }
 
-    // Writes the row, and calls done(round) after each chunk. compute(chunk, step, i, v) puts the results of a step to v, one(chunk, position) returns one.
+    // Writes the row, and calls done(round) after each chunk. compute(chunk, step, i, v) puts the results of a step to v,
+    // one(chunk, position) returns one.
     template <int UNROLL, class Compute, class One, class Done>
     __device__ __forceinline__ void write(void* out, Compute compute, One one, Done done) const {
         const auto full = [&](const Chunk& c, auto put) {
@@ -928,8 +929,8 @@ using LogSumExp = SoftmaxFamily<Form::LOGSUMEXP, PLAIN>;
 // -------------------------------------------------------------------------------------------------------------- kernel
 
 // What a launch gives; its dynamic shared memory: of every warp `slots` times `rounds` chunks, and beside them what it keeps
-// of `kept_steps` steps of each chunk; a barrier for each area of the exchange and for each chunk that a warp has room for;
-// the areas. See RingSchedule in row_schedules.py.
+// of `kept_steps` steps of each chunk; a barrier for each area of the exchange, and for each chunk that a warp has room
+// for; the areas. See RingSchedule in row_schedules.py.
 struct Launch {
     const Reduction& p;
     const Team& team;
