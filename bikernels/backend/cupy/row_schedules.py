@@ -334,9 +334,9 @@ def choose_register_schedule(
     for one in found:
         if rows * one.threads >= enough * one.rows:
             return one
-    return (
-        None if not found or is_nearly_long else found[-1]
-    )  # of few that are nearly long, a cluster has more on its way
+    if not found or is_nearly_long:  # of few such rows, a cluster has more on its way
+        return None
+    return found[-1]
 
 
 # ----------------------------------------------------------------------------------------- long rows that are read once
