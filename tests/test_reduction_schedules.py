@@ -46,6 +46,8 @@ ROWS = (
 """Rows and their length. Of odd ones, rows begin anywhere in a vector."""
 COLUMNS = ((13, 1), (40, 1), (24, 40), (2056, 8), (64, 300), (72, 2100), (33, 5000), (8, 9001), (16, 66000))
 """Columns and their length. Some are whole vectors side by side and some are not."""
+LENGTHS = (0, 1, 2, 8, 9, 100, 256, 257, 2048, 2049, 4096, 16384, 32000, 50257, 151936, 262144, 600_000, 10_000_000)
+"""Of rows and columns that schedules are chosen for."""
 CORRECTION, EPS = 1.0, 1e-3
 
 
@@ -371,7 +373,9 @@ def test_rows_of_one_element_are_kept_in_registers(kept: tuple[int, ...]) -> Non
     x = Layout("bfloat16", kept, (1,) * len(kept))
     for operation in ("log_softmax", "softmax", "mean", "var"):
         rows = reductions._rows_of(ReductionSpec(operation, len(kept), x, x))
-        assert (rows.n, rows.fits_registers) == (1, True)
+        assert (rows.n, rows.fits_registers, rows.in_columns) == (1, True, bool(kept))
+        shape = rows.number, rows.n, rows.element, rows.has_whole_vectors
+        assert row_schedules.choose_register_schedule(operation, *shape, H100) is not None
 
 
 @pytest.mark.parametrize("operation", REDUCTIONS)
@@ -398,26 +402,7 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
     accumulate = ACCUMULATE.get(element, "float64")
     of = row_schedules.kept(operation, element, accumulate)
     for rows in (1, 8, 64, 1000, 65536):
-        for n in (
-            0,
-            1,
-            2,
-            8,
-            9,
-            100,
-            256,
-            257,
-            2048,
-            2049,
-            4096,
-            16384,
-            32000,
-            50257,
-            151936,
-            262144,
-            600_000,
-            10_000_000,
-        ):
+        for n in LENGTHS:
             chosen = row_schedules.choose_row_schedule(rows, n, of, gpu)
             if chosen is None:
                 assert n * of.element[row_schedules.CTA] > 100_000 or n > 4_000_000

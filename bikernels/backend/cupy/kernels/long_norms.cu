@@ -99,10 +99,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         A mean = 0;
         if constexpr (IS_CENTRED) {
             A lane[GROUPS][WIDTH] = {};
-#pragma unroll
-            for (int i = 0; i < VECTORS; i++)
-#pragma unroll
-                for (int j = 0; j < WIDTH; j++) lane[i % GROUPS][j] += element(raw[i], j, type);
+            add_elements(raw, lane);
             forget(raw);
             mean = add_up(warp_sum(lane, place)) / divisor;
         }

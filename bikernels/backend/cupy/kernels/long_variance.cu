@@ -53,10 +53,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         wait_for_copies<0>();
         kept.take(raw);
         A lane[GROUPS][WIDTH] = {};
-#pragma unroll
-        for (int i = 0; i < VECTORS; i++)
-#pragma unroll
-            for (int j = 0; j < WIDTH; j++) lane[i % GROUPS][j] += element(raw[i], j, type);
+        add_elements(raw, lane);
         const bool is_last = row_at(turn + 1) >= rows;
         if (!is_last) kept.copy(from + row_at(turn + 1) * x_step);
         share(sums_of(turn, 0), warp_sum(lane, place));

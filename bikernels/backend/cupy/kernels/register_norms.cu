@@ -40,10 +40,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST_CTAS)
     A mean = 0;
     if constexpr (IS_CENTRED) {
         A lane[GROUPS][WIDTH] = {};
-#pragma unroll
-        for (int i = 0; i < VECTORS; i++)
-#pragma unroll
-            for (int j = 0; j < WIDTH; j++) lane[i % GROUPS][j] += element(raw[i], j, type);
+        add_elements(raw, lane);
         mean = row_sum(lane, place, sums[0]) / length;
         forget_widened(raw);
     }

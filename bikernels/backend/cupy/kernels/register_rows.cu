@@ -128,10 +128,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     A lane[GROUPS][WIDTH] = {};
     if constexpr (IS_SUM) {
-#pragma unroll
-        for (int i = 0; i < VECTORS; i++)
-#pragma unroll
-            for (int j = 0; j < WIDTH; j++) lane[i % GROUPS][j] += element(raw[i], j, type);
+        add_elements(raw, lane);
         const A sum = row_sum(lane, place, shared.sums);
         if (place.first == 0 && is_present) store(to, sum / divisor);
         return;

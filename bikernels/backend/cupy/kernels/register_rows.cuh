@@ -287,6 +287,14 @@ struct Plus {
     __device__ __forceinline__ V operator()(V a, V b) const { return a + b; }
 };
 
+// Add a thread's elements to their lanes.
+__device__ __forceinline__ void add_elements(const Words (&raw)[VECTORS], A (&lane)[GROUPS][WIDTH]) {
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++)
+#pragma unroll
+        for (int j = 0; j < WIDTH; j++) lane[i % GROUPS][j] += element(raw[i], j, static_cast<X*>(nullptr));
+}
+
 // The sum of a row's elements in a warp and, if it COUNTS, of its threads' counts, in each thread.
 template <bool COUNTS>
 __device__ __forceinline__ A warp_sum(const A (&lane)[GROUPS][WIDTH], const Place& place, unsigned& count) {
