@@ -237,6 +237,8 @@ class RegisterSchedule(NamedTuple):
     """Threads of a row in a warp."""
     threads: int
     """Of a CTA."""
+    layout: str = "Whole"
+    """Of rows."""
 
     @property
     def rows(self) -> int:
@@ -246,7 +248,7 @@ class RegisterSchedule(NamedTuple):
     def narrowed(self, element: str) -> RegisterSchedule:
         """With as many elements of a thread, in vectors of a word, or of one element: for rows that begin anywhere."""
         width = max(1, 4 // ITEMSIZE[element])
-        return self._replace(width=width, groups=self.width * self.groups // width)
+        return self._replace(width=width, groups=self.width * self.groups // width, layout="Narrow")
 
 
 def register_schedules(operation: str, n: int, element: str, is_aligned: bool) -> list[RegisterSchedule]:
@@ -613,6 +615,7 @@ def _register_macros(operation: str, element: str, schedule: RegisterSchedule) -
         ("GROUPS", schedule.groups),
         ("STEPS", schedule.steps),
         ("SPREAD", str(schedule.spread).lower()),
+        ("LAYOUT", schedule.layout),
         ("THREADS", schedule.threads),
     )
 

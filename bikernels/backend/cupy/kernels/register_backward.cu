@@ -1,8 +1,8 @@
 // The gradients with respect to x, of softmax, log_softmax, rms_norm and layer_norm, of rows whose elements lie side by
 // side, kept in registers.
 //
-// OPERATION: see gradients.cuh. ELEMENT, ACCUMULATE, WIDTH, GROUPS, STEPS, SPREAD: see register_rows.cuh. THREADS: of a CTA,
-// at most.
+// OPERATION: see gradients.cuh. ELEMENT, ACCUMULATE, WIDTH, GROUPS, STEPS, SPREAD, LAYOUT: see register_rows.cuh.
+// THREADS: of a CTA, at most.
 #include "gradients.cuh"
 
 // `rows` rows of n elements, and as many threads as they take. Rows of x (of the softmax family, of the result), out
@@ -15,8 +15,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const Place place(bits);
     const long long row = min(place.row, rows - 1);
     const bool are_vectors =
-        n % WIDTH == 0 && are_vectors_at(address_bits(x, x_step) | address_bits(out, out_step) |
-                                         address_bits(grad, grad_step) | address_bits(weight, 0));
+        LAYOUT == Narrow ||
+        (n % WIDTH == 0 && are_vectors_at(address_bits(x, x_step) | address_bits(out, out_step) |
+                                          address_bits(grad, grad_step) | address_bits(weight, 0)));
     const bool are_single = n == 1;
     if (place.row >= rows) n = 0;
 
@@ -71,6 +72,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         read(i, h, p);
 #pragma unroll
         for (int j = 0; j < WIDTH; j++) v[j] = result(h[j], p[j], sum, of_p, statistics);
-        store_results(to, place(i), n, are_vectors, v);
+        store_results(to, place, i, n, are_vectors, v);
     }
 }

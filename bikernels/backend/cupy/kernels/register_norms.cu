@@ -1,7 +1,7 @@
 // var and std, rms_norm and layer_norm of rows whose elements lie side by side, kept in registers.
 //
-// OPERATION: see norms.cuh. ELEMENT, ACCUMULATE, WIDTH, GROUPS, STEPS, SPREAD: see register_rows.cuh. THREADS: of a
-// CTA, at most.
+// OPERATION: see norms.cuh. ELEMENT, ACCUMULATE, WIDTH, GROUPS, STEPS, SPREAD, LAYOUT: see register_rows.cuh. THREADS:
+// of a CTA, at most.
 #include "norms.cuh"
 
 // Left to itself the compiler takes 64 registers for float64, which are too few on sm_80.
@@ -21,7 +21,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST_CTAS)
     X* const to = static_cast<X*>(out) + place.row * out_step;
     unsigned long long addresses = address_bits(x, x_step);
     if (HAS_SIDES) addresses |= address_bits(out, out_step) | address_bits(weight, 0) | address_bits(bias, 0);
-    const bool are_vectors = n % WIDTH == 0 && are_vectors_at(addresses);
+    const bool are_vectors = LAYOUT == Narrow || (n % WIDTH == 0 && are_vectors_at(addresses));
     const A length = static_cast<A>(n);
     if (!is_present) n = 0;
 
@@ -72,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST_CTAS)
 #pragma unroll
             for (int j = 0; j < WIDTH; j++)
                 v[j] = result(element(raw[i], j, type), mean, r, element(w, j, type), element(b, j, type));
-            store_results(to, place(i), n, are_vectors, v);
+            store_results(to, place, i, n, are_vectors, v);
         }
     }
 }

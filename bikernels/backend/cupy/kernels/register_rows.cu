@@ -1,7 +1,7 @@
 // Sums and the softmax family of rows whose elements lie side by side, kept in registers: short rows, and few rows.
 //
-// OPERATION: as below; a mean by any divisor. ELEMENT, ACCUMULATE, WIDTH, GROUPS, STEPS, SPREAD: see register_rows.cuh.
-// THREADS: of a CTA, at most.
+// OPERATION: as below; a mean by any divisor. ELEMENT, ACCUMULATE, WIDTH, GROUPS, STEPS, SPREAD, LAYOUT: see
+// register_rows.cuh. THREADS: of a CTA, at most.
 //
 // One form of exp serves every t <= 0, so that no thread has to wait for another's branch.
 #include "register_rows.cuh"
@@ -78,6 +78,9 @@ __device__ __forceinline__ void divide_powers(V (&power)[WIDTH], V divisor, V re
     }
 }
 
+// Of t <= 0: the larger the smaller t is, but for -infinity, of which the quotient is 0 in any case, as of what is absent.
+__device__ __forceinline__ unsigned bits_above_infinity(float t) { return __float_as_uint(t) + 0x00800000u; }
+
 // -------------------------------------------------------------------------------------------------------------- kernel
 
 // `rows` rows of n elements, `x_step` and `out_step` elements apart, and as many threads as they take.
@@ -93,7 +96,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const X* const from = static_cast<const X*>(x) + row * x_step;
     X* const to = static_cast<X*>(out) + row * out_step;
     const auto may_be_vectors = [&](int n) {
-        return n % WIDTH == 0 && are_vectors_at(address_bits(x, x_step) | (IS_ALONE ? 0 : address_bits(out, out_step)));
+        return LAYOUT == Narrow ||
+               (n % WIDTH == 0 && are_vectors_at(address_bits(x, x_step) | (IS_ALONE ? 0 : address_bits(out, out_step))));
     };
     const bool are_vectors = may_be_vectors(n);
     if constexpr (SPREAD) prefetch_row(from, place, n);
@@ -144,6 +148,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if constexpr (RECOMPUTED) forget_widened(raw);
     A v[VECTORS][WIDTH];  // x - maximum, unless that is RECOMPUTED, or exponentials
     A least = 0;
+    unsigned least_bits = 0;  // the same where the compiler does not know which vectors are whole
     unsigned count = 0;
 #pragma unroll
     for (int i = 0; i < VECTORS; i++) {
@@ -156,7 +161,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             count += is_zero(t);
             lane[i % GROUPS][j] += is_zero(t) ? A(0) : power;
             v[i][j] = IS_LOG ? t : power;
-            if (!IS_LOG && !IS_DOUBLE && place.has(i, j, n)) least = smaller(least, t);
+            if constexpr (!IS_LOG && !IS_DOUBLE) {
+                if (LAYOUT != Whole)
+                    least_bits = max(least_bits, bits_above_infinity(t));
+                else if (place.has(i, j, n))
+                    least = smaller(least, t);
+            }
         }
     }
     const A sum = row_sum(lane, place, shared.sums, count, shared.counts);
@@ -181,7 +191,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
             for (int i = 0; i < VECTORS; i++)
                 if (place(i) < n) divide_powers(v[i], normaliser, reciprocal);
-        } else if (least > near_of(A(0))) {
+        } else if (LAYOUT == Whole ? least > near_of(A(0)) : least_bits < bits_above_infinity(NEAR)) {
 #pragma unroll
             for (int i = 0; i < VECTORS * WIDTH; i += AT_ONCE) {
                 A some[AT_ONCE], results[AT_ONCE];
@@ -217,6 +227,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         Words words;
 #pragma unroll
         for (int word = 0; word < WORDS; word++) words[word] = word_of(v[i], word, type);
-        store_vector(to, place(i), n, are_written, words);
+        store_vector(to, place, i, n, are_written, words);
     }
 }

@@ -3,7 +3,7 @@
 //
 // ELEMENT: dtype of x and of the result. ACCUMULATE: float or double. A thread has vectors of WIDTH elements, each of
 // other lanes of the tree than its neighbours', in STEPS times 256 elements GROUPS of them. SPREAD: whether a row is a
-// CTA's, of which PARTS warps share a chunk; else 2^bits threads of a warp have a row.
+// CTA's, of which PARTS warps share a chunk; else 2^bits threads of a warp have a row. LAYOUT: of rows, see below.
 #pragma once
 #include "overlap.cuh"
 #include "softmax.cuh"
@@ -18,6 +18,11 @@ constexpr bool IS_WARP = SPREAD || STEPS > 1;  // whether a row has all threads 
 constexpr bool IS_NARROW = WORDS == 1;         // whether rows of any length may end within such a vector
 using Words = unsigned[WORDS];
 
+// Whole: rows begin and end where a vector does; if they do not, elements are read and written one by one. Narrow: they
+// begin anywhere, and a vector is a word or an element.
+enum Layout { Whole, Narrow };
+constexpr bool IS_FIXED = IS_WARP && LAYOUT != Whole;  // whether the compiler knows how many threads of a warp have a row
+
 // A thread's place in its row.
 struct Place {
     int lanes;  // threads of the row in a warp
@@ -26,7 +31,9 @@ struct Place {
     int first;  // position of the thread's first element
     int group;  // from one of its vectors to the next within 256 elements
 
-    __device__ __forceinline__ Place(int bits) : lanes(1 << bits), warp(warp_id()), row(blockIdx.x), group(0) {
+    __device__ __forceinline__ Place(int bits)
+        : lanes(IS_FIXED ? WARP : 1 << bits), warp(warp_id()), row(blockIdx.x), group(0) {
+        if constexpr (IS_FIXED) bits = 5;
         if constexpr (SPREAD) {
             first = warp / PARTS * SUM_CHUNK + warp % PARTS * (SUM_LANES / PARTS) + lane_id() * WIDTH;
             group = WARP * WIDTH;
@@ -111,10 +118,52 @@ __device__ __forceinline__ void store_singly(X* to, int present, const Words& fr
     }
 }
 
+// Whether a row begins with half a word.
+__device__ __forceinline__ bool begins_halfway(const X* row) {
+    return sizeof(X) == 2 && reinterpret_cast<unsigned long long>(row) % 4 != 0;
+}
+
+// A vector of a word or an element, those elements before `present`. Of 16 bits, the words that hold it are read.
+__device__ __forceinline__ void load_narrow(const X* from, bool is_halfway, int present, Words& to) {
+    if constexpr (sizeof(X) == 2) {
+        const unsigned* const words = reinterpret_cast<const unsigned*>(from - is_halfway);
+        unsigned next = to[0];
+        if (present > 0) to[0] = words[0];
+        if (is_halfway && present > 1) next = words[1];
+        to[0] = __byte_perm(to[0], next, is_halfway ? 0x5432 : present > 1 ? 0x3210 : 0x7610);
+    } else {
+        if (present > 0) load_words(from, to);
+    }
+}
+
+// Write vector i of a row that begins at `row`; all threads of a warp do. Where a row begins with half a word, a word is
+// a thread's second element and the next thread's first.
+__device__ __forceinline__ void store_narrow(X* row, bool is_halfway, const Place& place, int i, int n,
+                                             const Words& from) {
+    X* const to = row + place(i);
+    const int present = n - place(i);
+    if constexpr (sizeof(X) == 2) {
+        const int lane = threadIdx.x & (place.lanes - 1);
+        const unsigned next = __shfl_down_sync(~0u, from[0], 1);
+        unsigned short* const half = reinterpret_cast<unsigned short*>(to);
+        const bool is_word = is_halfway ? present > 2 && lane != place.lanes - 1 : present > 1;
+        if (is_word)
+            *reinterpret_cast<unsigned*>(half + is_halfway) = __byte_perm(from[0], next, is_halfway ? 0x5432 : 0x3210);
+        if (is_halfway ? lane == 0 && present > 0 : present == 1) half[0] = static_cast<unsigned short>(from[0]);
+        if (is_halfway && !is_word && present > 1) half[1] = static_cast<unsigned short>(from[0] >> 16);
+    } else {
+        if (present > 0) store_words(to, from);
+    }
+}
+
 // All vectors of a thread in a row of n elements that begins at `from`; those that are not there stay as they are.
 __device__ __forceinline__ void load_row(const X* from, const Place& place, int n, bool are_vectors,
                                          Words (&to)[VECTORS]) {
-    if (are_vectors) {
+    if constexpr (LAYOUT == Narrow) {
+        const bool is_halfway = begins_halfway(from);
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++) load_narrow(from + place(i), is_halfway, n - place(i), to[i]);
+    } else if (are_vectors) {
 #pragma unroll
         for (int i = 0; i < VECTORS; i++)
             if (place(i) < n) load_words(from + place(i), to[i]);
@@ -141,6 +190,15 @@ __device__ __forceinline__ void store_vector(X* to, int position, int n, bool ar
         store_singly(to + position, n - position, from);
     else if (position < n)
         store_words(to + position, from);
+}
+
+// Vector i of a row.
+__device__ __forceinline__ void store_vector(X* row, const Place& place, int i, int n, bool are_vectors,
+                                             const Words& from) {
+    if constexpr (LAYOUT == Narrow)
+        store_narrow(row, begins_halfway(row), place, i, n, from);
+    else
+        store_vector(row, place(i), n, are_vectors, from);
 }
 
 // Where the rows of an array begin, `step` elements apart: the bits of several, combined, tell whether vectors may.
@@ -180,16 +238,26 @@ __device__ __forceinline__ unsigned word_of(const double (&v)[WIDTH], int i, dou
     return i % 2 ? __double2hiint(v[i / 2]) : __double2loint(v[i / 2]);
 }
 
-// Write a vector of results, rounded once, those that the row has.
-__device__ __forceinline__ void store_results(X* to, int position, int n, bool are_vectors, A (&v)[WIDTH]) {
+// A vector of results, rounded once.
+__device__ __forceinline__ void round_results(A (&v)[WIDTH], Words& words) {
     if constexpr (sizeof(X) > 2) {
 #pragma unroll
         for (int j = 0; j < WIDTH; j++) v[j] = v[j] == v[j] ? v[j] : nan_of(A(0));
     }
-    Words words;
 #pragma unroll
     for (int word = 0; word < WORDS; word++) words[word] = word_of(v, word, static_cast<X*>(nullptr));
+}
+
+// Write it, those that the row has.
+__device__ __forceinline__ void store_results(X* to, int position, int n, bool are_vectors, A (&v)[WIDTH]) {
+    Words words;
+    round_results(v, words);
     store_vector(to, position, n, are_vectors, words);
+}
+__device__ __forceinline__ void store_results(X* row, const Place& place, int i, int n, bool are_vectors, A (&v)[WIDTH]) {
+    Words words;
+    round_results(v, words);
+    store_vector(row, place, i, n, are_vectors, words);
 }
 
 // Let the compiler read elements again, instead of keeping in registers what it has computed of them.
@@ -223,13 +291,14 @@ __device__ __forceinline__ constexpr unsigned word_of_minus_zeros(int word) {
 
 // A weight or a bias, if it EXISTS in the operation: a thread's elements of it, which are 1 or -0 if the call has none.
 // Few are read while x is on its way; for many there are no registers, nor is there need: while a CTA waits for them,
-// others read and write.
+// others read and write. Of narrow vectors several are read AT_ONCE, since no load may pass a store.
 template <bool EXISTS, bool IS_BIAS>
 struct Side {
     static constexpr bool IS_EARLY = VECTORS * WORDS <= 16;
+    static constexpr int MANY = VECTORS < 16 ? VECTORS : 16, AT_ONCE = LAYOUT == Whole ? 1 : MANY;
 
     const X* const data;
-    Words held[EXISTS && IS_EARLY ? VECTORS : 1];
+    Words held[!EXISTS ? 1 : IS_EARLY ? VECTORS : AT_ONCE];
 
     __device__ __forceinline__ explicit Side(const void* data) : data(static_cast<const X*>(data)) {}
 
@@ -242,14 +311,23 @@ struct Side {
 
     // Vector i, after `begin`.
     __device__ __forceinline__ const Words& at(int i, const Place& place, int n, bool are_vectors) {
-        if constexpr (EXISTS && !IS_EARLY) read(place(i), n, are_vectors, held[0]);
-        return held[EXISTS && IS_EARLY ? i : 0];
+        if constexpr (EXISTS && !IS_EARLY) {
+            if (i % AT_ONCE == 0) {
+#pragma unroll
+                for (int k = 0; k < AT_ONCE; k++) read(place(i + k), n, are_vectors, held[k]);
+            }
+        }
+        return held[!EXISTS ? 0 : IS_EARLY ? i : i % AT_ONCE];
     }
 
     __device__ __forceinline__ void read(int position, int n, bool are_vectors, Words& to) const {
 #pragma unroll
         for (int word = 0; word < WORDS; word++)
             to[word] = IS_BIAS ? word_of_minus_zeros<X>(word) : word_of_ones<X>(word);
+        if constexpr (LAYOUT == Narrow) {
+            load_narrow(data + position, begins_halfway(data), data == nullptr ? 0 : n - position, to);
+            return;
+        }
         if (data == nullptr) return;
         if (!are_vectors)
             load_singly(data + position, n - position, to);
