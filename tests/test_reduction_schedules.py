@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
@@ -24,6 +25,7 @@ from .cases import assert_same_bits, draw, rows_to_reduce
 pytest.importorskip("cupy", reason='CuPy is not installed; pip install "bikernels[cuda13]"')
 
 from bikernels.backend.cupy import column_schedules, launch, parameters, reduction_operations, reductions, row_schedules
+from bikernels.backend.cupy.row_schedules import ANYWHERE, WHOLE_VECTORS, Steps
 
 DTYPES = (("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "float32"), ("float64", "float64"))
 CASTS = (("bfloat16", "float32"), ("float16", "float32"), ("float32", "bfloat16"), ("bfloat16", "float64"))
@@ -180,8 +182,9 @@ def forced(case: Case, operation: str, element: str, out_dtype: str, gpu: launch
         elsewhere["choose_columns"] = column_schedules.SINGLY
         if operation in row_schedules.REGISTER_OPERATIONS and element in reduction_operations.ELEMENTS:
             # Where the layout does not allow them, another kernel is taken.
-            is_aligned = n < reduction_operations.GROUP_LANES or n % reduction_operations.vector_width(element) == 0
-            for register_schedule in row_schedules.register_schedules(operation, n, element, is_aligned):
+            steps = Steps(math.gcd(n, 16)), Steps(math.gcd(n, 16), False)
+            found = (row_schedules.register_schedules(operation, n, element, one) for one in steps)
+            for register_schedule in dict.fromkeys(itertools.chain(*found)):
                 yield str(register_schedule), {"choose_register_schedule": register_schedule}
         for long_schedule in [] if case.in_columns else row_schedules.long_schedules(operation, n, element, gpu):
             for teams in (1, count):  # one that takes row after row, or one for each
@@ -264,13 +267,37 @@ def test_rows_beside_vectors(backend: Any, operation: str, dtype: str) -> None:
     rng, gpu = np.random.default_rng(9), launch.gpu(backend.xp.cuda.runtime.getDevice())
     for n in (1, 2, 16, 256, 1000, 2048):
         made = case(rng, operation, draw(rng, (5, n), dtype, "wide"), dtype, False)
-        schedules = (row_schedules.register_schedules(operation, n, dtype, is_aligned) for is_aligned in (True, False))
-        for schedule in dict.fromkeys(itertools.chain(*schedules)):
+        for schedule in schedules_of(operation, n, dtype, (WHOLE_VECTORS, *NOT_ALIGNED)):
             compare_beside_vectors(backend, operation, made, {"choose_register_schedule": schedule}, str(schedule))
     for long_schedule in row_schedules.long_schedules(operation, 8200, dtype, gpu):
         made = case(rng, operation, draw(rng, (5, 8200), dtype, "wide"), dtype, False)
         patches = {"choose_register_schedule": None, "choose_long_schedule": long_schedule, "teams": 2}
         compare_beside_vectors(backend, operation, made, patches, str(long_schedule))
+
+
+NOT_ALIGNED = (ANYWHERE, Steps(1, False))
+
+
+def schedules_of(operation: str, n: int, dtype: str, steps: tuple[Steps, ...]) -> list[row_schedules.RegisterSchedule]:
+    """Those of rows in registers that lie in any of these ways."""
+    found = (row_schedules.register_schedules(operation, n, dtype, one) for one in steps)
+    return list(dict.fromkeys(itertools.chain(*found)))
+
+
+@pytest.mark.parametrize("operation", sorted(row_schedules.REGISTER_OPERATIONS))
+@pytest.mark.parametrize("dtype", reduction_operations.ELEMENTS)
+def test_rows_that_begin_anywhere(backend: Any, operation: str, dtype: str) -> None:
+    """Rows in registers of any length, of arrays that begin at one place of a vector or at several."""
+    if backend.name != "cupy":
+        pytest.skip("the schedules are those of the backend 'cupy'")
+    rng = np.random.default_rng(9)
+    starts = ((1,) * 5, (6,) * 5, (0, 1, 2, 3, 4), (5, 5, 0, 7, 2))
+    for n in (9, 100, 101, 257, 1001, 1016, 1021, 2047, 5001, 8189):
+        made = case(rng, operation, draw(rng, (5, n), dtype, "wide"), dtype, False)
+        for schedule in schedules_of(operation, n, dtype, (Steps(math.gcd(n, 16)), *NOT_ALIGNED)):
+            for before in starts if n < 2 * SUM_CHUNK else starts[1:3]:
+                patches = {"choose_register_schedule": schedule}
+                compare_beside_vectors(backend, operation, made, patches, f"{n}, {schedule}, {before}", before)
 
 
 @pytest.mark.parametrize("operation", sorted(reduction_operations.COLUMN_GRADIENTS))
@@ -343,22 +370,37 @@ def test_variances_of_columns_beside_vectors(backend: Any, dtype: str) -> None:
             assert_same_bits(backend.get(out), expected, str(schedule))
 
 
-def compare_beside_vectors(backend: Any, operation: str, made: Case, patches: dict[str, Any], message: str) -> None:
-    """Compute a case whose arrays begin an element behind a vector, and look at what lies beside the results."""
-    ends = {name: backend.put(np.zeros(place_of(array).shape, array.dtype)) for name, array in made.expected.items()}
-    arrays = {name: backend.put(place_of(array)) for name, array in made.operands.items()} | ends
-    arrays = {name: array[..., 1 : array.shape[-1] - 7] for name, array in arrays.items()}
+def compare_beside_vectors(
+    backend: Any,
+    operation: str,
+    made: Case,
+    patches: dict[str, Any],
+    message: str,
+    starts: Sequence[int] = (1,) * 5,
+) -> None:
+    """Compute a case whose arrays begin so many elements behind a vector, the first results and then the operands, and
+    look at what lies beside the results.
+    """
+    places = itertools.cycle(starts)
+    before = {name: next(places) for name in (*made.expected, *made.operands)}
+    ends = {
+        name: backend.put(np.zeros(place_of(array, before[name]).shape, array.dtype))
+        for name, array in made.expected.items()
+    }
+    arrays = {name: backend.put(place_of(array, before[name])) for name, array in made.operands.items()} | ends
+    arrays = {name: array[..., before[name] : array.shape[-1] - 8 + before[name]] for name, array in arrays.items()}
     launch_with(backend, operation, made, arrays, patches)
     for name, expected in made.expected.items():
-        written = backend.get(ends[name])
-        assert_same_bits(np.ascontiguousarray(written[..., 1:-7]), expected, f"{name}, {message}")
-        assert not written[..., 0].any()
-        assert not written[..., -7:].any()
+        written, first = backend.get(ends[name]), before[name]
+        last = written.shape[-1] - 8 + first
+        assert_same_bits(np.ascontiguousarray(written[..., first:last]), expected, f"{name}, {message}")
+        assert not written[..., :first].any()
+        assert not written[..., last:].any()
 
 
-def place_of(array: np.ndarray) -> np.ndarray:
-    """The array among zeros, an element of which is in front of each row and seven behind."""
-    return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(1, 7)])
+def place_of(array: np.ndarray, before: int = 1) -> np.ndarray:
+    """The array among zeros, of which so many are in front of each row, and eight with those behind."""
+    return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(before, 8 - before)])
 
 
 # ------------------------------------------------------------------------------------------------------- without a GPU
@@ -374,7 +416,7 @@ def test_rows_of_one_element_are_kept_in_registers(kept: tuple[int, ...]) -> Non
     for operation in ("log_softmax", "softmax", "mean", "var"):
         rows = reductions._rows_of(ReductionSpec(operation, len(kept), x, x))
         assert (rows.n, rows.fits_registers, rows.in_columns) == (1, True, bool(kept))
-        shape = rows.number, rows.n, rows.element, rows.has_whole_vectors
+        shape = rows.number, rows.n, rows.element, rows.steps
         assert row_schedules.choose_register_schedule(operation, *shape, H100) is not None
 
 
@@ -414,13 +456,14 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
             else:
                 assert chosen.warps * chosen.ctas * chosen.rounds(n) * SUM_CHUNK >= n
             if element in reduction_operations.ELEMENTS and operation in row_schedules.REGISTER_OPERATIONS:
-                for is_aligned in (True, False):
-                    held = row_schedules.choose_register_schedule(operation, rows, n, element, is_aligned, gpu)
+                for steps in (WHOLE_VECTORS, *NOT_ALIGNED):
+                    held = row_schedules.choose_register_schedule(operation, rows, n, element, steps, gpu)
                     is_sum = operation in reduction_operations.SUMS
                     assert (held is not None) == (0 < n <= (16384 if is_sum else 8192)) or (n > 8192 and not is_sum)
                     if held is not None:
                         lanes = held.threads if held.spread else held.lanes
-                        assert lanes * held.width * held.groups * held.steps >= n
+                        beside = held.width - 1 if held.layout == "Shifted" else 0
+                        assert lanes * held.width * held.groups * held.steps >= n + beside
                         assert 32 % held.lanes == 0 and held.threads <= 512
                 long = row_schedules.choose_long_schedule(operation, rows, n, element, gpu)
                 if long is not None:

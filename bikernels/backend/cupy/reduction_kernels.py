@@ -41,6 +41,7 @@ from .row_schedules import (
     OCTETS,
     REGISTER_OPERATIONS,
     WARP_STEPS,
+    Steps,
     chunk_kernel,
     has_ring_kernel,
     long_kernel,
@@ -50,6 +51,9 @@ from .row_schedules import (
     row_kernel,
     widened_to,
 )
+
+STEPS = [Steps(multiple, are_alike) for multiple in (16, 4, 2, 1) for are_alike in (True, False)]
+"""Of rows in registers, of which kernels differ."""
 
 
 def kernels(compute_capability: int) -> Iterator[Kernel]:
@@ -65,9 +69,10 @@ def kernels(compute_capability: int) -> Iterator[Kernel]:
             for in_cluster in (False, True) if has_clusters else (False,):
                 found[column_kernel(operation, element, accumulate, in_cluster)] = None
         for operation in filter(REGISTER_OPERATIONS.__contains__, OPERATIONS):
-            lengths = (1, SUM_LANES, WARP_STEPS * SUM_LANES, SUM_CHUNK, LONG_ROW, 2 * LONG_ROW)
-            for n, is_aligned in itertools.product(lengths, (True, False)) if element in ELEMENTS else ():
-                for schedule in register_schedules(operation, n, element, is_aligned):
+            ends = (SUM_LANES, WARP_STEPS * SUM_LANES, SUM_CHUNK, LONG_ROW, 2 * LONG_ROW)
+            lengths = (1, *ends, *(end - vector_width(element) for end in ends))
+            for n, steps in itertools.product(lengths, STEPS) if element in ELEMENTS else ():
+                for schedule in register_schedules(operation, n, element, steps):
                     found[register_kernel(operation, element, schedule)] = None
         if has_clusters and element in ELEMENTS:
             for operation in filter(LONG_OPERATIONS.__contains__, OPERATIONS):

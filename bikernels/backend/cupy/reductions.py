@@ -30,7 +30,7 @@ from .launch import (
 )
 from .parameters import DTYPE_CODE, OPERANDS, REDUCTION, divisor, fill_dims
 from .reduction_operations import GROUP_LANES
-from .row_schedules import LongSchedule, RegisterSchedule, RingSchedule, RowSchedule
+from .row_schedules import LongSchedule, RegisterSchedule, RingSchedule, RowSchedule, Steps
 
 SIDES = OPERANDS[2:]
 """Operands that an operation may have beside x and out."""
@@ -130,10 +130,16 @@ class _Rows(NamedTuple):
     @property
     def has_whole_vectors(self) -> bool:
         """Whether rows are short, or all begin and end where a vector does if the first one begins so."""
-        steps = (self.n, *(step for one in self._arrays for step in one.kept))
-        return self.n < GROUP_LANES or all(
-            step % reduction_operations.vector_width(self.element) == 0 for step in steps
-        )
+        return self.n < GROUP_LANES or self.steps.are_vectors(reduction_operations.vector_width(self.element))
+
+    @property
+    def steps(self) -> Steps:
+        """How far apart rows are."""
+        width = reduction_operations.vector_width(self.element)
+        steps = [step for one in self._arrays for step in one.kept]
+        of_rows = [self.operands[name] for name in ("x", "grad", "out") if name in self.operands]
+        apart = {tuple(step % width for step in one.kept) for one in of_rows if one in self._arrays}
+        return Steps(math.gcd(self.n, *steps, width), len(apart) <= 1)
 
     @property
     def _arrays(self) -> list[_Operand]:
@@ -319,7 +325,7 @@ def _choose_registers(plan: _Plan, rows: _Rows, operation: str) -> RegisterSched
     """The schedule that keeps rows in registers; None if the operation or the layout has none, or others are better."""
     if operation not in row_schedules.REGISTER_OPERATIONS or not rows.fits_registers:
         return None
-    shape = rows.number, rows.n, rows.element, rows.has_whole_vectors
+    shape = rows.number, rows.n, rows.element, rows.steps
     return row_schedules.choose_register_schedule(operation, *shape, plan.gpu)
 
 

@@ -245,47 +245,82 @@ class RegisterSchedule(NamedTuple):
         """Of a CTA."""
         return 1 if self.spread else self.threads // self.lanes
 
-    def narrowed(self, element: str) -> RegisterSchedule:
-        """With as many elements of a thread, in vectors of a word, or of one element: for rows that begin anywhere."""
-        width = max(1, 4 // ITEMSIZE[element])
-        return self._replace(width=width, groups=self.width * self.groups // width, layout="Narrow")
+    def narrowed(self, width: int) -> RegisterSchedule:
+        """With as many elements of a thread, in such vectors."""
+        return self._replace(width=width, groups=self.width * self.groups // width)
 
 
-def register_schedules(operation: str, n: int, element: str, is_aligned: bool) -> list[RegisterSchedule]:
-    """The schedules for rows of n elements, if their layout allows any; the fewest threads of a row first.
-    `is_aligned`: whether all of them begin where a vector does, if the first one does.
-    """
+class Steps(NamedTuple):
+    """How far apart rows are, of all arrays that have elements of them."""
+
+    multiple: int
+    """Elements, of which all distances and the length are multiples: a power of two."""
+    are_alike: bool = True
+    """Whether row by row all arrays begin at one place of a vector, if the first rows do."""
+
+    def are_vectors(self, width: int) -> bool:
+        return self.multiple % width == 0
+
+
+WHOLE_VECTORS, ANYWHERE = Steps(16), Steps(1)
+
+
+def register_schedules(operation: str, n: int, element: str, steps: Steps) -> list[RegisterSchedule]:
+    """The schedules for rows of n elements, if their layout allows any; the fewest threads of a row first."""
     vector, is_sum, is_double = vector_width(element), operation in SUMS, element == "float64"
+    is_aligned = n < GROUP_LANES or steps.are_vectors(vector)
+    is_shifted = n > SUM_LANES and steps.are_alike and not is_aligned and not is_double
+    if operation in REGISTER_BACKWARD - SOFTMAX_GRADIENTS and element == "float32" and n > 4 * SUM_CHUNK:
+        is_shifted = False  # for which there are no registers
+    length = n + vector - 1 if is_shifted else n  # what vectors hold that hold a row
     found = []
     if n <= SUM_LANES:
         vectors = 1 << (-(-n // vector) - 1).bit_length()
         for elements in (MANY_ELEMENTS[element], GROUP_LANES):
             groups = elements // vector
             is_many = elements > GROUP_LANES
-            if is_many and (operation in REGISTER_BACKWARD or vectors < 4 * groups or not is_aligned):
+            is_near = steps.are_vectors(max(2, two_words(element)))
+            if is_many and (operation in REGISTER_BACKWARD or vectors < 4 * groups or not is_near):
                 continue  # a row costs too little, or neighbours would read too far apart
             found.append(RegisterSchedule(vector, groups, 1, False, max(1, vectors // groups), CTA_WARPS * 32))
-    elif n <= WARP_STEPS * SUM_LANES:
+    elif length <= WARP_STEPS * SUM_LANES:
         if is_double and not is_sum:  # of which a warp could keep few rows, and computes long
             found.append(RegisterSchedule(2, 1, WARP_STEPS, True, 32, SUM_LANES // 2))
         else:
             groups = GROUP_LANES // vector
             found.append(RegisterSchedule(vector, groups, WARP_STEPS, False, 32, CTA_WARPS * 32))
-    elif n <= _longest(operation, element, is_aligned):
-        if is_sum and n <= SUM_CHUNK and not is_double:
+    elif length <= _longest(operation, element, is_aligned, is_shifted):
+        if is_sum and length <= SUM_CHUNK and not is_double:
             groups = GROUP_LANES // vector
             found.append(RegisterSchedule(vector, groups, CTA_STEPS, False, 32, CTA_WARPS * 32))
-        for width, groups in _spread_vectors(operation, n, element):
-            threads = chunks_of(n) * SUM_LANES // (width * groups)
+        for width, groups in _spread_vectors(operation, length, element):
+            threads = chunks_of(length) * SUM_LANES // (width * groups)
             if threads <= CTA_THREADS:
                 found.append(RegisterSchedule(width, groups, CTA_STEPS, True, 32, threads))
-    # Rows shorter than an octet may have a part of a vector.
-    return [one if is_aligned and (n < GROUP_LANES or n % one.width == 0) else one.narrowed(element) for one in found]
+    if is_shifted and not found:
+        return register_schedules(operation, n, element, steps._replace(are_alike=False))
+    return [_of_rows(one, n, element, steps, is_shifted) for one in found]
 
 
-def _longest(operation: str, element: str, is_aligned: bool) -> int:
+def two_words(element: str) -> int:
+    """Elements of them."""
+    return 8 // ITEMSIZE[element]
+
+
+def _of_rows(one: RegisterSchedule, n: int, element: str, steps: Steps, is_shifted: bool) -> RegisterSchedule:
+    """A schedule in the vectors that such rows have. Rows shorter than an octet may have a part of one."""
+    if n < GROUP_LANES or steps.are_vectors(one.width):
+        return one
+    if is_shifted:
+        return one._replace(layout="Shifted")
+    if n <= SUM_LANES and 1 < two_words(element) < one.width and steps.are_vectors(two_words(element)):
+        return one.narrowed(two_words(element))
+    return one.narrowed(max(1, 4 // ITEMSIZE[element]))._replace(layout="Narrow")
+
+
+def _longest(operation: str, element: str, is_aligned: bool, is_shifted: bool) -> int:
     """Elements of a row, at most, whatever there are registers for."""
-    if not is_aligned and operation in REGISTER_BACKWARD and ITEMSIZE[element] == 2:
+    if not (is_aligned or is_shifted) and operation in REGISTER_BACKWARD and ITEMSIZE[element] == 2:
         return 4 * SUM_CHUNK  # single elements of two arrays are read and written
     return LONG_ROW if operation in SUMS else 2 * LONG_ROW
 
@@ -318,21 +353,24 @@ def _spread_widths(operation: str, n: int, element: str) -> tuple[int, ...]:
 
 
 def choose_register_schedule(
-    operation: str, rows: int, n: int, element: str, is_aligned: bool, device: GPU
+    operation: str, rows: int, n: int, element: str, steps: Steps, device: GPU
 ) -> RegisterSchedule | None:
-    """The schedule of the fewest threads of a row that fill the GPU (of gradients, half of it), else of the most; None
-    for long rows, and for more rows than a launch has CTAs for. Of rows nearly as long, only many that are aligned, and
-    those that begin anywhere if they are few or there is no ring.
+    """The schedule of the fewest threads of a row that fill the GPU (of gradients, and short rows in parts of vectors,
+    half of it), else of the most; None for long rows, and for more rows than a launch has CTAs for. Of rows nearly as
+    long, only many that are aligned, and those that begin anywhere if they are few or there is no ring.
     """
     if device.compute_capability < FIRST_WITH_PAIRS or n == 0:
         return None
-    found = register_schedules(operation, n, element, is_aligned)
+    found = register_schedules(operation, n, element, steps)
     found = [one for one in found if ceil_div(rows, one.rows) <= MAX_GRID]
+    is_aligned = steps.are_vectors(vector_width(element))
     is_nearly_long = _is_nearly_long(operation, n, element)
     if is_nearly_long and not is_aligned:  # the ring copies such rows in whole vectors, unless they are few
         has_ring = device.compute_capability == RING_CAPABILITY and not are_few(rows, n, device)
         return None if has_ring or not found else found[-1]
-    enough = THREADS_OF_A_MULTIPROCESSOR * device.multiprocessors // (2 if operation in REGISTER_BACKWARD else 1)
+    enough = THREADS_OF_A_MULTIPROCESSOR * device.multiprocessors
+    if operation in REGISTER_BACKWARD or (n <= SUM_LANES and not is_aligned):
+        enough //= 2
     for one in found:
         if rows * one.threads >= enough * one.rows:
             return one

@@ -12,19 +12,20 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                        long long rstd_step, A divisor, int n, int bits, void* out, const void* x, const void* grad,
                        const void* weight, const void* means, const void* rstds) {
     launch_dependents();  // they wait for this kernel's end
-    const Place place(bits);
+    Place place(bits);
     const long long row = min(place.row, rows - 1);
     const bool are_vectors =
-        LAYOUT == Narrow ||
-        (n % WIDTH == 0 && are_vectors_at(address_bits(x, x_step) | address_bits(out, out_step) |
-                                          address_bits(grad, grad_step) | address_bits(weight, 0)));
+        n % WIDTH == 0 && are_vectors_at(address_bits(x, x_step) | address_bits(out, out_step) |
+                                         address_bits(grad, grad_step) | address_bits(weight, 0));
     const bool are_single = n == 1;
     if (place.row >= rows) n = 0;
 
     __shared__ __align__(16) A sums[2][MOST_WARPS];
     clear_absent_warps(sums);
+    __shared__ Lanes lanes;
     const X* const from = static_cast<const X*>(x) + row * x_step;
     const X* const from_grad = static_cast<const X*>(grad) + row * grad_step;
+    place.shift_to(from);
     prefetch_row(from, place, n);
     prefetch_row(from_grad, place, n);
     wait_for_predecessors();
@@ -41,7 +42,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     Words raw[VECTORS] = {}, raw_grad[VECTORS] = {};
     load_row(from, place, n, are_vectors, raw);
     load_row(from_grad, place, n, are_vectors, raw_grad);
-    Side<IS_NORM, false> weights(weight);
+    constexpr int AT_ONCE = SPREAD && sizeof(X) > 2 ? 4 : 8;  // for more, there are no registers
+    Side<IS_NORM, false, AT_ONCE> weights(weight);
     weights.begin(place, n, are_vectors);
     const Statistics statistics(rstds, means, rstd_step, mean_step, row);
 
@@ -53,25 +55,36 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int i = 0; i < VECTORS; i++) {
         A h[WIDTH], p[WIDTH];
         read(i, h, p);
+        if constexpr (IS_NORM && LAYOUT == Shifted) {
+            if (!place.has_all(i, n)) {
+                leave_out(place, i, n, h);
+                leave_out(place, i, n, p);
+            }
+        }
 #pragma unroll
         for (int j = 0; j < WIDTH; j++) {
-            if (place.has(i, j, n)) lane[i % GROUPS][j] += term(h[j], p[j]);
+            if (LAYOUT == Shifted || place.has(i, j, n)) lane[i % GROUPS][j] += term(h[j], p[j]);
             if (IS_CENTRED) lane_of_p[i % GROUPS][j] += p[j];
         }
+        if (i == 0) {
+            take_head(lane, place, lanes.heads[0]);
+            if (IS_CENTRED) take_head(lane_of_p, place, lanes.heads[1]);
+        }
     }
-    A sum = row_sum(lane, place, sums[0]), of_p = 0;
+    A sum = row_sum(lane, place, lanes, 0, sums[0]), of_p = 0;
     if constexpr (IS_NORM) sum = sum / divisor;
-    if constexpr (IS_CENTRED) of_p = row_sum(lane_of_p, place, sums[1]) / divisor;
+    if constexpr (IS_CENTRED) of_p = row_sum(lane_of_p, place, lanes, 1, sums[1]) / divisor;
     forget_widened(raw);
     forget_widened(raw_grad);
 
     X* const to = static_cast<X*>(out) + row * out_step;
+    const bool are_written = LAYOUT == Shifted ? place.behind(to) == 0 : are_vectors;
 #pragma unroll
     for (int i = 0; i < VECTORS; i++) {
         A h[WIDTH], p[WIDTH], v[WIDTH];
         read(i, h, p);
 #pragma unroll
         for (int j = 0; j < WIDTH; j++) v[j] = result(h[j], p[j], sum, of_p, statistics);
-        store_results(to, place, i, n, are_vectors, v);
+        store_results(to, place, i, n, are_written, v);
     }
 }

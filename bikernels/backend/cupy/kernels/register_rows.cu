@@ -78,26 +78,30 @@ __device__ __forceinline__ void divide_powers(V (&power)[WIDTH], V divisor, V re
     }
 }
 
-// Of t <= 0: the larger the smaller t is, but for -infinity, of which the quotient is 0 in any case, as of what is absent.
+// Of t <= 0: the larger the smaller t is, but for -infinity, as of what is absent: that quotient is 0 in any case.
 __device__ __forceinline__ unsigned bits_above_infinity(float t) { return __float_as_uint(t) + 0x00800000u; }
 
 // -------------------------------------------------------------------------------------------------------------- kernel
 
+// Left to itself the compiler takes fewer registers than some narrow rows need.
+constexpr int LEAST_CTAS = LAYOUT == Narrow && (RECOMPUTED || (IS_SUM && IS_DOUBLE)) ? 1 : 0;
+
 // `rows` rows of n elements, `x_step` and `out_step` elements apart, and as many threads as they take.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, LEAST_CTAS)
     reduce_rows(long long rows, long long x_step, long long out_step, A divisor, int n, int bits, void* out,
                 const void* x) {
     launch_dependents();  // they wait for this kernel's end
-    const Place place(bits);
+    Place place(bits);
     const int lanes = place.lanes, warp = place.warp;
     const long long row = place.row;
     X* const type = nullptr;
     const bool is_present = SPREAD || row < rows;
     const X* const from = static_cast<const X*>(x) + row * x_step;
     X* const to = static_cast<X*>(out) + row * out_step;
+    place.shift_to(from);
     const auto may_be_vectors = [&](int n) {
-        return LAYOUT == Narrow ||
-               (n % WIDTH == 0 && are_vectors_at(address_bits(x, x_step) | (IS_ALONE ? 0 : address_bits(out, out_step))));
+        if (LAYOUT != Whole) return LAYOUT == Narrow || place.behind(to) == 0;
+        return n % WIDTH == 0 && are_vectors_at(address_bits(x, x_step) | (IS_ALONE ? 0 : address_bits(out, out_step)));
     };
     const bool are_vectors = may_be_vectors(n);
     if constexpr (SPREAD) prefetch_row(from, place, n);
@@ -120,9 +124,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int word = 0; word < WORDS; word++) raw[i][word] = absent_word<X>(word);
     }
-    load_row(from, place, n, are_vectors, raw);
+    load_row(from, place, n, are_vectors, raw, absent_word<X>(0));
 
     __shared__ Shared shared;
+    __shared__ Lanes lanes_of_teams;
     if constexpr (SPREAD) {
         if (threadIdx.x < MOST_WARPS && threadIdx.x >= blockDim.x / WARP) {
             shared.maxima[threadIdx.x] = lowest<A>();
@@ -132,9 +137,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     A lane[GROUPS][WIDTH] = {};
     if constexpr (IS_SUM) {
-        add_elements(raw, lane);
-        const A sum = row_sum(lane, place, shared.sums);
-        if (place.first == 0 && is_present) store(to, sum / divisor);
+        add_elements(raw, lane, place, lanes_of_teams.heads[0]);
+        const A sum = row_sum(lane, place, lanes_of_teams, 0, shared.sums);
+        if (place.is_first() && is_present) store(to, sum / divisor);
         return;
     }
 
@@ -168,11 +173,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                     least = smaller(least, t);
             }
         }
+        if (i == 0) take_head(lane, place, lanes_of_teams.heads[0]);
     }
-    const A sum = row_sum(lane, place, shared.sums, count, shared.counts);
+    const A sum = row_sum(lane, place, lanes_of_teams, shared.sums, count, shared.counts);
     if constexpr (IS_ALONE) {
         const bool is_infinite = maximum - maximum != 0 && maximum == maximum;
-        if (place.first == 0 && is_present) store(to, is_infinite ? maximum : maximum + normaliser_of(count, sum, true));
+        if (place.is_first() && is_present)
+            store(to, is_infinite ? maximum : maximum + normaliser_of(count, sum, true));
         return;
     }
     if constexpr (RECOMPUTED) forget_widened(raw);
