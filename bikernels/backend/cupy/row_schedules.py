@@ -219,6 +219,12 @@ NEARLY_LONG = {
 }
 """Operations and dtypes of which longer rows, twice as long at most, may be a CTA's: see `choose_register_schedule`."""
 
+NEARLY_LONG_ANYWHERE = NEARLY_LONG | {
+    *itertools.product(SUMS, ("bfloat16", "float16", "float32")),
+    *itertools.product(("softmax",), ("bfloat16", "float16")),
+}
+"""Those that may be if rows begin anywhere."""
+
 THREADS_OF_A_MULTIPROCESSOR = 2048
 
 
@@ -293,7 +299,7 @@ def register_schedules(operation: str, n: int, element: str, steps: Steps) -> li
         if is_sum and length <= SUM_CHUNK and not is_double:
             groups = GROUP_LANES // vector
             found.append(RegisterSchedule(vector, groups, CTA_STEPS, False, 32, CTA_WARPS * 32))
-        for width, groups in _spread_vectors(operation, length, element):
+        for width, groups in _spread_vectors(operation, length, element, is_aligned):
             threads = chunks_of(length) * SUM_LANES // (width * groups)
             if threads <= CTA_THREADS:
                 found.append(RegisterSchedule(width, groups, CTA_STEPS, True, 32, threads))
@@ -322,21 +328,21 @@ def _longest(operation: str, element: str, is_aligned: bool, is_shifted: bool) -
     """Elements of a row, at most, whatever there are registers for."""
     if not (is_aligned or is_shifted) and operation in REGISTER_BACKWARD and ITEMSIZE[element] == 2:
         return 4 * SUM_CHUNK  # single elements of two arrays are read and written
-    return LONG_ROW if operation in SUMS else 2 * LONG_ROW
+    return LONG_ROW if operation in SUMS and is_aligned else 2 * LONG_ROW
 
 
-def _spread_vectors(operation: str, n: int, element: str) -> list[tuple[int, int]]:
+def _spread_vectors(operation: str, n: int, element: str, is_aligned: bool) -> list[tuple[int, int]]:
     """The widths and groups of vectors where a row is a CTA's, of as many elements as a thread has registers for, the
     most first.
     """
-    if _is_nearly_long(operation, n, element):
+    if _is_nearly_long(operation, n, element, is_aligned):
         return [(vector_width(element), GROUP_LANES // vector_width(element))]
     return [(width, 1) for width in _spread_widths(operation, n, element)]
 
 
-def _is_nearly_long(operation: str, n: int, element: str) -> bool:
-    """Whether a thread has 8 elements of 256; of softmax of 16 bits, exponentials would take twice the registers."""
-    return n > LONG_ROW and (operation, element) in NEARLY_LONG
+def _is_nearly_long(operation: str, n: int, element: str, is_aligned: bool) -> bool:
+    """Whether a thread has 8 elements of 256; of softmax of 16 bits, exponentials take twice the registers."""
+    return n > LONG_ROW and (operation, element) in (NEARLY_LONG if is_aligned else NEARLY_LONG_ANYWHERE)
 
 
 def _spread_widths(operation: str, n: int, element: str) -> tuple[int, ...]:
@@ -364,7 +370,7 @@ def choose_register_schedule(
     found = register_schedules(operation, n, element, steps)
     found = [one for one in found if ceil_div(rows, one.rows) <= MAX_GRID]
     is_aligned = steps.are_vectors(vector_width(element))
-    is_nearly_long = _is_nearly_long(operation, n, element)
+    is_nearly_long = _is_nearly_long(operation, n, element, is_aligned)
     if is_nearly_long and not is_aligned:  # the ring copies such rows in whole vectors, unless they are few
         has_ring = device.compute_capability == RING_CAPABILITY and not are_few(rows, n, device)
         return None if has_ring or not found else found[-1]
