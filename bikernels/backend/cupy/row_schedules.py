@@ -571,6 +571,10 @@ def ring_schedules(operation: str, n: int, itemsize: int, device: GPU) -> list[R
     return list(found)
 
 
+FEW_CHUNKS = 2 * LONG_ROW // SUM_CHUNK + 1
+"""Of few rows that begin anywhere, from which on the ring takes them: registers do not hold them."""
+
+
 def are_few(rows: int, n: int, device: GPU) -> bool:
     """Whether rows have hardly more chunks than multiprocessors have schedulers."""
     return rows * chunks_of(n) < 4 * device.multiprocessors
@@ -589,7 +593,7 @@ def choose_ring_schedule(
     for each row, without a next one.
     """
     chunks = chunks_of(n)
-    if (are_few(rows, n, device) and chunks < 64) or (operation in SUMS and line_up):
+    if (are_few(rows, n, device) and chunks < (64 if line_up else FEW_CHUNKS)) or (operation in SUMS and line_up):
         return None
     if operation == "softmax" and itemsize == 2 and line_up and chunks <= 8:
         return None  # of shorter rows, other kernels have more on their way
