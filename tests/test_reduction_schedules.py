@@ -183,13 +183,13 @@ def forced(case: Case, operation: str, element: str, out_dtype: str, gpu: launch
             is_aligned = n < reduction_operations.GROUP_LANES or n % reduction_operations.vector_width(element) == 0
             for register_schedule in row_schedules.register_schedules(operation, n, element, is_aligned):
                 yield str(register_schedule), {"choose_register_schedule": register_schedule}
-        vector, longs = reduction_operations.vector_width(element), list[row_schedules.LongSchedule]()
-        for is_narrow in (False, True) if n % vector == 0 else (True,):  # which takes rows that begin with a vector, too
-            longs += [] if case.in_columns else row_schedules.long_schedules(operation, n, element, is_narrow, gpu)
-        for long_schedule in longs:
-            for teams in (1, count):  # one that takes row after row, or one for each
-                patches = no_registers | {"choose_long_schedule": long_schedule, "teams": teams}
-                yield f"{long_schedule}, {teams}", patches
+        has_whole_vectors = n % reduction_operations.vector_width(element) == 0
+        for is_narrow in (False, True) if has_whole_vectors else (True,):  # the kernels for any rows take those, too
+            found = row_schedules.long_schedules(operation, n, element, is_narrow, gpu)
+            for long_schedule in [] if case.in_columns else found:
+                for teams in (1, count):  # one that takes row after row, or one for each
+                    patches = no_registers | {"choose_long_schedule": long_schedule, "teams": teams}
+                    yield f"{long_schedule}, {teams}", patches
         for schedule in row_schedules.row_schedules(n, row_schedules.kept(operation, element, accumulate), gpu):
             yield str(schedule), elsewhere | {"choose_row_schedule": schedule, "splits_rows": False}
         if operation not in reduction_operations.SPLIT:

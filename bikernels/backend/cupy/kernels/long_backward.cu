@@ -101,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (IS_CENTRED) share(turn, 1, sum_groups(lane_of_p, place));
         forget_widened(raw_grad);
         kept.forget_used();
-        if constexpr (IS_IMAGE && OPERATION == SoftmaxBackward && sizeof(X) == 2) {
+        if constexpr (IS_IMAGE && !IS_NORM && sizeof(X) == 2) {
             const unsigned zero = n >> 31;
             hide(raw_grad, zero);
             kept.hide_used(zero);

@@ -11,7 +11,7 @@
 static_assert(SPREAD, "the chunks of a CTA lie side by side");
 static_assert(HAS_SIDES, "variances have long_variance.cu");
 constexpr int SIDES = HAS_BIAS ? 2 : 1;
-constexpr int SHORTER = 16 / sizeof(Words);  // vectors than those of 16 bytes, so many times
+constexpr int SHORTER = 16 / sizeof(Words);  // than 16 bytes, so many times, vectors are
 // Vectors of weight and bias that are read at a time; of narrow ones of both, for which there are fewer registers, half.
 constexpr int AHEAD = (IS_IMAGE && HAS_BIAS ? 1 : 2) * SHORTER;
 

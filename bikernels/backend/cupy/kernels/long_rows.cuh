@@ -134,11 +134,11 @@ struct Image {
 
     unsigned char* const at;
     const Place& place;
-    const int n;      // elements from where `place` counts
-    const int first;  // position of the warp's first one
-    unsigned shift;   // bytes of a vector in front of the row that was copied
-    int end;          // of the row, from the thread's first element on
-    Words used[VECTORS];
+    const int n;          // elements from where `place` counts
+    const int first;      // position of the warp's first one
+    unsigned shift;       // bytes of a vector in front of the row that was copied
+    int end;              // of the row, from the thread's first element on
+    Words used[VECTORS];  // see begin_use
     static constexpr bool TAKES_USED = SIZE < 8;
 
     __device__ __forceinline__ Image(unsigned char* own, const Place& place, int n, bool)
