@@ -112,7 +112,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
             for (int j = 0; j < WIDTH; j++) {
                 const A value = element(raw[i], j, type), y = IS_CENTRED ? value - mean : value;
-                if (!IS_CENTRED || (IS_IMAGE ? kept.has(i, j) : place(i) < end)) squares[i % GROUPS][j] += y * y;  // of an absent element: 0
+                if (!IS_CENTRED || (IS_IMAGE ? kept.has(i, j) : place(i) < end))
+                    squares[i % GROUPS][j] += y * y;  // of an absent element: 0
             }
         }
         forget(raw);

@@ -95,7 +95,7 @@ struct Kept {
         for (int i = 0; i < VECTORS; i++) take(i, to[i]);
     }
 
-    // A row that stays here until it is used for the last time, vector after vector, and the `next` one, unless this `is_last`.
+    // A row that stays here until it is used for the last time, vector after vector, and the `next` one, unless `is_last`.
     __device__ __forceinline__ void begin_use(bool is_last, const X* next) const {}
     __device__ __forceinline__ void use(int i, Words& to) const { take(i, to); }
     __device__ __forceinline__ void forget_used() const {}
@@ -275,8 +275,8 @@ struct RowsOf<true> {
 };
 using Rows = RowsOf<IS_IMAGE>::Type;
 
-// Writes what a warp has of a row of results, vector after vector, from the first one on; of 16 bits in whole words, where the
-// row begins with half a word, too, but for the ends of what the warp has.
+// Writes what a warp has of a row of results, vector after vector, from the first one on; of 16 bits in whole words, where
+// the row begins with half a word, too, but for the ends of what the warp has.
 struct Results {
     X* const to;  // where `place` counts from
     const Place& place;
