@@ -186,10 +186,13 @@ def forced(case: Case, operation: str, element: str, out_dtype: str, gpu: launch
             found = (row_schedules.register_schedules(operation, n, element, one) for one in steps)
             for register_schedule in dict.fromkeys(itertools.chain(*found)):
                 yield str(register_schedule), {"choose_register_schedule": register_schedule}
-        for long_schedule in [] if case.in_columns else row_schedules.long_schedules(operation, n, element, gpu):
-            for teams in (1, count):  # one that takes row after row, or one for each
-                patches = no_registers | {"choose_long_schedule": long_schedule, "teams": teams}
-                yield f"{long_schedule}, {teams}", patches
+        has_whole_vectors = n % reduction_operations.vector_width(element) == 0
+        for is_narrow in (False, True) if has_whole_vectors else (True,):  # the kernels for any rows take those, too
+            found = row_schedules.long_schedules(operation, n, element, is_narrow, gpu)
+            for long_schedule in [] if case.in_columns else found:
+                for teams in (1, count):  # one that takes row after row, or one for each
+                    patches = no_registers | {"choose_long_schedule": long_schedule, "teams": teams}
+                    yield f"{long_schedule}, {teams}", patches
         for schedule in row_schedules.row_schedules(n, row_schedules.kept(operation, element, accumulate), gpu):
             yield str(schedule), elsewhere | {"choose_row_schedule": schedule, "splits_rows": False}
         if operation not in reduction_operations.SPLIT:
@@ -269,10 +272,11 @@ def test_rows_beside_vectors(backend: Any, operation: str, dtype: str) -> None:
         made = case(rng, operation, draw(rng, (5, n), dtype, "wide"), dtype, False)
         for schedule in schedules_of(operation, n, dtype, (WHOLE_VECTORS, *NOT_ALIGNED)):
             compare_beside_vectors(backend, operation, made, {"choose_register_schedule": schedule}, str(schedule))
-    for long_schedule in row_schedules.long_schedules(operation, 8200, dtype, gpu):
-        made = case(rng, operation, draw(rng, (5, 8200), dtype, "wide"), dtype, False)
-        patches = {"choose_register_schedule": None, "choose_long_schedule": long_schedule, "teams": 2}
-        compare_beside_vectors(backend, operation, made, patches, str(long_schedule))
+    for n, is_narrow in ((8200, False), (8200, True), (8193, True), (10_239, True)):
+        made = case(rng, operation, draw(rng, (5, n), dtype, "wide"), dtype, False)
+        for long_schedule in row_schedules.long_schedules(operation, n, dtype, is_narrow, gpu):
+            patches = {"choose_register_schedule": None, "choose_long_schedule": long_schedule, "teams": 2}
+            compare_beside_vectors(backend, operation, made, patches, f"{n}, {long_schedule}")
 
 
 NOT_ALIGNED = (ANYWHERE, Steps(1, False))
@@ -465,11 +469,14 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
                         beside = held.width - 1 if held.layout == "Shifted" else 0
                         assert lanes * held.width * held.groups * held.steps >= n + beside
                         assert 32 % held.lanes == 0 and held.threads <= 512
-                long = row_schedules.choose_long_schedule(operation, rows, n, element, gpu)
-                if long is not None:
+                for is_narrow in (False, True):
+                    long = row_schedules.choose_long_schedule(operation, rows, n, element, is_narrow, gpu)
+                    if long is None:
+                        continue
                     parts = row_schedules.long_parts(operation, element)
                     assert gpu is H100 and long.bytes(operation, n, element) <= gpu.shared_bytes
-                    assert long.warps <= row_schedules.long_warps(operation, element) and long.threads <= 1024
+                    assert long.warps <= row_schedules.long_warps(operation, element, is_narrow)
+                    assert long.is_narrow == is_narrow and long.threads <= 1024
                     assert long.ctas <= reduction_operations.MOST_CTAS
                     chunks = long.warps // parts * long.ctas
                     assert chunks * SUM_CHUNK >= n and row_schedules.long_bits(n) <= 3 - (parts > 1)
@@ -586,8 +593,22 @@ def test_norms_and_gradients_of_long_rows_are_read_once() -> None:
     """By as few CTAs as fill the GPU, or by many if rows are few."""
     choose, largest = row_schedules.choose_long_schedule, {"rms_norm": "float64", "layer_norm": "float64"}
     for operation in (*largest, *row_schedules.REGISTER_BACKWARD):
-        many, few = (choose(operation, rows, 65536, "float32", H100) for rows in (4096, 1))
-        assert many is not None and few is not None and 1 < many.ctas < few.ctas
-        most = choose(operation, 256, 262_144, largest.get(operation, "float32"), H100)
+        for is_narrow in (False, True):
+            many, few = (choose(operation, rows, 65536, "float32", is_narrow, H100) for rows in (4096, 1))
+            assert many is not None and few is not None and 1 < many.ctas < few.ctas
+        most = choose(operation, 256, 262_144, largest.get(operation, "float32"), False, H100)
         assert most is not None and most.ctas > launch.PORTABLE_CTAS
-        assert choose(operation, 4096, 65536, "float32", A100) is None
+        assert choose(operation, 4096, 65536, "float32", False, A100) is None
+
+
+def test_long_rows_that_begin_anywhere_are_read_once() -> None:
+    """Those of an odd length, and those that are an odd number of elements apart."""
+    for operation in sorted(row_schedules.LONG_OPERATIONS):
+        for element in reduction_operations.ELEMENTS:
+            for n in (30_522, 50_257):
+                chosen = row_schedules.choose_long_schedule(operation, 4096, n, element, True, H100)
+                assert chosen is not None and chosen.is_narrow
+    for n, step, is_whole in ((50_257, 50_257, False), (50_264, 50_264, True), (50_264, 50_265, False)):
+        x = Layout("bfloat16", (4096, n), (step, 1))
+        rows = reductions._rows_of(ReductionSpec("var", 1, x, Layout("bfloat16", (4096,), (1,))))
+        assert rows.fits_registers and rows.has_whole_vectors == is_whole

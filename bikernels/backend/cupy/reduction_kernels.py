@@ -76,7 +76,8 @@ def kernels(compute_capability: int) -> Iterator[Kernel]:
                     found[register_kernel(operation, element, schedule)] = None
         if has_clusters and element in ELEMENTS:
             for operation in filter(LONG_OPERATIONS.__contains__, OPERATIONS):
-                found[long_kernel(operation, element)] = None
+                for is_narrow in (False, True):
+                    found[long_kernel(operation, element, is_narrow)] = None
             if compute_capability < 120:  # of which a CTA has less shared memory
                 found[tall_kernel(element)] = None
         if element != ANY:

@@ -331,9 +331,10 @@ def _choose_registers(plan: _Plan, rows: _Rows, operation: str) -> RegisterSched
 
 def _choose_long(plan: _Plan, rows: _Rows, operation: str) -> LongSchedule | None:
     """The schedule that reads a long row once; None if the operation or the layout has none."""
-    if not (rows.fits_registers and rows.has_whole_vectors):
+    if not rows.fits_registers:
         return None
-    chosen = row_schedules.choose_long_schedule(operation, rows.number, rows.n, rows.element, plan.gpu)
+    shape = rows.number, rows.n, rows.element, not rows.has_whole_vectors
+    chosen = row_schedules.choose_long_schedule(operation, *shape, plan.gpu)
     if chosen is not None and chosen.ctas > PORTABLE_CTAS and _resident_long(plan, rows, operation, chosen) == 0:
         return None
     return chosen
@@ -348,7 +349,7 @@ def _long_name(operation: str) -> str:
 
 def _resident_long(plan: _Plan, rows: _Rows, operation: str, schedule: LongSchedule) -> int:
     """CTAs that the GPU holds at a time."""
-    kernel = row_schedules.long_kernel(operation, rows.element)
+    kernel = row_schedules.long_kernel(operation, rows.element, schedule.is_narrow)
     shared_bytes = schedule.bytes(operation, rows.n, rows.element)
     function = load(kernel, _long_name(operation), plan.index, shared_bytes, schedule.ctas)
     return resident_ctas(function, schedule.threads, shared_bytes, schedule.ctas)
@@ -510,7 +511,7 @@ def _long_launch(plan: _Plan, rows: _Rows, operation: str, schedule: LongSchedul
     else:
         arguments = _norm_arguments(rows, (*shape, np.int32(schedule.held)))
     return plan.shape(
-        row_schedules.long_kernel(operation, rows.element),
+        row_schedules.long_kernel(operation, rows.element, schedule.is_narrow),
         _long_name(operation),
         reduction_operations.teams(rows.number, resident // schedule.ctas) * schedule.ctas,
         schedule.threads,

@@ -213,6 +213,9 @@ CTA_THREADS = 512
 
 LONG_ROW = 8 * SUM_CHUNK
 
+LONGEST_BESIDE_WORDS = 4 * SUM_CHUNK
+"""Elements of gradients of 16 bits that begin anywhere, at most: single ones of two arrays are read and written."""
+
 NEARLY_LONG = {
     *itertools.product(("log_softmax", "logsumexp"), ("bfloat16", "float16", "float32")),
     ("softmax", "float32"),
@@ -308,6 +311,11 @@ def register_schedules(operation: str, n: int, element: str, steps: Steps) -> li
     return [_of_rows(one, n, element, steps, is_shifted) for one in found]
 
 
+def word_width(element: str) -> int:
+    """Elements of a word, or one."""
+    return max(1, 4 // ITEMSIZE[element])
+
+
 def two_words(element: str) -> int:
     """Elements of them."""
     return 8 // ITEMSIZE[element]
@@ -321,13 +329,13 @@ def _of_rows(one: RegisterSchedule, n: int, element: str, steps: Steps, is_shift
         return one._replace(layout="Shifted")
     if n <= SUM_LANES and 1 < two_words(element) < one.width and steps.are_vectors(two_words(element)):
         return one.narrowed(two_words(element))
-    return one.narrowed(max(1, 4 // ITEMSIZE[element]))._replace(layout="Narrow")
+    return one.narrowed(word_width(element))._replace(layout="Narrow")
 
 
 def _longest(operation: str, element: str, is_aligned: bool, is_shifted: bool) -> int:
     """Elements of a row, at most, whatever there are registers for."""
     if not (is_aligned or is_shifted) and operation in REGISTER_BACKWARD and ITEMSIZE[element] == 2:
-        return 4 * SUM_CHUNK  # single elements of two arrays are read and written
+        return LONGEST_BESIDE_WORDS
     return LONG_ROW if operation in SUMS and is_aligned else 2 * LONG_ROW
 
 
@@ -398,11 +406,15 @@ def long_parts(operation: str, element: str) -> int:
     return 4 if element == "float64" else 1
 
 
-def long_warps(operation: str, element: str) -> int:
+def long_warps(operation: str, element: str, is_narrow: bool) -> int:
     """Of a CTA, at most: for as many there are registers."""
-    if operation in VARIANCES:
-        return 32 if element == "float64" else 20
-    return 16 if operation in REGISTER_BACKWARD else 24 if ITEMSIZE[element] == 2 else 32
+    if operation in REGISTER_BACKWARD:
+        return 16
+    if operation in VARIANCES and element != "float64":
+        return 20
+    if ITEMSIZE[element] == 2:
+        return 24
+    return 28 if is_narrow else 32
 
 
 LONG_SIDES = {"rms_norm": 1, "layer_norm": 2}
@@ -423,6 +435,8 @@ class LongSchedule(NamedTuple):
     """Of a row."""
     held: int = 0
     """Vectors that a thread keeps in shared memory of what rows share: of norms, of the weight and of the bias."""
+    is_narrow: bool = False
+    """Whether rows begin anywhere in a vector: they are copied as the vectors that hold them, and read in words."""
 
     @property
     def threads(self) -> int:
@@ -432,7 +446,10 @@ class LongSchedule(NamedTuple):
         """Of shared memory: elements, what is held, and room for four times the chunks' sums, or twice and barriers."""
         parts, sums = long_parts(operation, element), 32 << long_bits(n)
         arrays = 2 if operation in REGISTER_BACKWARD else 1
-        elements = arrays * self.warps * SUM_CHUNK // parts * ITEMSIZE[element]
+        of_warp = SUM_CHUNK // parts * ITEMSIZE[element]
+        if self.is_narrow:  # a vector more, of each step where warps share a chunk
+            of_warp += 16 * (CTA_STEPS if parts > 1 else 1)
+        elements = arrays * self.warps * of_warp
         elements += LONG_SIDES.get(operation, 0) * self.held * self.threads * 16
         return elements + 4 * parts * sums * ITEMSIZE[ACCUMULATE[element]]
 
@@ -442,9 +459,9 @@ def long_bits(n: int) -> int:
     return (ceil_div(chunks_of(n), 32) - 1).bit_length()
 
 
-def long_schedules(operation: str, n: int, element: str, device: GPU) -> list[LongSchedule]:
+def long_schedules(operation: str, n: int, element: str, is_narrow: bool, device: GPU) -> list[LongSchedule]:
     """The schedules for rows of n elements, if there are any; the fewest CTAs first, of those alike first the one that
-    holds the most.
+    holds the most. `is_narrow`: see LongSchedule.
     """
     chunks, parts, found = chunks_of(n), long_parts(operation, element), list[LongSchedule]()
     has_kernel = operation in LONG_OPERATIONS and element in ELEMENTS
@@ -452,8 +469,8 @@ def long_schedules(operation: str, n: int, element: str, device: GPU) -> list[Lo
     if not has_kernel or not 2 <= chunks <= most or device.compute_capability < FIRST_WITH_CLUSTERS:
         return found
     for ctas in (*cluster_sizes(device), MOST_CTAS):
-        one = LongSchedule(ceil_div(chunks, ctas) * parts, ctas)
-        fits = ctas <= chunks and one.warps <= long_warps(operation, element)
+        one = LongSchedule(ceil_div(chunks, ctas) * parts, ctas, is_narrow=is_narrow)
+        fits = ctas <= chunks and one.warps <= long_warps(operation, element, is_narrow)
         fits = fits and (ctas > 1 or not is_always_reading(operation))
         if fits and (ctas <= MAX_CTAS or not found):
             several = [one._replace(held=held) for held in range(CTA_STEPS, 0, -2) if operation in LONG_SIDES] + [one]
@@ -462,13 +479,15 @@ def long_schedules(operation: str, n: int, element: str, device: GPU) -> list[Lo
     return found
 
 
-def choose_long_schedule(operation: str, rows: int, n: int, element: str, device: GPU) -> LongSchedule | None:
+def choose_long_schedule(
+    operation: str, rows: int, n: int, element: str, is_narrow: bool, device: GPU
+) -> LongSchedule | None:
     """The fewest CTAs of a row, if they always read; else one, or the fewest of which a multiprocessor holds two, so
     that one reads while another waits. The most where rows are few. None if there is no schedule.
     """
-    found = long_schedules(operation, n, element, device)
+    found = long_schedules(operation, n, element, is_narrow, device)
     for one in found:
-        is_small = one.ctas == 1 or one.warps <= long_warps(operation, element) // 2
+        is_small = one.ctas == 1 or one.warps <= long_warps(operation, element, is_narrow) // 2
         if rows * one.ctas >= device.multiprocessors and (is_small or is_always_reading(operation)):
             return one
     return found[-1] if found else None
@@ -668,12 +687,13 @@ def _register_macros(operation: str, element: str, schedule: RegisterSchedule) -
     )
 
 
-def long_kernel(operation: str, element: str) -> Kernel:
-    """The kernel of long_variance.cu, long_norms.cu or long_backward.cu."""
+def long_kernel(operation: str, element: str, is_narrow: bool) -> Kernel:
+    """The kernel of long_variance.cu, long_norms.cu or long_backward.cu; `is_narrow`: see LongSchedule."""
     width, parts = vector_width(element), long_parts(operation, element)
     is_spread = parts > 1 or operation not in VARIANCES
-    threads = long_warps(operation, element) * 32
+    threads = long_warps(operation, element, is_narrow) * 32
     schedule = RegisterSchedule(width, GROUP_LANES // (width * parts), CTA_STEPS, is_spread, 32, threads)
+    schedule = schedule.narrowed(word_width(element)) if is_narrow else schedule
     name = "backward" if operation in REGISTER_BACKWARD else "variance" if operation in VARIANCES else "norms"
     return Kernel(f"long_{name}.cu", _register_macros(operation, element, schedule))
 

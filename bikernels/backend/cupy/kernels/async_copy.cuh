@@ -12,6 +12,12 @@ __device__ __forceinline__ void copy_vector_async(unsigned shared, const void* g
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
 
+// The same of a word, or of two.
+template <int BYTES>
+__device__ __forceinline__ void copy_words_async(unsigned shared, const void* global) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(global), "n"(BYTES) : "memory");
+}
+
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int PENDING>

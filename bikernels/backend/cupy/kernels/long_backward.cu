@@ -9,7 +9,6 @@
 #include "long_rows.cuh"
 
 static_assert(SPREAD, "the chunks of a CTA lie side by side");
-constexpr int KEPT_BYTES = SUM_CHUNK / PARTS * sizeof(X);  // of a warp, of x or the gradient
 
 // `rows` rows of n elements, at most 32 << bits chunks, by clusters of several CTAs. Rows of x (of the softmax family, of the
 // result), out and the gradient of the result, and statistics, lie as far apart as the steps say.
@@ -24,19 +23,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int begin = cluster_rank() * warps / PARTS * SUM_CHUNK;  // from where `place` counts
     const int chunk = begin / SUM_CHUNK + warp_id() / PARTS;       // that the warp has, or a part of it
     const Place place(5);
-    const bool are_vectors = are_vectors_at(address_bits(x, x_step) | address_bits(out, out_step) |
-                                            address_bits(grad, grad_step) | address_bits(weight, 0));
-    unsigned char* const own = shared + warp_id() * 2 * KEPT_BYTES;
-    const Kept kept_grad{reinterpret_cast<uint4*>(own) + lane_id(), place, n - begin, are_vectors};
-    const Kept kept{kept_grad.at + KEPT_BYTES / 16, place, n - begin, are_vectors};
-#pragma unroll
-    for (int i = 0; i < VECTORS; i++)
-        if (place(i) >= kept.n) kept.at[i * WARP] = kept_grad.at[i * WARP] = make_uint4(0, 0, 0, 0);
+    // Whether rows do, or at least the weight, where rows begin anywhere.
+    const unsigned long long of_rows = address_bits(x, x_step) | address_bits(out, out_step) | address_bits(grad, grad_step);
+    const bool are_vectors = are_vectors_at((IS_IMAGE ? 0 : of_rows) | address_bits(weight, 0));
+    unsigned char* const own = shared + warp_id() * 2 * Rows::BYTES;
+    Rows kept_grad(own, place, n - begin, are_vectors);
+    Rows kept(reinterpret_cast<unsigned char*>(kept_grad.behind() - lane_id()), place, n - begin, are_vectors);
+    kept.clear_with(kept_grad);
 
     // The sums of all parts of chunks, of two rows in turn, in every CTA that has a chunk: while some warps read those of a
     // row, others send the next. A barrier counts their bytes; who waits for it finds them.
     const int places = WARP * PARTS << bits, senders = chunks * PARTS;
-    A* const sums = reinterpret_cast<A*>(shared + warps * 2 * KEPT_BYTES);
+    A* const sums = reinterpret_cast<A*>(shared + warps * 2 * Rows::BYTES);
     for (int i = threadIdx.x; i < 2 * SUMS * places; i += blockDim.x) sums[i] = 0;
     const auto sums_of = [&](int turn, int which) { return sums + (turn % 2 * SUMS + which) * places; };
     const auto barrier_of = [&](int turn) { return shared_address(barriers + turn % 2); };
@@ -71,8 +69,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const bool is_last = next_row >= rows;
         Words raw_grad[VECTORS];
         wait_for_copies<0>();
+        kept_grad.settle();
         kept_grad.take(raw_grad);
+        kept_grad.release();
         if (!is_last) kept_grad.copy(from_grad + next_row * grad_step);
+        kept.begin_use(is_last, from + next_row * x_step);
         const Statistics statistics = next;
         next = statistics_of(turn + 1);
 
@@ -80,22 +81,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             ::read(raw, raw_grad[i], weights.at(i, place, kept.n, are_vectors), statistics, h, p);
         };
         A lane[GROUPS][WIDTH] = {}, lane_of_p[GROUPS][WIDTH] = {};
+        kept.find_end();
 #pragma unroll
         for (int i = 0; i < VECTORS; i++) {
             Words raw;
-            kept.take(i, raw);
+            kept.use(i, raw);
             A h[WIDTH], p[WIDTH];
             read(i, raw, h, p);
 #pragma unroll
             for (int j = 0; j < WIDTH; j++) {
-                if (place(i) < kept.n) lane[i % GROUPS][j] += term(h[j], p[j]);
-                if (IS_CENTRED) lane_of_p[i % GROUPS][j] += p[j];
+                const bool is_present = kept.has(i, j) || (IS_IMAGE && !IS_NORM);  // of softmax, what is absent adds 0
+                if (is_present) lane[i % GROUPS][j] += term(h[j], p[j]);
+                // So is p, but beside an odd number of weights may be anything.
+                if (IS_CENTRED && (is_present || !IS_IMAGE)) lane_of_p[i % GROUPS][j] += p[j];
             }
         }
         if (threadIdx.x == 0) arrive_and_expect(barrier_of(turn), senders * SUMS * static_cast<int>(sizeof(A)));
-        share(turn, 0, warp_sum(lane, place));
-        if (IS_CENTRED) share(turn, 1, warp_sum(lane_of_p, place));
+        share(turn, 0, sum_groups(lane, place));
+        if (IS_CENTRED) share(turn, 1, sum_groups(lane_of_p, place));
         forget_widened(raw_grad);
+        kept.forget_used();
+        if constexpr (IS_IMAGE && !IS_NORM && sizeof(X) == 2) {
+            const unsigned zero = n >> 31;
+            hide(raw_grad, zero);
+            kept.hide_used(zero);
+        }
         wait_barrier(barrier_of(turn), turn / 2 & 1);
         A sum = sum_chunks(sums_of(turn, 0), bits), of_p = 0;
         if constexpr (IS_NORM) sum = sum / divisor;
@@ -103,18 +113,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
         X* const to = static_cast<X*>(out) + row_at(turn) * out_step + begin;
         const X* const next_from = from + next_row * x_step;
+        Results results(to, place, kept.n, are_vectors);
 #pragma unroll
         for (int i = 0; i < VECTORS; i++) {
             Words raw;
-            kept.take(i, raw);
-            if (are_vectors && !is_last) kept.copy_vector(next_from, i);
+            kept.use_last(i, raw, is_last, next_from);
             A h[WIDTH], p[WIDTH], v[WIDTH];
             read(i, raw, h, p);
 #pragma unroll
             for (int j = 0; j < WIDTH; j++) v[j] = result(h[j], p[j], sum, of_p, statistics);
-            store_results(to, place(i), kept.n, are_vectors, v);
+            results.store(i, v);
         }
-        commit_copies();
-        if (!are_vectors && !is_last) kept.copy_singly(next_from);
+        kept.end_use(is_last, next_from);
     }
 }

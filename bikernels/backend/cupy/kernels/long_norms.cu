@@ -10,13 +10,14 @@
 
 static_assert(SPREAD, "the chunks of a CTA lie side by side");
 static_assert(HAS_SIDES, "variances have long_variance.cu");
-constexpr int KEPT_BYTES = SUM_CHUNK / PARTS * sizeof(X);  // of a warp
 constexpr int SIDES = HAS_BIAS ? 2 : 1;
-constexpr int AHEAD = 2;  // vectors of weight and bias that are read at a time
+constexpr int SHORTER = 16 / sizeof(Words);  // than 16 bytes, so many times, vectors are
+// Vectors of weight and bias that are read at a time; of narrow ones of both, for which there are fewer registers, half.
+constexpr int AHEAD = (IS_IMAGE && HAS_BIAS ? 1 : 2) * SHORTER;
 
 // `rows` rows of n elements, at most 32 << bits chunks, by clusters of several CTAs. Rows of x and out, and statistics,
-// lie as far apart as the steps say. `held`: vectors of the weight and of the bias that a thread keeps in shared memory,
-// if it reads vectors; a multiple of AHEAD.
+// lie as far apart as the steps say. `held`: of 16 bytes of the weight and of the bias, how many a thread keeps in shared
+// memory, if it reads vectors; a multiple of 2.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     normalise_long_rows(long long rows, long long x_step, long long out_step, long long mean_step, long long rstd_step,
                         A divisor, A eps, int n, int bits, int held, void* out, const void* x, const void* weight,
@@ -28,15 +29,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     // The chunk that the warp has, or a part of it. Asked when needed: there are few registers to remember anything.
     const auto chunk = [=] { return static_cast<int>(cluster_rank() * warps + warp_id()) / PARTS; };
     const Place place(5);
-    const bool are_vectors = are_vectors_at(address_bits(x, x_step) | address_bits(out, out_step) |
-                                            address_bits(weight, 0) | address_bits(bias, 0));
+    // Of weight and bias only, where rows begin anywhere.
+    const unsigned long long of_rows = IS_IMAGE ? 0 : address_bits(x, x_step) | address_bits(out, out_step);
+    const bool are_vectors = are_vectors_at(of_rows | address_bits(weight, 0) | address_bits(bias, 0));
     if (!are_vectors) held = 0;
-    const int warp_bytes = KEPT_BYTES + SIDES * held * WARP * 16;
-    unsigned char* const own = shared + warp_id() * warp_bytes;
-    const Kept kept{reinterpret_cast<uint4*>(own) + lane_id(), place, n - begin, are_vectors};
-#pragma unroll
-    for (int i = 0; i < VECTORS; i++)
-        if (place(i) >= kept.n) kept.at[i * WARP] = make_uint4(0, 0, 0, 0);
+    held *= SHORTER;
+    const int warp_bytes = Rows::BYTES + SIDES * held * WARP * sizeof(Words);
+    Rows kept(shared + warp_id() * warp_bytes, place, n - begin, are_vectors);
+    kept.clear();
 
     // The sums of all parts of chunks, of two exchanges in turn, in every CTA that has a chunk. A barrier counts their
     // bytes; who waits for it finds them. A warp sends its sum of an exchange when it has read those of the one before,
@@ -69,12 +69,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     prefetch_row(from + row * x_step, place, kept.n);
     wait_for_predecessors();
     kept.copy(from + row * x_step);
-    uint4* const sides = kept.at + KEPT_BYTES / 16;
-    const auto hold = [&](const auto& side, uint4* to) {
+    Vector* const sides = kept.behind();
+    const auto hold = [&](const auto& side, Vector* to) {
 #pragma unroll 1
         for (int i = 0; i < held; i++, to += SIDES * WARP) {
             if (side.data != nullptr) {
-                if (place(i) < kept.n) copy_vector_async(shared_address(to), side.data + place(i));
+                if (place(i) < kept.n) copy_words(shared_address(to), side.data + place(i));
             } else {
                 Words words;
                 side.read(place(i), kept.n, are_vectors, words);
@@ -91,7 +91,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (; row < rows; row += teams) {
         Words raw[VECTORS];
         wait_for_copies<0>();
+        kept.settle();
         kept.take(raw);
+        kept.release();
         if (row + teams < rows) kept.copy(from + (row + teams) * x_step);
         int end = kept.n;
         asm volatile("" : "+r"(end));  // asked anew which vectors there are: see `chunk`
@@ -101,32 +103,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             A lane[GROUPS][WIDTH] = {};
             add_elements(raw, lane);
             forget(raw);
-            mean = add_up(warp_sum(lane, place)) / divisor;
+            mean = add_up(sum_groups(lane, place)) / divisor;
         }
+        kept.find_end();
         A squares[GROUPS][WIDTH] = {};
 #pragma unroll
         for (int i = 0; i < VECTORS; i++) {
 #pragma unroll
             for (int j = 0; j < WIDTH; j++) {
                 const A value = element(raw[i], j, type), y = IS_CENTRED ? value - mean : value;
-                if (!IS_CENTRED || place(i) < end) squares[i % GROUPS][j] += y * y;  // of an absent element: 0
+                if (!IS_CENTRED || (IS_IMAGE ? kept.has(i, j) : place(i) < end))
+                    squares[i % GROUPS][j] += y * y;  // of an absent element: 0
             }
         }
         forget(raw);
-        const A r = 1 / root(add_up(warp_sum(squares, place)) / divisor + eps);
+        const A r = 1 / root(add_up(sum_groups(squares, place)) / divisor + eps);
         if (begin + threadIdx.x == 0) {
             if (means != nullptr) store(static_cast<A*>(means) + row * mean_step, mean);
             if (rstds != nullptr) store(static_cast<A*>(rstds) + row * rstd_step, r);
         }
 
         X* const to = static_cast<X*>(out) + row * out_step + begin;
+        Results results(to, place, end, are_vectors);
 #pragma unroll
         for (int first = 0; first < VECTORS; first += AHEAD) {
             Words w[AHEAD], b[AHEAD];
 #pragma unroll
             for (int i = 0; i < AHEAD; i++) {
                 if (first < held) {
-                    const uint4* const at = sides + (first + i) * SIDES * WARP;
+                    const Vector* const at = sides + (first + i) * SIDES * WARP;
                     load_words(reinterpret_cast<const X*>(at), w[i]);
                     if (HAS_BIAS) load_words(reinterpret_cast<const X*>(at + WARP), b[i]);
                 } else {
@@ -142,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     const A value = element(raw[first + i], j, type);
                     v[j] = result(value, mean, r, element(w[i], j, type), element(b[i], j, type));
                 }
-                store_results(to, place(first + i), end, are_vectors, v);
+                results.store(first + i, v);
             }
         }
     }

@@ -18,20 +18,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int begin = (SPREAD ? cluster_rank() * warps / PARTS : chunk()) * SUM_CHUNK;  // from where `place` counts
     const Place place(5);
     // Two sums of each chunk, of two rows in turn, in every CTA: while some read those of a row, others share the next.
-    const int kept_bytes = SUM_CHUNK / PARTS * sizeof(X), places = WARP * PARTS << bits;
-    A* const sums = reinterpret_cast<A*>(shared + warps * kept_bytes);
+    const int places = WARP * PARTS << bits;
+    A* const sums = reinterpret_cast<A*>(shared + warps * Rows::BYTES);
     const auto sums_of = [&](int turn, int which) { return sums + (turn % 2 * 2 + which) * places; };
     for (int i = threadIdx.x; i < 4 * places; i += blockDim.x) sums[i] = 0;
     arrive_at_cluster();
-    const Kept kept{reinterpret_cast<uint4*>(shared + warp_id() * kept_bytes) + lane_id(), place, n - begin,
-                    are_vectors_at(address_bits(x, x_step))};
+    Rows kept(shared + warp_id() * Rows::BYTES, place, n - begin, are_vectors_at(address_bits(x, x_step)));
     const auto share = [&](A* to, A sum) {
         if (chunk() * SUM_CHUNK < n && lane_id() < cluster_size())
             store_in_cluster(shared_address(to + place_of(chunk(), warp_id() % PARTS, bits)), lane_id(), sum);
     };
-#pragma unroll
-    for (int i = 0; i < VECTORS; i++)
-        if (place(i) >= kept.n) kept.at[i * WARP] = make_uint4(0, 0, 0, 0);
+    kept.clear();
 
     const int teams = gridDim.x / ctas, first = blockIdx.x / ctas;
     const auto row_at = [&](int turn) { return first + static_cast<long long>(turn) * teams; };
@@ -51,25 +48,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (int turn = 0; row_at(turn) < rows; turn++) {
         Words raw[VECTORS];
         wait_for_copies<0>();
+        kept.settle();
         kept.take(raw);
+        kept.release();
         A lane[GROUPS][WIDTH] = {};
         add_elements(raw, lane);
         const bool is_last = row_at(turn + 1) >= rows;
         if (!is_last) kept.copy(from + row_at(turn + 1) * x_step);
-        share(sums_of(turn, 0), warp_sum(lane, place));
+        share(sums_of(turn, 0), sum_groups(lane, place));
         sync_cluster();
         const A mean = sum_chunks(sums_of(turn, 0), bits) / length;
 
         A squares[GROUPS][WIDTH] = {};
+        kept.find_end();
+        const auto add_squares = [&](bool has_all) {
 #pragma unroll
-        for (int i = 0; i < VECTORS; i++) {
+            for (int i = 0; i < VECTORS; i++) {
 #pragma unroll
-            for (int j = 0; j < WIDTH; j++) {
-                const A y = element(raw[i], j, type) - mean;
-                if (place(i) < kept.n) squares[i % GROUPS][j] += y * y;  // of an absent element, the square is 0
+                for (int j = 0; j < WIDTH; j++) {
+                    const A y = element(raw[i], j, type) - mean;
+                    if (has_all || kept.has(i, j)) squares[i % GROUPS][j] += y * y;  // of an absent element, the square is 0
+                }
             }
-        }
-        share(sums_of(turn, 1), warp_sum(squares, place));
+        };
+        if (kept.is_full())
+            add_squares(true);
+        else
+            add_squares(false);
+        share(sums_of(turn, 1), sum_groups(squares, place));
         if (turn > 0) write(turn - 1);  // only now, when the row's elements no longer take registers
         if (is_last) {
             sync_cluster();
