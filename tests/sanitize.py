@@ -34,9 +34,9 @@ ROWS, COLUMNS = (
 )
 
 
-def every_thread_arriving(ring_kernel: Any, *arguments: Any) -> Kernel:
+def every_thread_arriving(kernel_of: Any, *arguments: Any) -> Kernel:
     """The kernel of which no thread arrives at a barrier for others, which racecheck would take for a race."""
-    kernel: Kernel = ring_kernel(*arguments)
+    kernel: Kernel = kernel_of(*arguments)
     return kernel._replace(macros=(*kernel.macros, ("ARRIVING", WARP)))
 
 
@@ -81,8 +81,9 @@ def main() -> None:
     print(f"{ran} products by {len(cases)} schedules, the bytes of the CPU's", flush=True)
     reductions.ROWS, reductions.COLUMNS = ROWS, () if arguments.rows else COLUMNS
     if arguments.racecheck:
-        changed = functools.partial(every_thread_arriving, row_schedules.ring_kernel)
-        mock.patch.object(row_schedules, "ring_kernel", changed).start()
+        for name in ("ring_kernel", "softmax_kernel"):
+            changed = functools.partial(every_thread_arriving, getattr(row_schedules, name))
+            mock.patch.object(row_schedules, name, changed).start()
     for operation in sorted(REDUCTIONS)[share]:
         print(f"{reductions.run(backend, operation, 'bfloat16', 'bfloat16')} {operation}, the bytes of the reference")
     if arguments.first == 0:

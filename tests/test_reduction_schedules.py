@@ -135,6 +135,7 @@ def forced(case: Case, operation: str, element: str, out_dtype: str, gpu: launch
     elsewhere = no_registers | {
         "choose_ring_schedule": None,
         "choose_long_schedule": None,
+        "choose_softmax_schedule": None,
         "choose_tall_schedule": None,
         "choose_spread_schedule": None,
     }
@@ -193,6 +194,9 @@ def forced(case: Case, operation: str, element: str, out_dtype: str, gpu: launch
                 for teams in (1, count):  # one that takes row after row, or one for each
                     patches = no_registers | {"choose_long_schedule": long_schedule, "teams": teams}
                     yield f"{long_schedule}, {teams}", patches
+        for softmax in [] if case.in_columns else row_schedules.softmax_schedules(operation, n, element, gpu):
+            for teams in (1, count):
+                yield f"{softmax}, {teams}", no_registers | {"choose_softmax_schedule": softmax, "teams": teams}
         for schedule in row_schedules.row_schedules(n, row_schedules.kept(operation, element, accumulate), gpu):
             yield str(schedule), elsewhere | {"choose_row_schedule": schedule, "splits_rows": False}
         if operation not in reduction_operations.SPLIT:
@@ -204,7 +208,7 @@ def forced(case: Case, operation: str, element: str, out_dtype: str, gpu: launch
                 for teams in (1, count):  # one that takes row after row, or one for each
                     yield (
                         f"{ring_schedule}, {teams}",
-                        no_registers | {"choose_ring_schedule": ring_schedule, "teams": teams},
+                        elsewhere | {"choose_ring_schedule": ring_schedule, "teams": teams},
                     )
 
 
@@ -277,6 +281,10 @@ def test_rows_beside_vectors(backend: Any, operation: str, dtype: str) -> None:
         for long_schedule in row_schedules.long_schedules(operation, n, dtype, is_narrow, gpu):
             patches = {"choose_register_schedule": None, "choose_long_schedule": long_schedule, "teams": 2}
             compare_beside_vectors(backend, operation, made, patches, f"{n}, {long_schedule}")
+    for softmax in row_schedules.softmax_schedules(operation, 8200, dtype, gpu):
+        made = case(rng, operation, rows_to_reduce(rng, operation, (5, 8200), dtype), dtype, False)
+        patches = {"choose_register_schedule": None, "choose_softmax_schedule": softmax, "teams": 2}
+        compare_beside_vectors(backend, operation, made, patches, str(softmax))
 
 
 NOT_ALIGNED = (ANYWHERE, Steps(1, False))
@@ -480,6 +488,11 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
                     assert long.ctas <= reduction_operations.MOST_CTAS
                     chunks = long.warps // parts * long.ctas
                     assert chunks * SUM_CHUNK >= n and row_schedules.long_bits(n) <= 3 - (parts > 1)
+                softmax = row_schedules.choose_softmax_schedule(operation, rows, n, element, gpu)
+                if softmax is not None:
+                    assert gpu is H100 and ITEMSIZE[element] == 2 and softmax.bytes(operation) <= gpu.shared_bytes
+                    assert softmax.threads <= softmax.most_threads and rows * softmax.ctas > 100
+                    assert softmax.warps * softmax.ctas * row_schedules.SOFTMAX_CHUNKS * SUM_CHUNK >= n
             is_short = 0 < n <= column_schedules.MAX_TILE_CHUNKS * SUM_CHUNK
             if is_short and element != parameters.ANY and operation in column_schedules.PASSES:
                 tiles = column_schedules.choose_tile_schedule(rows, n, element, operation, gpu)
@@ -567,11 +580,21 @@ def test_long_rows_go_to_the_ring() -> None:
     assert anywhere is not None and (anywhere.ctas, anywhere.slots) == (1, 1)
 
 
+def test_long_rows_of_softmax_are_read_once() -> None:
+    """By as few CTAs as have registers and shared memory for them, if rows are not few."""
+    for operation, n, ctas in (("softmax", 50264, 1), ("log_softmax", 65536, 1), ("softmax", 151936, 2)):
+        chosen = row_schedules.choose_softmax_schedule(operation, 1024, n, "bfloat16", H100)
+        assert chosen is not None and chosen.ctas == ctas
+        assert row_schedules.choose_softmax_schedule(operation, 8, n, "bfloat16", H100) is None
+        assert row_schedules.choose_softmax_schedule(operation, 1024, n, "bfloat16", A100) is None
+        assert not row_schedules.softmax_schedules(operation, n, "float32", H100)
+
+
 def test_rows_in_registers_are_no_more_than_ctas() -> None:
     """Of a view that overlaps itself, there may be more than a launch has CTAs for; those kernels do not walk on."""
     for operation, n in (("sum", 2049), ("var", 2049), ("logsumexp", 16384)):
         for rows, is_held in ((launch.MAX_GRID, True), (launch.MAX_GRID + 1, False)):
-            held = row_schedules.choose_register_schedule(operation, rows, n, "bfloat16", True, H100)
+            held = row_schedules.choose_register_schedule(operation, rows, n, "bfloat16", ANYWHERE if n % 8 else WHOLE_VECTORS, H100)
             assert (held is not None) == is_held
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from ...contract import ACCUMULATE, SUM_CHUNK, SUM_LANES
+from ...contract import ACCUMULATE, ITEMSIZE, SUM_CHUNK, SUM_LANES
 from .column_schedules import (
     PASSES,
     SHORT_TILE_OPERATIONS,
@@ -38,8 +38,10 @@ from .row_schedules import (
     LANES,
     LONG_OPERATIONS,
     LONG_ROW,
+    LONG_SOFTMAX,
     OCTETS,
     REGISTER_OPERATIONS,
+    SOFTMAX_THREADS,
     WARP_STEPS,
     Steps,
     chunk_kernel,
@@ -49,6 +51,7 @@ from .row_schedules import (
     register_schedules,
     ring_kernel,
     row_kernel,
+    softmax_kernel,
     widened_to,
 )
 
@@ -78,6 +81,9 @@ def kernels(compute_capability: int) -> Iterator[Kernel]:
             for operation in filter(LONG_OPERATIONS.__contains__, OPERATIONS):
                 for is_narrow in (False, True):
                     found[long_kernel(operation, element, is_narrow)] = None
+            for operation in filter(LONG_SOFTMAX.__contains__, OPERATIONS) if ITEMSIZE[element] == 2 else ():
+                for most_threads in SOFTMAX_THREADS:
+                    found[softmax_kernel(operation, element, most_threads)] = None
             if compute_capability < 120:  # of which a CTA has less shared memory
                 found[tall_kernel(element)] = None
         if element != ANY:

@@ -30,7 +30,7 @@ from .launch import (
 )
 from .parameters import DTYPE_CODE, OPERANDS, REDUCTION, divisor, fill_dims
 from .reduction_operations import GROUP_LANES
-from .row_schedules import LongSchedule, RegisterSchedule, RingSchedule, RowSchedule, Steps
+from .row_schedules import LongSchedule, RegisterSchedule, RingSchedule, RowSchedule, SoftmaxSchedule, Steps
 
 SIDES = OPERANDS[2:]
 """Operands that an operation may have beside x and out."""
@@ -303,6 +303,8 @@ def prepare(spec: ReductionSpec, device: Device) -> ReductionLaunch:
             _plan_single(plan, _column_launch(plan, rows, operation))
     elif (long := _choose_long(plan, rows, operation)) is not None:
         _plan_single(plan, _long_launch(plan, rows, operation, long))
+    elif (softmax := _choose_softmax(plan, rows, operation)) is not None:
+        _plan_single(plan, _softmax_launch(plan, rows, operation, softmax))
     elif (ring := _choose_ring(plan, rows, operation)) is not None:
         _plan_single(plan, _ring_launch(plan, rows, operation, ring))
     elif operation in reduction_operations.SUMS:
@@ -338,6 +340,13 @@ def _choose_long(plan: _Plan, rows: _Rows, operation: str) -> LongSchedule | Non
     if chosen is not None and chosen.ctas > PORTABLE_CTAS and _resident_long(plan, rows, operation, chosen) == 0:
         return None
     return chosen
+
+
+def _choose_softmax(plan: _Plan, rows: _Rows, operation: str) -> SoftmaxSchedule | None:
+    """The schedule of long_softmax.cu; None if the operation or the layout has none, or others are better."""
+    if not (rows.fits_registers and rows.has_whole_vectors):
+        return None
+    return row_schedules.choose_softmax_schedule(operation, rows.number, rows.n, rows.element, plan.gpu)
 
 
 def _long_name(operation: str) -> str:
@@ -517,6 +526,25 @@ def _long_launch(plan: _Plan, rows: _Rows, operation: str, schedule: LongSchedul
         schedule.threads,
         schedule.bytes(operation, rows.n, rows.element),
         (np.int64(rows.number), *arguments),
+        cluster=schedule.ctas,
+        overlapping=True,
+    )
+
+
+def _softmax_launch(plan: _Plan, rows: _Rows, operation: str, schedule: SoftmaxSchedule) -> Launch:
+    """A launch of long_softmax.cu, given the addresses of out and x."""
+    kernel = row_schedules.softmax_kernel(operation, rows.element, schedule.most_threads)
+    name, shared_bytes = "exponentiate_long_rows", schedule.bytes(operation)
+    function = load(kernel, name, plan.index, shared_bytes, schedule.ctas)
+    resident = resident_ctas(function, schedule.threads, shared_bytes, schedule.ctas)
+    numbers = map(np.int32, (rows.n, row_schedules.SOFTMAX_AREA_BYTES))
+    return plan.shape(
+        kernel,
+        name,
+        reduction_operations.teams(rows.number, resident // schedule.ctas) * schedule.ctas,
+        schedule.threads,
+        shared_bytes,
+        (np.int64(rows.number), *_steps(rows, "x", "out"), *numbers, *_addresses(rows, ())),
         cluster=schedule.ctas,
         overlapping=True,
     )

@@ -493,6 +493,83 @@ def choose_long_schedule(
     return found[-1] if found else None
 
 
+# ------------------------------------------------------------------------------------ long rows of softmax, read once
+
+LONG_SOFTMAX = frozenset(("softmax", "log_softmax"))
+"""Those that long_softmax.cu has, of elements of 16 bits."""
+
+SOFTMAX_CHUNKS = 2
+"""Of a warp."""
+
+SOFTMAX_VECTORS = SOFTMAX_CHUNKS * SUM_CHUNK // SUM_LANES
+"""Of a thread."""
+
+SOFTMAX_HELD, SOFTMAX_ASIDE = 14, 3
+"""Of these vectors, in registers; and that softmax may put aside."""
+
+SOFTMAX_THREADS = (512, 608)
+"""Of a CTA, at most, that kernels are compiled for."""
+
+MAX_SOFTMAX_TEAM = 64
+"""Warps of a team: each thread of a warp reads what two of them share."""
+
+SOFTMAX_AREA_BYTES = 8 * MAX_SOFTMAX_TEAM
+"""What they exchange at a time."""
+
+WELL_SHARED = 0.85
+"""Of a multiprocessor's four schedulers, the part that has as many warps as any."""
+
+
+class SoftmaxSchedule(NamedTuple):
+    """How CTAs share long rows of softmax that are read once."""
+
+    warps: int
+    """Of a CTA, with two chunks each."""
+    ctas: int
+    """Of a row."""
+
+    @property
+    def threads(self) -> int:
+        return self.warps * 32
+
+    @property
+    def most_threads(self) -> int:
+        """That the kernel is compiled for."""
+        return min(most for most in SOFTMAX_THREADS if self.threads <= most)
+
+    def bytes(self, operation: str) -> int:
+        """Of shared memory: vectors, those that are not in registers of two rows, and what the warps exchange."""
+        vectors = 2 * SOFTMAX_VECTORS - SOFTMAX_HELD + (SOFTMAX_ASIDE if operation == "softmax" else 0)
+        return vectors * self.threads * 16 + RING_AREAS * (8 + SOFTMAX_AREA_BYTES)
+
+
+def softmax_schedules(operation: str, n: int, element: str, device: GPU) -> list[SoftmaxSchedule]:
+    """The schedules of long_softmax.cu for rows of n elements, the fewest CTAs first."""
+    chunks, has_kernel = chunks_of(n), operation in LONG_SOFTMAX and element in ELEMENTS and ITEMSIZE[element] == 2
+    if not has_kernel or chunks < SOFTMAX_CHUNKS or device.compute_capability < FIRST_WITH_CLUSTERS:
+        return []
+    found = []
+    for ctas in cluster_sizes(device):
+        one = SoftmaxSchedule(ceil_div(chunks, ctas * SOFTMAX_CHUNKS), ctas)
+        fits = one.threads <= max(SOFTMAX_THREADS) and one.warps * ctas <= MAX_SOFTMAX_TEAM
+        if fits and ctas * SOFTMAX_CHUNKS <= chunks and one.bytes(operation) <= device.shared_bytes:
+            found.append(one)
+    return found
+
+
+def choose_softmax_schedule(operation: str, rows: int, n: int, element: str, device: GPU) -> SoftmaxSchedule | None:
+    """The fewest CTAs of a row, if those of all rows keep the GPU busy and have many warps; of log_softmax, for which
+    other kernels do little more, if each scheduler has nearly as many. None elsewhere.
+    """
+    found = softmax_schedules(operation, n, element, device)
+    if not found:
+        return None
+    one, schedulers = found[0], 4
+    shared = chunks_of(n) / (one.ctas * SOFTMAX_CHUNKS * ceil_div(one.warps, schedulers) * schedulers)
+    are_many = one.warps > 3 * schedulers and rows * one.ctas >= 0.9 * device.multiprocessors
+    return one if are_many and (operation == "softmax" or shared >= WELL_SHARED) else None
+
+
 # ------------------------------------------------------------------------------------------------------- rows in a ring
 
 RING_OPERATIONS = SUMS | EXPONENTIALS
@@ -696,6 +773,20 @@ def long_kernel(operation: str, element: str, is_narrow: bool) -> Kernel:
     schedule = schedule.narrowed(word_width(element)) if is_narrow else schedule
     name = "backward" if operation in REGISTER_BACKWARD else "variance" if operation in VARIANCES else "norms"
     return Kernel(f"long_{name}.cu", _register_macros(operation, element, schedule))
+
+
+def softmax_kernel(operation: str, element: str, most_threads: int) -> Kernel:
+    """The kernel of long_softmax.cu."""
+    return Kernel(
+        "long_softmax.cu",
+        (
+            ("OPERATION", OPERATIONS[operation]),
+            ("ELEMENT", c_type(element)),
+            ("HELD", SOFTMAX_HELD),
+            ("ASIDE", SOFTMAX_ASIDE if operation == "softmax" else 0),
+            ("THREADS", most_threads),
+        ),
+    )
 
 
 def ring_kernel(operation: str, element: str, out_dtype: str) -> Kernel:

@@ -2,14 +2,9 @@
 // row, and while they work on one, the next are on their way: each warp copies its own chunks of them to shared memory, to
 // the slots of a ring (sm_90 on).
 //
-// OPERATION: a struct below. ELEMENT, RESULT: dtypes of x and of the result. THREADS: of a CTA, at most. ARRIVING: threads of
-// a warp that arrive at the team's barriers for it: 1; all for a tool that does not see what one thread does for others.
-#include "hopper.cuh"
+// OPERATION: a struct below. ELEMENT, RESULT: dtypes of x and of the result. THREADS: of a CTA, at most.
+#include "exchange.cuh"
 #include "softmax.cuh"
-
-#ifndef ARRIVING
-#define ARRIVING 1
-#endif
 
 using A = float;
 using Elements = A[THREAD_LANES];
@@ -50,52 +45,6 @@ struct Phase<true> {
 
     Phase() = default;
     __device__ __forceinline__ explicit Phase(int) {}
-};
-
-// ---------------------------------------------------------------------------------------------------------------- team
-
-// The warps that share a row. What they exchange goes to one of several areas of the shared memory of every CTA in turn,
-// each with a barrier that counts its CTA's warps and, in a cluster, bytes. A warp may share the next values before it has
-// read these, but not those after: when it shares what goes to an area again, all have read what was there.
-constexpr int AREAS = 4;
-
-struct Team {
-    int warps, ctas, rank;  // of the CTA; of the cluster; of this CTA in it
-    unsigned char* areas;
-    int area_bytes;
-    unsigned barriers;
-
-    __device__ __forceinline__ unsigned barrier(unsigned turn) const { return barriers + turn % AREAS * 8; }
-    template <class V>
-    __device__ __forceinline__ V* area(unsigned turn) const {
-        return reinterpret_cast<V*>(areas + turn % AREAS * area_bytes);
-    }
-
-    // Write a warp's value to `place` of exchange number `turn`.
-    template <class V>
-    __device__ __forceinline__ void share(unsigned turn, int place, V value) const {
-        V* const to = area<V>(turn) + place;
-        if (ctas == 1) {
-            if (lane_id() == 0) *to = value;
-        } else if (lane_id() < ctas) {
-            send_in_cluster(shared_address(to), lane_id(), value, barrier(turn));
-        }
-    }
-    // Say that the warp has shared its values, of all the warps' `bytes`, and read those of the exchange before.
-    __device__ __forceinline__ void arrived(unsigned turn, int bytes) const {
-        __syncwarp();  // one thread arrives for what all have read
-        if (ctas > 1 && threadIdx.x == 0) {
-            arrive_and_expect(barrier(turn), bytes);
-        } else if (lane_id() < ARRIVING) {
-            arrive(barrier(turn));
-        }
-    }
-    // Wait until all have.
-    template <class V>
-    __device__ __forceinline__ const V* meet(unsigned turn) const {
-        wait_barrier(barrier(turn), turn / AREAS & 1);
-        return area<V>(turn);
-    }
 };
 
 // ----------------------------------------------------------------------------------------------------------------- row
@@ -897,13 +846,6 @@ struct SoftmaxFamily {
     }
 
   private:
-    // Numbers in the order of these integers, a NaN above all.
-    static __device__ __forceinline__ int ordered(A x) {
-        const int bits = __float_as_int(x);
-        return bits ^ (bits >> 31 & 0x7FFFFFFF);
-    }
-    static __device__ __forceinline__ A from_ordered(int x) { return __int_as_float(x ^ (x >> 31 & 0x7FFFFFFF)); }
-
     // Whether one of eight elements may be the maximum; what lies before the row may be anything.
     static __device__ __forceinline__ bool may_have(A maximum, const uint4*, const Elements& v, float*) {
         A most = v[0];

@@ -174,6 +174,13 @@ __device__ __forceinline__ float smaller_nan(float a, float b) {
 #endif
 }
 
+// Numbers in the order of these integers, a NaN above all.
+__device__ __forceinline__ int ordered(float x) {
+    const int bits = __float_as_int(x);
+    return bits ^ (bits >> 31 & 0x7FFFFFFF);
+}
+__device__ __forceinline__ float from_ordered(int x) { return __int_as_float(x ^ (x >> 31 & 0x7FFFFFFF)); }
+
 // The maximum of elements that come eight at a time; a NaN if there is one. X: as they are stored.
 template <class X, class A>
 struct Maximum {
@@ -428,6 +435,34 @@ __device__ __forceinline__ bool round_quotients(float (&v)[8], float maximum, fl
 #pragma unroll
     for (int j = 0; j < 8; j++) v[j] = low[j];
     return true;
+}
+
+// The bounds of the reciprocal for `round_powers`, where no t is below `least_t`, which lies above NEAR.
+struct Bounds {
+    float least, most;
+
+    // In units of 2^-24: exp by the hardware's power of two is within 4 and its argument's rounding, 1.24 for each unit of t;
+    // the contract's exp within 2; the reciprocal, the quotient, each product and each bound here within 1.
+    __device__ __forceinline__ Bounds(float reciprocal, float least_t) {
+        const float slack = fused(-least_t, 0x1.4p-24f, 0x1p-20f);
+        least = reciprocal * (1 - slack);
+        most = reciprocal * (1 + slack);
+    }
+};
+
+// The same as round_quotients in fewer instructions: `words` become those of the results.
+template <class R>
+__device__ __forceinline__ bool round_powers(const float (&v)[8], float maximum, const Bounds& bounds, unsigned (&words)[4],
+                                             R* r) {
+    unsigned differ = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float low = power_of_two((v[2 * i] - maximum) * EXP_FLOAT32_LOG2E);
+        const float high = power_of_two((v[2 * i + 1] - maximum) * EXP_FLOAT32_LOG2E);
+        words[i] = packed_pair(low * bounds.least, high * bounds.least, r);
+        differ |= words[i] ^ packed_pair(low * bounds.most, high * bounds.most, r);
+    }
+    return differ == 0;
 }
 
 // v becomes numbers that round to R as the quotients of exponentials do; false if that is not sure. None of these is
