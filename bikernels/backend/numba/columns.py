@@ -41,6 +41,7 @@ from .device import (
     Function,
     add_shared,
     arrive_in_cluster,
+    begin_in_cluster,
     cluster_number,
     commit_copies,
     copy_async,
@@ -72,7 +73,16 @@ from .device import (
     writer,
 )
 from .formulas import BESIDE, Formula, formula, numbers_of
-from .launch import Kernel, Launch, compute_capability, flat, multiprocessors, on
+from .launch import (
+    OWN_SHARED_BYTES,
+    Kernel,
+    Launch,
+    compute_capability,
+    flat,
+    multiprocessors,
+    on,
+    shared_bytes_of_multiprocessor,
+)
 from .vectors import MINUS_INFINITY
 
 MAX_COLUMNS = 2**31 // 8
@@ -86,6 +96,8 @@ ROUNDS = SUM_CHUNK // SUM_LANES
 """Elements of a lane in a chunk."""
 MAX_PIECES, MAX_PIECE_VECTORS = 128, 512
 """Of a tile, and times its vectors: shared memory has a number for each column of each piece."""
+AT_A_TIME = 8
+"""Sums of pieces that a thread reads before it adds them."""
 KEPT_VECTORS = 16
 """Of a thread, in shared memory."""
 BLOCKS = 3
@@ -115,6 +127,13 @@ class Variant(NamedTuple):
     @property
     def keeps(self) -> bool:
         return self.at_once == 0
+
+    @property
+    def fetches_ahead(self) -> bool:
+        """Whether tiles that are kept are brought to the L2 while others are computed: where that takes several passes
+        and no row of results is written.
+        """
+        return self.keeps and len(self.formula.passes) > 1 and self.formula.element is None
 
     @property
     def accumulate(self) -> str:
@@ -255,7 +274,16 @@ def _prefetch_element(tile: Any, state: Any, sides: Any, i: Any) -> Any:
     return state
 
 
+@device
+def _prefetch_element_of_x(tile: Any, state: Any, more: Any, i: Any) -> Any:
+    """Have the L2 fetch a vector of x."""
+    if i < tile[0]:
+        prefetch_line(tile[2] + types.int64(i) * tile[1])
+    return state
+
+
 _copy_elements, _prefetch_elements = _for_elements(_copy_element), _for_elements(_prefetch_element)
+_prefetch_elements_of_x = _for_elements(_prefetch_element_of_x)
 
 
 @device
@@ -434,6 +462,34 @@ def _overlap(variant: Variant) -> Function:
     return begin if variant.overlaps else nothing
 
 
+def _fetch_ahead(variant: Variant) -> Function:
+    """fetch(tile, later, sizes, x, shape, strides): have the L2 fetch what a thread like this one reads of the tile of
+    that number, if there is one: one that begins when this one has ended. While a block computes, it reads nothing.
+    """
+    place_of, has_outer = _place(variant.kept_dimensions), variant.kept_dimensions > 1
+    x_bytes, width = ITEMSIZE[variant.x], variant.width
+
+    @device
+    def nothing(tile: Any, later: Any, sizes: Any, x: Any, shape: Any, strides: Any) -> None:
+        pass
+
+    @device
+    def fetch(tile: Any, later: Any, sizes: Any, x: Any, shape: Any, strides: Any) -> None:
+        tiles, across, inner, n = sizes
+        _, step, _, left, below, bits, part_bits, lanes, rounds, pieces, rank, blocks, kept = tile
+        if later < tiles:
+            outer = types.int32(later // across) if has_outer else types.int32(0)
+            columns = types.int32(types.int32(width) << bits)
+            column = types.int32(types.int32(later - outer * across) * columns + left)
+            own = min(column, types.int32(inner - width))
+            length = types.int32(n) if column < inner else types.int32(0)
+            first = x + place_of(outer, own, shape, strides) * x_bytes
+            there = length, step, first, left, below, bits, part_bits, lanes, rounds, pieces, rank, blocks, kept
+            _prefetch_elements_of_x(there, types.int32(0), types.int32(0))
+
+    return fetch if variant.fetches_ahead else nothing
+
+
 @functools.cache
 def _fold(accumulate: str, width: int, combine: Function, nothing: float) -> Function:
     """fold(values, tile, exchange): what the threads of this block have of each column, as neighbours. Each of the
@@ -465,6 +521,34 @@ def _fold(accumulate: str, width: int, combine: Function, nothing: float) -> Fun
         return combine(first, combine(combine(of_warps[4], of_warps[5]), combine(of_warps[6], of_warps[7])))
 
     return fold
+
+
+@functools.cache
+def _fold_pieces(accumulate: str) -> Function:
+    """fold_pieces(sums, count, apart): the sum of a column's pieces, as neighbours, of which the first one's lies at
+    `sums` and the others so many bytes apart. Several are read at a time, and their sums written in their place.
+    """
+    real, add, (load, store) = OPERATIONS[accumulate].type, OPERATIONS[accumulate].add, shared_access(accumulate)
+
+    @device
+    def fold_pieces(sums: Any, count: Any, apart: Any) -> Any:
+        while count > 1:
+            group, first = types.int32(0), types.int32(0)
+            while first < count:
+                of = cuda.local.array(AT_A_TIME, real)
+                for j in range(AT_A_TIME):
+                    of[j] = real(0)  # which changes no sum
+                    if first + j < count:
+                        of[j] = load(types.uint32(sums + types.uint32(types.int32(first + j) * apart)))
+                lower = add(add(of[0], of[1]), add(of[2], of[3]))
+                upper = add(add(of[4], of[5]), add(of[6], of[7]))
+                store(types.uint32(sums + types.uint32(group * apart)), add(lower, upper))
+                group = types.int32(group + 1)
+                first = types.int32(first + AT_A_TIME)
+            count = group
+        return load(sums)
+
+    return fold_pieces
 
 
 @functools.cache
@@ -575,7 +659,7 @@ def _sum(variant: Variant, number: int) -> Function:
         _share("uint32", in_cluster),
     )
     meet = _meet_in_cluster if in_cluster else _meet_in_block
-    (load, store), load_count = shared_access(accumulate), shared_access("uint32")[0]
+    fold_pieces, load_count = _fold_pieces(accumulate), shared_access("uint32")[0]
     assert term is not None
 
     @device
@@ -639,15 +723,8 @@ def _sum(variant: Variant, number: int) -> Function:
         meet()
         value, all_counted = real(0), types.int32(0)
         if thread < columns:
-            apart = types.int32(1)
-            while apart < pieces:  # the pieces of its column, as neighbours
-                piece = types.int32(0)
-                while piece + apart < pieces:
-                    at = types.uint32(sums + types.uint32(types.int32(piece * columns + thread) * size))
-                    store(at, add(load(at), load(types.uint32(at + types.uint32(apart * columns * size)))))
-                    piece = types.int32(piece + 2 * apart)
-                apart = types.int32(apart * 2)
-            value = load(types.uint32(sums + types.uint32(thread * size)))
+            at = types.uint32(sums + types.uint32(thread * size))
+            value = fold_pieces(at, pieces, types.int32(columns * size))
             if has_count:
                 for one in range(blocks):
                     at = types.uint32(counts + types.uint32(types.int32(one * columns + thread) * 4))
@@ -795,17 +872,17 @@ def _reduce(variant: Variant) -> Function:
     write_number, storage = writer(variant.out, accumulate), STORAGE[variant.out]
     x_bytes, out_bytes = ITEMSIZE[variant.x], ITEMSIZE[variant.out]
     store_count, wait = shared_access("uint32")[1], wait_for_copies(0)
-    sides, begin = _sides(variant), _overlap(variant)
+    sides, begin, fetch_ahead = _sides(variant), _overlap(variant), _fetch_ahead(variant)
     place_of, has_outer = _place(variant.kept_dimensions), variant.kept_dimensions > 1
 
     def reduce_columns(addresses: Any, sizes: Any, numbers: Any, kept_shape: Any, kept: Any, step: Any) -> None:
-        inner, n, across, bits, part_bits, lanes, rounds, pieces, blocks, kept_vectors = sizes
+        inner, n, across, bits, part_bits, lanes, rounds, pieces, blocks, kept_vectors, tiles, ahead = sizes
         bits, part_bits, lanes = types.int32(bits), types.int32(part_bits), types.int32(lanes)
         rounds, pieces, blocks = types.int32(rounds), types.int32(pieces), types.int32(blocks)
         thread, columns = _thread(), types.int32(types.int32(width) << bits)
         item, rank = types.int32(cuda.blockIdx.x), types.int32(0)
         if in_cluster:
-            arrive_in_cluster()
+            begin_in_cluster()
             item, rank = cluster_number(), rank_in_cluster()
         inner, across = types.int32(inner), types.int32(across)
         outer = types.int32(item // across) if has_outer else types.int32(0)
@@ -850,6 +927,8 @@ def _reduce(variant: Variant) -> Function:
             t[w] = real(0)
         if keeps:
             wait()
+            sizes_of_all = types.int32(tiles), across, inner, types.int32(n)
+            fetch_ahead(tile, types.int32(item + types.int32(ahead)), sizes_of_all, addresses[1], kept_shape, kept[1])
         if in_cluster:
             wait_in_cluster()  # no block writes to another that has not begun
         own = first(tile, real(0), beside, numbers, exchange, shared_sums, counts)
@@ -873,7 +952,7 @@ def kernel(variant: Variant) -> Kernel:
     kept, operands = int64s(variant.kept_dimensions), 2 + len(variant.beside)
     signature = types.void(
         int64s(operands),  # addresses
-        int64s(10),  # see `build`
+        int64s(12),  # see `build`
         types.UniTuple(types.float64, 3),  # what divides the sums of both passes, eps
         kept,  # the columns' shape and strides
         types.UniTuple(kept, 3 if variant.beside else 2),  # of out, x and the gradient
@@ -1054,18 +1133,22 @@ def build(
     overlaps = spec.grad is not None and n <= SHORT and compute_capability(gpu) >= FIRST_WITH_CLUSTERS
     variant = Variant(spec.operation, out.dtype, x.dtype, kept, plan.at_once, in_cluster, overlaps)
     shared_bytes = plan.shared_bytes(n, spec.operation, width, ITEMSIZE[variant.accumulate])
+    one = kernel(variant)._replace(shared_bytes=shared_bytes)
+    # Tiles that are begun at once: some blocks have no room where a cluster needs that of several.
+    by_memory = shared_bytes_of_multiprocessor(gpu) // (shared_bytes + OWN_SHARED_BYTES)
+    held = min(one.blocks_of(compute_capability(gpu)), by_memory) * multiprocessors(gpu)
+    ahead = held * 9 // (10 * plan.blocks) if in_cluster else held
     beside = [layout for name in variant.beside if (layout := getattr(spec, name)) is not None]
     steps = 0 if spec.one_for_a_row else out.strides[kept], *(one.strides[kept] for one in (x, *beside))
     places = [one.strides[:kept] for one in (out, x, *beside[:1])]
     arguments = (
         *(inner, n, across, plan.vectors.bit_length() - 1, plan.parts.bit_length() - 1),
         *(plan.lanes, rounds_of(n), plan.pieces(n), plan.blocks, plan.kept_vectors(n)),
+        *(tiles, min(ahead, tiles)),
         *flat((*numbers_of(spec, n), x.shape[:kept], *places, steps)),
     )
     with on(gpu):
-        aligned = Launch(
-            kernel(variant)._replace(shared_bytes=shared_bytes), gpu, (tiles,), plan.blocks if in_cluster else None
-        )
+        aligned = Launch(one, gpu, (tiles,), plan.blocks if in_cluster else None)
     needed = VECTOR_BYTES - 1
 
     def launch(stream: int, out: int, *others: int) -> None:
