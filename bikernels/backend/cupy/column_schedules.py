@@ -554,7 +554,7 @@ WEIGHT_THREADS = 1024
 FEW_LINES = 32
 """Of an element of all columns."""
 
-MANY_TILES = 3
+MANY_TILES = 1.5
 """For each CTA that the GPU holds, from which on CTAs go on from tile to tile: beginning anew costs more of them."""
 
 
@@ -604,11 +604,13 @@ def weight_schedules(n: int, element: str, width: int, device: GPU) -> list[Weig
 
 
 def choose_weight_schedule(columns: int, n: int, element: str, width: int, device: GPU) -> WeightSchedule:
-    """Tiles of whole lines, or half as wide where that leaves few; of single columns, as many as a warp has."""
+    """Tiles of whole lines, of two where CTAs go on, or half as wide where that leaves few; of single columns, as many as
+    a warp has.
+    """
     found, whole = weight_schedules(n, element, width, device), PREFERRED_BYTES_ACROSS // 16
     for one in found:
         many = MANY_TILES * one.resident(element, device)
-        if one.streams and one.across == whole and ceil_div(columns, one.tile) >= many:
+        if one.streams and one.across == 2 * whole and ceil_div(columns, one.tile) >= many:
             return one
     if width == 1:
         wanted = min(32, next_power_of_two(columns))

@@ -73,16 +73,7 @@ from .device import (
     writer,
 )
 from .formulas import BESIDE, Formula, formula, numbers_of
-from .launch import (
-    OWN_SHARED_BYTES,
-    Kernel,
-    Launch,
-    compute_capability,
-    flat,
-    multiprocessors,
-    on,
-    shared_bytes_of_multiprocessor,
-)
+from .launch import Kernel, Launch, compute_capability, flat, multiprocessors, on
 from .vectors import MINUS_INFINITY
 
 MAX_COLUMNS = 2**31 // 8
@@ -127,13 +118,6 @@ class Variant(NamedTuple):
     @property
     def keeps(self) -> bool:
         return self.at_once == 0
-
-    @property
-    def fetches_ahead(self) -> bool:
-        """Whether tiles that are kept are brought to the L2 while others are computed: where that takes several passes
-        and no row of results is written.
-        """
-        return self.keeps and len(self.formula.passes) > 1 and self.formula.element is None
 
     @property
     def accumulate(self) -> str:
@@ -274,16 +258,7 @@ def _prefetch_element(tile: Any, state: Any, sides: Any, i: Any) -> Any:
     return state
 
 
-@device
-def _prefetch_element_of_x(tile: Any, state: Any, more: Any, i: Any) -> Any:
-    """Have the L2 fetch a vector of x."""
-    if i < tile[0]:
-        prefetch_line(tile[2] + types.int64(i) * tile[1])
-    return state
-
-
 _copy_elements, _prefetch_elements = _for_elements(_copy_element), _for_elements(_prefetch_element)
-_prefetch_elements_of_x = _for_elements(_prefetch_element_of_x)
 
 
 @device
@@ -460,34 +435,6 @@ def _overlap(variant: Variant) -> Function:
         wait_for_predecessors()
 
     return begin if variant.overlaps else nothing
-
-
-def _fetch_ahead(variant: Variant) -> Function:
-    """fetch(tile, later, sizes, x, shape, strides): have the L2 fetch what a thread like this one reads of the tile of
-    that number, if there is one: one that begins when this one has ended. While a block computes, it reads nothing.
-    """
-    place_of, has_outer = _place(variant.kept_dimensions), variant.kept_dimensions > 1
-    x_bytes, width = ITEMSIZE[variant.x], variant.width
-
-    @device
-    def nothing(tile: Any, later: Any, sizes: Any, x: Any, shape: Any, strides: Any) -> None:
-        pass
-
-    @device
-    def fetch(tile: Any, later: Any, sizes: Any, x: Any, shape: Any, strides: Any) -> None:
-        tiles, across, inner, n = sizes
-        _, step, _, left, below, bits, part_bits, lanes, rounds, pieces, rank, blocks, kept = tile
-        if later < tiles:
-            outer = types.int32(later // across) if has_outer else types.int32(0)
-            columns = types.int32(types.int32(width) << bits)
-            column = types.int32(types.int32(later - outer * across) * columns + left)
-            own = min(column, types.int32(inner - width))
-            length = types.int32(n) if column < inner else types.int32(0)
-            first = x + place_of(outer, own, shape, strides) * x_bytes
-            there = length, step, first, left, below, bits, part_bits, lanes, rounds, pieces, rank, blocks, kept
-            _prefetch_elements_of_x(there, types.int32(0), types.int32(0))
-
-    return fetch if variant.fetches_ahead else nothing
 
 
 @functools.cache
@@ -872,11 +819,11 @@ def _reduce(variant: Variant) -> Function:
     write_number, storage = writer(variant.out, accumulate), STORAGE[variant.out]
     x_bytes, out_bytes = ITEMSIZE[variant.x], ITEMSIZE[variant.out]
     store_count, wait = shared_access("uint32")[1], wait_for_copies(0)
-    sides, begin, fetch_ahead = _sides(variant), _overlap(variant), _fetch_ahead(variant)
+    sides, begin = _sides(variant), _overlap(variant)
     place_of, has_outer = _place(variant.kept_dimensions), variant.kept_dimensions > 1
 
     def reduce_columns(addresses: Any, sizes: Any, numbers: Any, kept_shape: Any, kept: Any, step: Any) -> None:
-        inner, n, across, bits, part_bits, lanes, rounds, pieces, blocks, kept_vectors, tiles, ahead = sizes
+        inner, n, across, bits, part_bits, lanes, rounds, pieces, blocks, kept_vectors = sizes
         bits, part_bits, lanes = types.int32(bits), types.int32(part_bits), types.int32(lanes)
         rounds, pieces, blocks = types.int32(rounds), types.int32(pieces), types.int32(blocks)
         thread, columns = _thread(), types.int32(types.int32(width) << bits)
@@ -927,8 +874,6 @@ def _reduce(variant: Variant) -> Function:
             t[w] = real(0)
         if keeps:
             wait()
-            sizes_of_all = types.int32(tiles), across, inner, types.int32(n)
-            fetch_ahead(tile, types.int32(item + types.int32(ahead)), sizes_of_all, addresses[1], kept_shape, kept[1])
         if in_cluster:
             wait_in_cluster()  # no block writes to another that has not begun
         own = first(tile, real(0), beside, numbers, exchange, shared_sums, counts)
@@ -952,7 +897,7 @@ def kernel(variant: Variant) -> Kernel:
     kept, operands = int64s(variant.kept_dimensions), 2 + len(variant.beside)
     signature = types.void(
         int64s(operands),  # addresses
-        int64s(12),  # see `build`
+        int64s(10),  # see `build`
         types.UniTuple(types.float64, 3),  # what divides the sums of both passes, eps
         kept,  # the columns' shape and strides
         types.UniTuple(kept, 3 if variant.beside else 2),  # of out, x and the gradient
@@ -1133,22 +1078,18 @@ def build(
     overlaps = spec.grad is not None and n <= SHORT and compute_capability(gpu) >= FIRST_WITH_CLUSTERS
     variant = Variant(spec.operation, out.dtype, x.dtype, kept, plan.at_once, in_cluster, overlaps)
     shared_bytes = plan.shared_bytes(n, spec.operation, width, ITEMSIZE[variant.accumulate])
-    one = kernel(variant)._replace(shared_bytes=shared_bytes)
-    # Tiles that are begun at once: some blocks have no room where a cluster needs that of several.
-    by_memory = shared_bytes_of_multiprocessor(gpu) // (shared_bytes + OWN_SHARED_BYTES)
-    held = min(one.blocks_of(compute_capability(gpu)), by_memory) * multiprocessors(gpu)
-    ahead = held * 9 // (10 * plan.blocks) if in_cluster else held
     beside = [layout for name in variant.beside if (layout := getattr(spec, name)) is not None]
     steps = 0 if spec.one_for_a_row else out.strides[kept], *(one.strides[kept] for one in (x, *beside))
     places = [one.strides[:kept] for one in (out, x, *beside[:1])]
     arguments = (
         *(inner, n, across, plan.vectors.bit_length() - 1, plan.parts.bit_length() - 1),
         *(plan.lanes, rounds_of(n), plan.pieces(n), plan.blocks, plan.kept_vectors(n)),
-        *(tiles, min(ahead, tiles)),
         *flat((*numbers_of(spec, n), x.shape[:kept], *places, steps)),
     )
     with on(gpu):
-        aligned = Launch(one, gpu, (tiles,), plan.blocks if in_cluster else None)
+        aligned = Launch(
+            kernel(variant)._replace(shared_bytes=shared_bytes), gpu, (tiles,), plan.blocks if in_cluster else None
+        )
     needed = VECTOR_BYTES - 1
 
     def launch(stream: int, out: int, *others: int) -> None:

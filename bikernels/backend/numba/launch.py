@@ -143,18 +143,6 @@ def multiprocessors(gpu: Device) -> int:
     return int(cuda.gpus[gpu.index].MULTIPROCESSOR_COUNT)
 
 
-@functools.cache
-def shared_bytes_of_multiprocessor(gpu: Device) -> int:
-    """Shared memory of which its thread blocks have theirs, and OWN_SHARED_BYTES more for each."""
-    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR
-    with on(gpu):
-        return int(_checked(driver.cuDeviceGetAttribute(attribute, gpu.index)))
-
-
-OWN_SHARED_BYTES = 1 << 10
-"""That the system takes for each thread block."""
-
-
 def grid_of(blocks: int) -> tuple[int, int]:
     """A grid of at least this many thread blocks; a kernel counts them x first and leaves the rest idle."""
     width = min(max(blocks, 1), 2**31 - 1)

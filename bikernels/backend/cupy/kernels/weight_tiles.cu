@@ -37,11 +37,15 @@ constexpr bool CENTRED = OPERATION::CENTRED;
 template <bool IS_VECTOR>
 struct Elements {
     using Raw = uint4;
+    static __device__ __forceinline__ Raw read(const X* from, bool has_vectors) {
+        return has_vectors ? *reinterpret_cast<const uint4*>(from) : gathered(from);
+    }
     static __device__ __forceinline__ void widen_to(A* v, Raw raw) { unpack(raw, static_cast<X*>(nullptr), v); }
 };
 template <>
 struct Elements<false> {
     using Raw = X;
+    static __device__ __forceinline__ Raw read(const X* from, bool) { return *from; }
     static __device__ __forceinline__ void widen_to(A* v, Raw raw) { *v = accumulate<A>(raw); }
 };
 using Row = Elements<(WIDTH > 1)>;
@@ -127,22 +131,19 @@ struct Part {
         A m[AT_ONCE], r[AT_ONCE];
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) raw_x[i] = raw_grad[i] = Raw{};
+        const auto read = [&](bool has_vectors) {
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                if (has(i)) {
+                    raw_x[i] = Row::read(x + row(i) * x_step, has_vectors);
+                    raw_grad[i] = Row::read(grad + row(i) * grad_step, has_vectors);
+                }
+            }
+        };
         if (WIDTH == 1 || has_vectors) {
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; i++) {
-                if (has(i)) {
-                    raw_x[i] = *reinterpret_cast<const Raw*>(x + row(i) * x_step);
-                    raw_grad[i] = *reinterpret_cast<const Raw*>(grad + row(i) * grad_step);
-                }
-            }
-        } else if constexpr (WIDTH > 1) {
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; i++) {
-                if (has(i)) {
-                    raw_x[i] = gathered(x + row(i) * x_step);
-                    raw_grad[i] = gathered(grad + row(i) * grad_step);
-                }
-            }
+            read(true);
+        } else {
+            read(false);
         }
         read_statistics(m, r);
         A waiting[2][WIDTH];
