@@ -159,10 +159,6 @@ def forced(case: Case, operation: str, element: str, out_dtype: str, gpu: launch
                     for most in (1, 2):
                         patches = elsewhere | {"choose_tall_schedule": tall, "choose_columns": column_schedules.TILES}
                         yield f"{tall}, {most}", patches | {"teams": functools.partial(min, most)}
-                if operation in reduction_operations.WEIGHT_GRADIENTS and n <= column_schedules.WEIGHT_ROWS:
-                    for weight_schedule in column_schedules.weight_schedules(n):
-                        patches = elsewhere | {"choose_weight_schedule": weight_schedule, "splits_columns": False}
-                        yield str(weight_schedule), patches | {"choose_columns": column_schedules.WEIGHT_TILES}
             elif (
                 operation in reduction_operations.SINGLE_COLUMN_OPERATIONS
                 and reduction_operations.chunks_of(n) <= column_schedules.MAX_COLUMN_CHUNKS
@@ -170,6 +166,9 @@ def forced(case: Case, operation: str, element: str, out_dtype: str, gpu: launch
                 for column_schedule in column_schedules.column_schedules(n, gpu):
                     patches = elsewhere | {"choose_column_schedule": column_schedule, "splits_columns": False}
                     yield str(column_schedule), patches | {"choose_columns": column_schedules.SINGLY}
+            if operation in reduction_operations.WEIGHT_GRADIENTS and element != parameters.ANY:
+                for name, patches in forced_weight_schedules(n, element, width, gpu):
+                    yield name, elsewhere | patches
         if n <= SUM_LANES and element != parameters.ANY:
             yield "short", elsewhere | {"choose_columns": column_schedules.SHORT, "splits_columns": False}
             if operation in column_schedules.SHORT_TILE_OPERATIONS and count % vector == 0:
@@ -210,6 +209,20 @@ def forced(case: Case, operation: str, element: str, out_dtype: str, gpu: launch
                         f"{ring_schedule}, {teams}",
                         elsewhere | {"choose_ring_schedule": ring_schedule, "teams": teams},
                     )
+
+
+def forced_weight_schedules(n: int, element: str, width: int, gpu: launch.GPU) -> Iterator[tuple[str, Any]]:
+    """Patches that force each schedule of weight_tiles.cu, with a name."""
+    for schedule in (
+        column_schedules.weight_schedules(n, element, width, gpu) if n <= column_schedules.WEIGHT_ROWS else ()
+    ):
+        patches = {
+            "choose_columns": column_schedules.WEIGHT_TILES,
+            "choose_weight_schedule": schedule,
+            "splits_columns": False,
+        }
+        for most in (1, 2) if schedule.streams else (1,):  # CTAs, of which each takes tile after tile
+            yield f"{schedule}, {most}", patches | {"teams": functools.partial(min, most)}
 
 
 def run(backend: Any, operation: str, dtype: str, out_dtype: str) -> int:
@@ -341,7 +354,9 @@ def test_columns_beside_other_gradients(backend: Any, operation: str, dtype: str
         elif operation in reduction_operations.TERMS:
             ways["chunks"] = {"splits_columns": lambda name, columns, length, *rest, n=n: length == n}
         if n <= column_schedules.WEIGHT_ROWS and operation in reduction_operations.WEIGHT_GRADIENTS:
-            ways["weight tiles"] = {"choose_columns": column_schedules.WEIGHT_TILES, "splits_columns": False}
+            width = reduction_operations.vector_width(dtype)
+            for name, patches in forced_weight_schedules(n, dtype, width, gpu):
+                ways[f"weight tiles, {name}"] = patches
         x = rows_to_reduce(rng, operation, (48, n), dtype)
         of_all = case(rng, operation, x, dtype, True)
         of_one = case(rng, operation, x, dtype, True, 1)
@@ -351,12 +366,29 @@ def test_columns_beside_other_gradients(backend: Any, operation: str, dtype: str
                 if name in made.operands:
                     operands[name] = backend.put(np.repeat(made.operands[name], 2, axis=1))[:, ::2]
             for way, patches in ways.items():
-                if way == "weight tiles" and put is along_rows:
+                if way.startswith("weight tiles") and put is along_rows:
                     continue  # that kernel reads gradients that lie as x does
                 out = put(np.full_like(made.expected["out"], 7))
                 launch_with(backend, operation, made, operands | {"out": out}, patches)
                 message = f"columns of {n}, {put.__name__}, {way}"
                 assert_same_bits(np.ascontiguousarray(backend.get(out)), made.expected["out"], message)
+
+
+@pytest.mark.parametrize("operation", sorted(reduction_operations.WEIGHT_GRADIENTS))
+@pytest.mark.parametrize("dtype", reduction_operations.ELEMENTS)
+def test_gradients_of_few_weights(backend: Any, operation: str, dtype: str) -> None:
+    """Fewer columns than lie across threads elsewhere, a single one, and those that come in no whole vectors."""
+    if backend.name != "cupy":
+        pytest.skip("the schedules are those of the backend 'cupy'")
+    gpu = launch.gpu(backend.xp.cuda.runtime.getDevice())
+    for columns, n in itertools.product((1, 2, 7, 33), (1, 3, 16, 256, 257, 512)):
+        rng = np.random.default_rng((columns, n))
+        made = case(rng, operation, rows_to_reduce(rng, operation, (columns, n), dtype), dtype, True)
+        operands = {name: backend.put(operand.T).T for name, operand in made.operands.items()}
+        for name, patches in (("chosen", {}), *forced_weight_schedules(n, dtype, 1, gpu)):
+            out = backend.put(np.full_like(made.expected["out"], 7))
+            launch_with(backend, operation, made, operands | {"out": out}, patches)
+            assert_same_bits(backend.get(out), made.expected["out"], f"{columns} columns of {n}, {name}")
 
 
 @pytest.mark.parametrize("dtype", reduction_operations.ELEMENTS)
@@ -514,10 +546,12 @@ def test_chosen_schedules_fit(gpu: launch.GPU, operation: str, element: str) -> 
             assert short.groups * reduction_operations.GROUP_LANES >= min(n, SUM_LANES)
             assert n > SUM_LANES or short.threads <= column_schedules.SHORT_THREADS
             if 0 < n <= column_schedules.WEIGHT_ROWS and element != parameters.ANY:
-                weight = column_schedules.choose_weight_schedule(rows, n, element)
-                assert weight in column_schedules.weight_schedules(n)
-                assert weight.groups * column_schedules.WEIGHT_AT_ONCE >= n and weight.threads % 32 == 0
-                assert weight.bytes(element) <= 48 * 1024
+                for width in {1, reduction_operations.vector_width(element)}:
+                    weight = column_schedules.choose_weight_schedule(rows, n, element, width, gpu)
+                    assert weight in column_schedules.weight_schedules(n, element, width, gpu)
+                    assert weight.groups * column_schedules.WEIGHT_AT_ONCE >= n and weight.threads % 32 == 0
+                    assert weight.streams or weight.bytes(element) <= 48 * 1024
+                    assert weight.resident(element, gpu) >= gpu.multiprocessors
             itemsize = ITEMSIZE.get(element, 8)
             shape = rows, n, operation, itemsize
             ring = row_schedules.choose_ring_schedule(*shape, False, gpu) if itemsize <= 4 else None
@@ -601,15 +635,31 @@ def test_rows_in_registers_are_no_more_than_ctas() -> None:
 def test_gradients_of_weights_over_few_rows() -> None:
     """They have a kernel of their own, if the gradient of the result lies as x does and columns share statistics."""
 
-    def how(n: int, grad: tuple[int, int] = (1, 4096), rstd: tuple[int, int] = (0, 1)) -> str:
-        x, shape = Layout("bfloat16", (4096, n), (1, 4096)), (4096, n)
-        sides = {"grad": Layout("bfloat16", shape, grad), "rstd": Layout("float32", shape, rstd)}
+    def how(
+        n: int, grad: tuple[int, int] | None = None, rstd: tuple[int, int] = (0, 1), columns: int = 4096, step: int = 0
+    ) -> tuple[bool, str]:
+        """Whether it may, and how columns are taken, the rows of x and the gradient so many elements apart."""
+        step = step or columns
+        x, shape = Layout("bfloat16", (columns, n), (1, step)), (columns, n)
+        sides = {"grad": Layout("bfloat16", shape, grad or (1, step)), "rstd": Layout("float32", shape, rstd)}
         spec = ReductionSpec("rms_norm_weight_backward", 1, x, Layout("bfloat16", shape[:1], (1,)), **sides)
-        return reductions._choose_columns(reductions._rows_of(spec), spec.operation)
+        rows = reductions._rows_of(spec)
+        return rows.fits_weight_tiles, reductions._choose_columns(rows, spec.operation)
 
-    assert {how(n) for n in (1, 16, 256, 512)} == {column_schedules.WEIGHT_TILES}
-    others = how(513), how(300, (0, 0)), how(300, (512, 1)), how(300, (1, 4100)), how(300, (1, 4096), (1, 4096))
-    assert set(others) == {column_schedules.TILES}
+    weight_tiles = (True, column_schedules.WEIGHT_TILES)
+    assert {how(n) for n in (1, 16, 256, 512)} == {weight_tiles}
+    assert {how(n, columns=columns) for n in (1, 300) for columns in (1, 2, 7, 1001)} == {weight_tiles}
+    assert how(300, columns=4096, step=4099) == weight_tiles
+    others = how(513), how(300, (0, 0)), how(300, (512, 1)), how(300, (1, 4100)), how(300, rstd=(4096, 1))
+    assert set(others) == {(False, column_schedules.TILES)}
+
+
+def test_ctas_go_on_to_many_tiles_of_weights() -> None:
+    choose = column_schedules.choose_weight_schedule
+    assert choose(262_144, 256, "float32", 4, H100).streams
+    assert choose(262_144, 256, "float32", 4, A100).streams
+    assert not choose(262_144, 256, "float32", 1, H100).streams
+    assert not choose(4096, 256, "float32", 4, H100).streams
 
 
 def test_norms_and_gradients_of_long_rows_are_read_once() -> None:

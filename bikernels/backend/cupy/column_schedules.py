@@ -554,38 +554,69 @@ WEIGHT_THREADS = 1024
 FEW_LINES = 32
 """Of an element of all columns."""
 
+MANY_TILES = 1.5
+"""For each CTA that the GPU holds, from which on CTAs go on from tile to tile: beginning anew costs more of them."""
+
 
 class WeightSchedule(NamedTuple):
     """How threads share columns of at most WEIGHT_ROWS elements (weight_tiles.cu)."""
 
-    vectors: int
-    """Side by side: threads of a tile."""
+    width: int
+    """Columns of a thread: those of a vector, or 1."""
+    across: int
+    """Threads of a tile side by side."""
     groups: int
     """Threads that have the same columns."""
+    streams: bool = False
+    """Whether CTAs take tile after tile."""
+
+    @property
+    def tile(self) -> int:
+        """Columns."""
+        return self.across * self.width
 
     @property
     def threads(self) -> int:
         """Of a CTA."""
-        return self.vectors * self.groups
+        return self.across * self.groups
 
     def bytes(self, element: str) -> int:
-        """Of shared memory: sums of each warp, where there are several."""
+        """Of shared memory: sums of each warp, where there are several; two tiles of them and a tile's elements."""
         warps = self.threads // 32
-        return warps * self.vectors * 16 * ITEMSIZE[ACCUMULATE[element]] // ITEMSIZE[element] if warps > 1 else 0
+        sums = warps * self.tile * ITEMSIZE[ACCUMULATE[element]] if warps > 1 else 0
+        return 2 * (sums + WEIGHT_AT_ONCE * self.threads * 16) if self.streams else sums
+
+    def resident(self, element: str, device: GPU) -> int:
+        """CTAs that the GPU holds, at least."""
+        by_memory = (device.shared_bytes + CTA_BYTES) // (self.bytes(element) + CTA_BYTES)
+        return min(WEIGHT_THREADS // self.threads, by_memory) * device.multiprocessors
 
 
-def weight_schedules(n: int) -> list[WeightSchedule]:
-    """The schedules for columns of n elements, the narrowest tiles first."""
+def weight_schedules(n: int, element: str, width: int, device: GPU) -> list[WeightSchedule]:
+    """The schedules for columns of n elements of which a thread has so many, the narrowest tiles first."""
     groups = next_power_of_two(ceil_div(n, WEIGHT_AT_ONCE))
-    found = (WeightSchedule(vectors, groups) for vectors in (1, 2, 4, 8, 16, 32))
-    return [one for one in found if 32 <= one.threads <= WEIGHT_THREADS]
+    found = [
+        WeightSchedule(width, across, groups, streams)
+        for streams in ((False, True) if width > 1 else (False,))
+        for across in (1, 2, 4, 8, 16, 32)
+    ]
+    return [one for one in found if 32 <= one.threads <= WEIGHT_THREADS and one.bytes(element) <= device.shared_bytes]
 
 
-def choose_weight_schedule(columns: int, n: int, element: str) -> WeightSchedule:
-    """Tiles of whole lines, or half as wide where that leaves few."""
-    whole = PREFERRED_BYTES_ACROSS // 16
-    wanted = whole if columns * ITEMSIZE[element] >= FEW_LINES * PREFERRED_BYTES_ACROSS else whole // 2
-    return min(weight_schedules(n), key=lambda one: abs(one.vectors - wanted))
+def choose_weight_schedule(columns: int, n: int, element: str, width: int, device: GPU) -> WeightSchedule:
+    """Tiles of whole lines, of two where CTAs go on, or half as wide where that leaves few; of single columns, as many as
+    a warp has.
+    """
+    found, whole = weight_schedules(n, element, width, device), PREFERRED_BYTES_ACROSS // 16
+    for one in found:
+        many = MANY_TILES * one.resident(element, device)
+        if one.streams and one.across == 2 * whole and ceil_div(columns, one.tile) >= many:
+            return one
+    if width == 1:
+        wanted = min(32, next_power_of_two(columns))
+    else:
+        wanted = whole if columns * ITEMSIZE[element] >= FEW_LINES * PREFERRED_BYTES_ACROSS else whole // 2
+    return min((one for one in found if not one.streams), key=lambda one: abs(one.across - wanted))
 
 
 # ------------------------------------------------------------------------------------------------ how columns are taken
@@ -693,13 +724,15 @@ def _typed_macros(operation: str, element: str, out_dtype: str) -> tuple[tuple[s
     )
 
 
-def weight_kernel(operation: str, element: str) -> Kernel:
+def weight_kernel(operation: str, element: str, schedule: WeightSchedule) -> Kernel:
     """The kernel of weight_tiles.cu."""
     return Kernel(
         "weight_tiles.cu",
         (
             *(one for one in _typed_macros(operation, element, element) if one[0] != "RESULT"),
+            ("COLUMNS", schedule.width),
             ("AT_ONCE", WEIGHT_AT_ONCE),
+            ("STREAMED", str(schedule.streams).lower()),
             ("THREADS", WEIGHT_THREADS),
         ),
     )

@@ -10,6 +10,7 @@ from .column_schedules import (
     PASSES,
     SHORT_TILE_OPERATIONS,
     TileSchedule,
+    WeightSchedule,
     arrays_of,
     column_chunk_kernel,
     column_kernel,
@@ -97,7 +98,9 @@ def kernels(compute_capability: int) -> Iterator[Kernel]:
                         found[tile_kernel(operation, element, out_dtype, way)] = None
                     found[short_kernel(operation, element, out_dtype)] = None
                 if operation in WEIGHT_GRADIENTS:
-                    found[weight_kernel(operation, element)] = None
+                    width = vector_width(element)
+                    for columns, streams in ((1, False), (width, False), (width, True)):
+                        found[weight_kernel(operation, element, WeightSchedule(columns, 8, 4, streams))] = None
                 if operation in SHORT_TILE_OPERATIONS:
                     found[short_tile_kernel(operation, element, accumulate)] = None
         for operation in OPERATIONS:

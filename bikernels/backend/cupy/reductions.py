@@ -28,7 +28,7 @@ from .launch import (
     shaped,
     workspace,
 )
-from .parameters import DTYPE_CODE, OPERANDS, REDUCTION, divisor, fill_dims
+from .parameters import ANY, DTYPE_CODE, OPERANDS, REDUCTION, divisor, fill_dims
 from .reduction_operations import GROUP_LANES
 from .row_schedules import LongSchedule, RegisterSchedule, RingSchedule, RowSchedule, SoftmaxSchedule, Steps
 
@@ -154,7 +154,8 @@ class _Rows(NamedTuple):
         the accumulate dtype and 32 bits reach them; or 1.
         """
         statistics = [self.operands[name] for name in ("mean", "rstd") if name in self.operands]
-        if not self.has_accumulated_statistics or any(abs(one.row[0]) * self.n >= 2**31 for one in statistics):
+        are_near = all(abs(one.row[0]) * self.n < 2**31 for one in statistics)
+        if not (self.kept and are_near and self.has_accumulated_statistics):
             return 1
         width = reduction_operations.vector_width(self.element)
         *others, last = self.x.kept
@@ -163,18 +164,20 @@ class _Rows(NamedTuple):
 
     @property
     def fits_weight_tiles(self) -> bool:
-        """Whether weight_tiles.cu reads and writes such a layout: few elements of a column, a gradient that lies as x
-        does, statistics that columns share, and all of it where 32 bits reach.
+        """Whether weight_tiles.cu reads and writes such a layout: few elements of a column, columns side by side or
+        only one, a gradient that lies as x does, statistics that columns share, and all of it where 32 bits reach.
         """
-        if "grad" not in self.operands or not 0 < self.n <= column_schedules.WEIGHT_ROWS or self.width == 1:
+        if "grad" not in self.operands or len(self.row) != 1 or self.element == ANY:
             return False
         arrays = [self.operands[name] for name in ("x", "grad", "out")]
         statistics = [self.operands[name] for name in ("mean", "rstd") if name in self.operands]
         return (
-            all(one.kept == (1,) for one in arrays)
-            and all(one.kept == (0,) for one in statistics)
+            0 < self.n <= column_schedules.WEIGHT_ROWS
+            and self.has_accumulated_statistics
+            and all(one.kept in ((), (1,)) for one in arrays)
+            and all(one.kept in ((), (0,)) for one in statistics)
             and all(one.row[0] % self.width == 0 for one in arrays[:2])
-            and all(abs(one.row[0]) * self.n + self.number < 2**31 for one in arrays[:2])
+            and all(abs(one.row[0]) * self.n + self.number < 2**31 for one in (*arrays[:2], *statistics))
         )
 
     @property
@@ -292,7 +295,7 @@ def prepare(spec: ReductionSpec, device: Device) -> ReductionLaunch:
     rows, plan, operation = _rows_of(spec), _Plan(device), spec.operation
     if (held := _choose_registers(plan, rows, operation)) is not None:
         _plan_single(plan, _register_launch(plan, rows, operation, held))
-    elif rows.in_columns and operation in reduction_operations.TERMS:
+    elif operation in reduction_operations.TERMS and (rows.in_columns or rows.fits_weight_tiles):
         _plan_column_tree(plan, rows, operation)
     elif rows.in_columns and _has_column_kernel(rows, operation):
         if (tall := _choose_tall(plan, rows, operation)) is not None:
@@ -618,15 +621,20 @@ def _short_tile_launch(plan: _Plan, rows: _Rows, operation: str) -> Launch:
 
 def _weight_launch(plan: _Plan, rows: _Rows, operation: str) -> Launch:
     """A launch of weight_tiles.cu, given the addresses of out, x and its sides."""
-    schedule = column_schedules.choose_weight_schedule(rows.number, rows.n, rows.element)
-    steps = [rows.operands[name].row[0] if name in rows.operands else 0 for name in ("x", *COLUMN_SIDES)]
-    numbers = rows.n, rows.number, schedule.vectors.bit_length() - 1, DTYPE_CODE[rows.out_dtype]
+    schedule = column_schedules.choose_weight_schedule(rows.number, rows.n, rows.element, rows.width, plan.gpu)
+    kernel, name = column_schedules.weight_kernel(operation, rows.element, schedule), "sum_weight_tiles"
+    shared_bytes, tiles = schedule.bytes(rows.element), -(-rows.number // schedule.tile)
+    if schedule.streams:
+        function = load(kernel, name, plan.index, shared_bytes)
+        tiles = reduction_operations.teams(tiles, resident_ctas(function, schedule.threads, shared_bytes, 1))
+    steps = [rows.operands[side].row[0] if side in rows.operands else 0 for side in ("x", *COLUMN_SIDES)]
+    numbers = rows.n, rows.number, schedule.across.bit_length() - 1, DTYPE_CODE[rows.out_dtype]
     return plan.shape(
-        column_schedules.weight_kernel(operation, rows.element),
-        "sum_weight_tiles",
-        -(-rows.number // (schedule.vectors * rows.width)),
+        kernel,
+        name,
+        tiles,
         schedule.threads,
-        schedule.bytes(rows.element),
+        shared_bytes,
         (*map(np.int32, (*steps, *numbers)), *_addresses(rows, COLUMN_SIDES)),
         overlapping=True,
     )

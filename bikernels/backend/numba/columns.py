@@ -41,6 +41,7 @@ from .device import (
     Function,
     add_shared,
     arrive_in_cluster,
+    begin_in_cluster,
     cluster_number,
     commit_copies,
     copy_async,
@@ -86,6 +87,8 @@ ROUNDS = SUM_CHUNK // SUM_LANES
 """Elements of a lane in a chunk."""
 MAX_PIECES, MAX_PIECE_VECTORS = 128, 512
 """Of a tile, and times its vectors: shared memory has a number for each column of each piece."""
+AT_A_TIME = 8
+"""Sums of pieces that a thread reads before it adds them."""
 KEPT_VECTORS = 16
 """Of a thread, in shared memory."""
 BLOCKS = 3
@@ -468,6 +471,34 @@ def _fold(accumulate: str, width: int, combine: Function, nothing: float) -> Fun
 
 
 @functools.cache
+def _fold_pieces(accumulate: str) -> Function:
+    """fold_pieces(sums, count, apart): the sum of a column's pieces, as neighbours, of which the first one's lies at
+    `sums` and the others so many bytes apart. Several are read at a time, and their sums written in their place.
+    """
+    real, add, (load, store) = OPERATIONS[accumulate].type, OPERATIONS[accumulate].add, shared_access(accumulate)
+
+    @device
+    def fold_pieces(sums: Any, count: Any, apart: Any) -> Any:
+        while count > 1:
+            group, first = types.int32(0), types.int32(0)
+            while first < count:
+                of = cuda.local.array(AT_A_TIME, real)
+                for j in range(AT_A_TIME):
+                    of[j] = real(0)  # which changes no sum
+                    if first + j < count:
+                        of[j] = load(types.uint32(sums + types.uint32(types.int32(first + j) * apart)))
+                lower = add(add(of[0], of[1]), add(of[2], of[3]))
+                upper = add(add(of[4], of[5]), add(of[6], of[7]))
+                store(types.uint32(sums + types.uint32(group * apart)), add(lower, upper))
+                group = types.int32(group + 1)
+                first = types.int32(first + AT_A_TIME)
+            count = group
+        return load(sums)
+
+    return fold_pieces
+
+
+@functools.cache
 def _tell(accumulate: str, width: int) -> Function:
     """tell(value, tile, place, values): from the thread of each column to those that have the column."""
     (load, store), size = shared_access(accumulate), ITEMSIZE[accumulate]
@@ -575,7 +606,7 @@ def _sum(variant: Variant, number: int) -> Function:
         _share("uint32", in_cluster),
     )
     meet = _meet_in_cluster if in_cluster else _meet_in_block
-    (load, store), load_count = shared_access(accumulate), shared_access("uint32")[0]
+    fold_pieces, load_count = _fold_pieces(accumulate), shared_access("uint32")[0]
     assert term is not None
 
     @device
@@ -639,15 +670,8 @@ def _sum(variant: Variant, number: int) -> Function:
         meet()
         value, all_counted = real(0), types.int32(0)
         if thread < columns:
-            apart = types.int32(1)
-            while apart < pieces:  # the pieces of its column, as neighbours
-                piece = types.int32(0)
-                while piece + apart < pieces:
-                    at = types.uint32(sums + types.uint32(types.int32(piece * columns + thread) * size))
-                    store(at, add(load(at), load(types.uint32(at + types.uint32(apart * columns * size)))))
-                    piece = types.int32(piece + 2 * apart)
-                apart = types.int32(apart * 2)
-            value = load(types.uint32(sums + types.uint32(thread * size)))
+            at = types.uint32(sums + types.uint32(thread * size))
+            value = fold_pieces(at, pieces, types.int32(columns * size))
             if has_count:
                 for one in range(blocks):
                     at = types.uint32(counts + types.uint32(types.int32(one * columns + thread) * 4))
@@ -805,7 +829,7 @@ def _reduce(variant: Variant) -> Function:
         thread, columns = _thread(), types.int32(types.int32(width) << bits)
         item, rank = types.int32(cuda.blockIdx.x), types.int32(0)
         if in_cluster:
-            arrive_in_cluster()
+            begin_in_cluster()
             item, rank = cluster_number(), rank_in_cluster()
         inner, across = types.int32(inner), types.int32(across)
         outer = types.int32(item // across) if has_outer else types.int32(0)

@@ -588,6 +588,8 @@ cluster_number = instruction("mov.u32 $0, %clusterid.x;", ["=r"], types.int32, p
 """cluster_number(): which cluster of the grid, along x, this is."""
 rank_in_cluster = instruction("mov.u32 $0, %cluster_ctarank;", ["=r"], types.int32, pure=True)
 """rank_in_cluster(): which thread block of its cluster this is."""
+begin_in_cluster = instruction("barrier.cluster.arrive.relaxed;", [], types.none)
+"""begin_in_cluster(): this thread has begun, which is all that those know whose wait this ends."""
 arrive_in_cluster = instruction("barrier.cluster.arrive.release;", ["~{memory}"], types.none)
 """arrive_in_cluster(): what this thread has written can be read by those whose wait this ends."""
 wait_in_cluster = instruction("barrier.cluster.wait.acquire;", ["~{memory}"], types.none)
