@@ -604,8 +604,8 @@ def weight_schedules(n: int, element: str, width: int, device: GPU) -> list[Weig
 
 
 def choose_weight_schedule(columns: int, n: int, element: str, width: int, device: GPU) -> WeightSchedule:
-    """Tiles of whole lines, of two where CTAs go on, or half as wide where that leaves few; of single columns, as many as
-    a warp has.
+    """Tiles of whole lines, of two where CTAs go on, or half as wide where that leaves few; of single columns, as many
+    as a warp has.
     """
     found, whole = weight_schedules(n, element, width, device), PREFERRED_BYTES_ACROSS // 16
     for one in found:
