@@ -628,7 +628,8 @@ def test_rows_in_registers_are_no_more_than_ctas() -> None:
     """Of a view that overlaps itself, there may be more than a launch has CTAs for; those kernels do not walk on."""
     for operation, n in (("sum", 2049), ("var", 2049), ("logsumexp", 16384)):
         for rows, is_held in ((launch.MAX_GRID, True), (launch.MAX_GRID + 1, False)):
-            held = row_schedules.choose_register_schedule(operation, rows, n, "bfloat16", ANYWHERE if n % 8 else WHOLE_VECTORS, H100)
+            steps = ANYWHERE if n % 8 else WHOLE_VECTORS
+            held = row_schedules.choose_register_schedule(operation, rows, n, "bfloat16", steps, H100)
             assert (held is not None) == is_held
 
 
