@@ -279,8 +279,8 @@ def register_schedules(operation: str, n: int, element: str, steps: Steps) -> li
     vector, is_sum, is_double = vector_width(element), operation in SUMS, element == "float64"
     is_aligned = n < GROUP_LANES or steps.are_vectors(vector)
     is_shifted = n > SUM_LANES and steps.are_alike and not is_aligned and not is_double
-    if operation in REGISTER_BACKWARD - SOFTMAX_GRADIENTS and element == "float32" and n > 4 * SUM_CHUNK:
-        is_shifted = False  # for which there are no registers
+    if operation in REGISTER_BACKWARD - SOFTMAX_GRADIENTS and n > SUM_CHUNK * (4 if element == "float32" else 1):
+        is_shifted = False  # which is slower, with as many registers as it takes
     length = n + vector - 1 if is_shifted else n  # what vectors hold that hold a row
     found = []
     if n <= SUM_LANES:
@@ -371,7 +371,8 @@ def choose_register_schedule(
 ) -> RegisterSchedule | None:
     """The schedule of the fewest threads of a row that fill the GPU (of gradients, and short rows in parts of vectors,
     half of it), else of the most; None for long rows, and for more rows than a launch has CTAs for. Of rows nearly as
-    long, only many that are aligned, and those that begin anywhere if they are few or there is no ring.
+    long, only many that are aligned, and of those that begin anywhere few, those of 16 bits but for softmax, and where
+    there is no ring.
     """
     if device.compute_capability < FIRST_WITH_PAIRS or n == 0:
         return None
@@ -379,9 +380,10 @@ def choose_register_schedule(
     found = [one for one in found if ceil_div(rows, one.rows) <= MAX_GRID]
     is_aligned = steps.are_vectors(vector_width(element))
     is_nearly_long = _is_nearly_long(operation, n, element, is_aligned)
-    if is_nearly_long and not is_aligned:  # the ring copies such rows in whole vectors, unless they are few
+    if is_nearly_long and not is_aligned:
         has_ring = device.compute_capability == RING_CAPABILITY and not are_few(rows, n, device)
-        return None if has_ring or not found else found[-1]
+        is_faster = has_ring and (operation == "softmax" or ITEMSIZE[element] > 2)
+        return None if is_faster or not found else found[-1]
     enough = THREADS_OF_A_MULTIPROCESSOR * device.multiprocessors
     if operation in REGISTER_BACKWARD or (n <= SUM_LANES and not is_aligned):
         enough //= 2
