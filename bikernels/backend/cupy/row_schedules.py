@@ -371,8 +371,8 @@ def choose_register_schedule(
 ) -> RegisterSchedule | None:
     """The schedule of the fewest threads of a row that fill the GPU (of gradients, and short rows in parts of vectors,
     half of it), else of the most; None for long rows, and for more rows than a launch has CTAs for. Of rows nearly as
-    long, only many that are aligned, and of those that begin anywhere few, those of 16 bits but for softmax, and where
-    there is no ring.
+    long, only many that are aligned, and of those that begin anywhere few, those of which the ring is slower, and where
+    there is none.
     """
     if device.compute_capability < FIRST_WITH_PAIRS or n == 0:
         return None
@@ -382,7 +382,7 @@ def choose_register_schedule(
     is_nearly_long = _is_nearly_long(operation, n, element, is_aligned)
     if is_nearly_long and not is_aligned:
         has_ring = device.compute_capability == RING_CAPABILITY and not are_few(rows, n, device)
-        is_faster = has_ring and (operation == "softmax" or ITEMSIZE[element] > 2)
+        is_faster = has_ring and (operation == "softmax" or (operation == "log_softmax" and ITEMSIZE[element] > 2))
         return None if is_faster or not found else found[-1]
     enough = THREADS_OF_A_MULTIPROCESSOR * device.multiprocessors
     if operation in REGISTER_BACKWARD or (n <= SUM_LANES and not is_aligned):

@@ -42,8 +42,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         A* const to = sums_of(turn, which) + place_of(chunk, warp_id() % PARTS, bits);
         if (lane_id() * warps < senders) send_sum(shared_address(to), lane_id(), sum, barrier_of(turn));
     };
-    if (threadIdx.x < 2) init_barrier(barrier_of(threadIdx.x), 1);
-    fence_barrier_init();
+    init_barriers(barriers);
     arrive_at_cluster();
 
     const int teams = gridDim.x / ctas, first = blockIdx.x / ctas;

@@ -55,8 +55,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         wait_barrier(barrier, exchange++ >> 1 & 1);
         return sum_chunks(all, bits);
     };
-    if (threadIdx.x < 2) init_barrier(shared_address(barriers + threadIdx.x), 1);
-    fence_barrier_init();
+    init_barriers(barriers);
     arrive_at_cluster();
 
     const int teams = gridDim.x / ctas;

@@ -122,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             least_of_thread.add(&raw, none);
         }
         least = least_of_thread.value();
-        most_of_warp = __reduce_max_sync(~0u, ordered(most.value()));
+        most_of_warp = __reduce_max_sync(~0u, ordered_bits(most.value()));
         const Team all = team();
         all.share(2 * index, number_of(all), static_cast<unsigned>(most_of_warp));
         all.arrived(2 * index, members_of(all) * 4);
@@ -135,16 +135,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         {
             const Team all = team();
             const int* const maxima = all.meet<int>(2 * index);
-            int most_of_row = ordered(lowest<A>());
+            int most_of_row = ordered_bits(lowest<A>());
 #pragma unroll
             for (int i = 0; i < SHARE; i++)
                 if (i * WARP + lane_id() < members_of(all)) most_of_row = max(most_of_row, maxima[i * WARP + lane_id()]);
-            maximum = from_ordered(__reduce_max_sync(~0u, most_of_row));
+            maximum = of_ordered_bits(__reduce_max_sync(~0u, most_of_row));
         }
         const A least_t = least - maximum;
         const bool are_near = __all_sync(~0u, least_t > NEAR);
         const int left = left_of(team());
-        const bool is_plain = left >= CHUNKS * SUM_CHUNK && are_near && from_ordered(most_of_warp) != maximum;
+        const bool is_plain = left >= CHUNKS * SUM_CHUNK && are_near && of_ordered_bits(most_of_warp) != maximum;
 
         A sum = 0;
         unsigned count = 0;

@@ -641,7 +641,7 @@ struct SoftmaxFamily {
         });
         most = larger_nan(most, most_of_vectors.value());
         least = fminf(least, least_of_vectors.value());
-        most_of_warp = __reduce_max_sync(~0u, ordered(most));
+        most_of_warp = __reduce_max_sync(~0u, ordered_bits(most));
         const Team& team = row.team;
         team.share(row.turn, team.rank * team.warps + warp_id(), static_cast<unsigned>(most_of_warp));
         team.arrived(row.turn, team.warps * team.ctas * 4);
@@ -649,13 +649,13 @@ struct SoftmaxFamily {
 
     __device__ __forceinline__ void middle(const Row& row) {
         const int* const maxima = row.team.template meet<int>(row.turn);
-        int most_of_row = ordered(lowest<A>());
+        int most_of_row = ordered_bits(lowest<A>());
 #pragma unroll
         for (int i = lane_id(); i < MOST_WARPS; i += WARP)
             if (i < row.team.warps * row.team.ctas) most_of_row = max(most_of_row, maxima[i]);
-        maximum = from_ordered(__reduce_max_sync(~0u, most_of_row));
+        maximum = of_ordered_bits(__reduce_max_sync(~0u, most_of_row));
 
-        const bool has_maximum = from_ordered(most_of_warp) == maximum;
+        const bool has_maximum = of_ordered_bits(most_of_warp) == maximum;
         are_near = __all_sync(~0u, least - maximum > NEAR);
         const bool are_smaller = !IS_PRECISE || __all_sync(~0u, least >= -maximum);
         is_known = false;

@@ -175,11 +175,11 @@ __device__ __forceinline__ float smaller_nan(float a, float b) {
 }
 
 // Numbers in the order of these integers, a NaN above all.
-__device__ __forceinline__ int ordered(float x) {
+__device__ __forceinline__ int ordered_bits(float x) {
     const int bits = __float_as_int(x);
     return bits ^ (bits >> 31 & 0x7FFFFFFF);
 }
-__device__ __forceinline__ float from_ordered(int x) { return __int_as_float(x ^ (x >> 31 & 0x7FFFFFFF)); }
+__device__ __forceinline__ float of_ordered_bits(int x) { return __int_as_float(x ^ (x >> 31 & 0x7FFFFFFF)); }
 
 // The maximum of elements that come eight at a time; a NaN if there is one. X: as they are stored.
 template <class X, class A>
