@@ -196,6 +196,8 @@ REGISTER_NORMS = VARIANCES | {"rms_norm", "layer_norm"}
 REGISTER_BACKWARD = frozenset(("softmax_backward", "log_softmax_backward", "rms_norm_backward", "layer_norm_backward"))
 """Those that register_backward.cu has."""
 
+NORM_GRADIENTS = REGISTER_BACKWARD - SOFTMAX_GRADIENTS
+
 REGISTER_OPERATIONS = SUMS | EXPONENTIALS | REGISTER_NORMS | REGISTER_BACKWARD
 """All of them, and those that register_rows.cu has."""
 
@@ -279,7 +281,7 @@ def register_schedules(operation: str, n: int, element: str, steps: Steps) -> li
     vector, is_sum, is_double = vector_width(element), operation in SUMS, element == "float64"
     is_aligned = n < GROUP_LANES or steps.are_vectors(vector)
     is_shifted = n > SUM_LANES and steps.are_alike and not is_aligned and not is_double
-    if operation in REGISTER_BACKWARD - SOFTMAX_GRADIENTS and n > SUM_CHUNK * (4 if element == "float32" else 1):
+    if operation in NORM_GRADIENTS and n > SUM_CHUNK * (4 if element == "float32" else 1):
         is_shifted = False  # which is slower, with as many registers as it takes
     length = n + vector - 1 if is_shifted else n  # what vectors hold that hold a row
     found = []
@@ -376,6 +378,8 @@ def choose_register_schedule(
     """
     if device.compute_capability < FIRST_WITH_PAIRS or n == 0:
         return None
+    if operation in REGISTER_NORMS | NORM_GRADIENTS and element == "float32" and are_few(rows, n, device):
+        steps = steps._replace(are_alike=False)  # single elements take less time than to move sums of lanes
     found = register_schedules(operation, n, element, steps)
     found = [one for one in found if ceil_div(rows, one.rows) <= MAX_GRID]
     is_aligned = steps.are_vectors(vector_width(element))
