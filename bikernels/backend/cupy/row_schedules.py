@@ -378,7 +378,7 @@ def choose_register_schedule(
     """
     if device.compute_capability < FIRST_WITH_PAIRS or n == 0:
         return None
-    if operation in REGISTER_NORMS | NORM_GRADIENTS and element == "float32" and are_few(rows, n, device):
+    if operation in REGISTER_NORMS and element == "float32" and are_few(rows, n, device):
         steps = steps._replace(are_alike=False)  # single elements take less time than to move sums of lanes
     found = register_schedules(operation, n, element, steps)
     found = [one for one in found if ceil_div(rows, one.rows) <= MAX_GRID]
