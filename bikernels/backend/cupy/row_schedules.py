@@ -197,6 +197,7 @@ REGISTER_BACKWARD = frozenset(("softmax_backward", "log_softmax_backward", "rms_
 """Those that register_backward.cu has."""
 
 NORM_GRADIENTS = REGISTER_BACKWARD - SOFTMAX_GRADIENTS
+"""With respect to x."""
 
 REGISTER_OPERATIONS = SUMS | EXPONENTIALS | REGISTER_NORMS | REGISTER_BACKWARD
 """All of them, and those that register_rows.cu has."""
@@ -216,7 +217,7 @@ CTA_THREADS = 512
 LONG_ROW = 8 * SUM_CHUNK
 
 LONGEST_BESIDE_WORDS = 4 * SUM_CHUNK
-"""Elements of gradients of 16 bits that begin anywhere, at most: single ones of two arrays are read and written."""
+"""Elements of gradients of 16 bits that begin anywhere and are not shifted, at most: longer ones are read once, too."""
 
 NEARLY_LONG = {
     *itertools.product(("log_softmax", "logsumexp"), ("bfloat16", "float16", "float32")),
@@ -522,8 +523,10 @@ MAX_SOFTMAX_TEAM = 64
 SOFTMAX_AREA_BYTES = 8 * MAX_SOFTMAX_TEAM
 """What they exchange at a time."""
 
-WELL_SHARED = 0.85
-"""Of a multiprocessor's four schedulers, the part that has as many warps as any."""
+WELL_SHARED, NEARLY_ALL = 0.85, 0.9
+"""Of what the schedulers of a multiprocessor could do, what they do where warps are not as many on each; and of
+multiprocessors.
+"""
 
 
 class SoftmaxSchedule(NamedTuple):
@@ -572,7 +575,7 @@ def choose_softmax_schedule(operation: str, rows: int, n: int, element: str, dev
         return None
     one, schedulers = found[0], 4
     shared = chunks_of(n) / (one.ctas * SOFTMAX_CHUNKS * ceil_div(one.warps, schedulers) * schedulers)
-    are_many = one.warps > 3 * schedulers and rows * one.ctas >= 0.9 * device.multiprocessors
+    are_many = one.warps > 3 * schedulers and rows * one.ctas >= NEARLY_ALL * device.multiprocessors
     return one if are_many and (operation == "softmax" or shared >= WELL_SHARED) else None
 
 

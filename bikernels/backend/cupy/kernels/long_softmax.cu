@@ -16,10 +16,10 @@ using A = float;
 using Elements = A[THREAD_LANES];
 constexpr bool IS_LOG = OPERATION == LogSoftmax;
 constexpr int CHUNKS = 2, STEPS = SUM_CHUNK / SUM_LANES, VECTORS = CHUNKS * STEPS;
-constexpr int PLACES = HELD + 2 * (VECTORS - HELD);      // of vectors
+constexpr int PLACES = HELD + 2 * (VECTORS - HELD);  // of vectors
 constexpr int WARP_BYTES = (PLACES + ASIDE) * WARP * 16;
 constexpr unsigned ALL_HELD = (1u << HELD) - 1;
-constexpr int SHARE = 2;                                 // of the warps' sums, that a thread adds up
+constexpr int SHARE = 2;  // of the warps' sums, that a thread adds up
 static_assert(sizeof(X) * THREAD_LANES == 16, "a thread's elements of a step are a vector");
 
 // The words of two elements that are -inf.
