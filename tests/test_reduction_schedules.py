@@ -51,6 +51,8 @@ COLUMNS = ((13, 1), (40, 1), (24, 40), (2056, 8), (64, 300), (72, 2100), (33, 50
 LENGTHS = (0, 1, 2, 8, 9, 100, 256, 257, 2048, 2049, 4096, 16384, 32000, 50257, 151936, 262144, 600_000, 10_000_000)
 """Of rows and columns that schedules are chosen for."""
 CORRECTION, EPS = 1.0, 1e-3
+NOT_ALIGNED = (ANYWHERE, Steps(1, False))
+"""How rows lie that begin anywhere in a vector: all arrays alike, or not."""
 
 
 class Case(NamedTuple):
@@ -298,9 +300,6 @@ def test_rows_beside_vectors(backend: Any, operation: str, dtype: str) -> None:
         made = case(rng, operation, rows_to_reduce(rng, operation, (5, 8200), dtype), dtype, False)
         patches = {"choose_register_schedule": None, "choose_softmax_schedule": softmax, "teams": 2}
         compare_beside_vectors(backend, operation, made, patches, str(softmax))
-
-
-NOT_ALIGNED = (ANYWHERE, Steps(1, False))
 
 
 def schedules_of(operation: str, n: int, dtype: str, steps: tuple[Steps, ...]) -> list[row_schedules.RegisterSchedule]:

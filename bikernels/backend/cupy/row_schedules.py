@@ -502,6 +502,9 @@ def choose_long_schedule(
 
 # ------------------------------------------------------------------------------------ long rows of softmax, read once
 
+EXCHANGE_AREAS = 4
+"""For what warps exchange, here and in a ring (exchange.cuh)."""
+
 LONG_SOFTMAX = frozenset(("softmax", "log_softmax"))
 """Those that long_softmax.cu has, of elements of 16 bits."""
 
@@ -549,7 +552,7 @@ class SoftmaxSchedule(NamedTuple):
     def bytes(self, operation: str) -> int:
         """Of shared memory: vectors, those that are not in registers of two rows, and what the warps exchange."""
         vectors = 2 * SOFTMAX_VECTORS - SOFTMAX_HELD + (SOFTMAX_ASIDE if operation == "softmax" else 0)
-        return vectors * self.threads * 16 + RING_AREAS * (8 + SOFTMAX_AREA_BYTES)
+        return vectors * self.threads * 16 + EXCHANGE_AREAS * (8 + SOFTMAX_AREA_BYTES)
 
 
 def softmax_schedules(operation: str, n: int, element: str, device: GPU) -> list[SoftmaxSchedule]:
@@ -588,9 +591,6 @@ MAX_RING_CHUNKS = 256
 
 MAX_RING_WARPS = 20
 """Of a CTA."""
-
-RING_AREAS = 4
-"""For what the warps exchange."""
 
 MAX_RING_TEAM = 160
 """Warps of a team."""
@@ -631,7 +631,7 @@ class RingSchedule(NamedTuple):
         """
         of_slot = self.rounds * (SUM_CHUNK * itemsize + 32 + 8)
         of_kept = self.rounds * self.kept_steps * SUM_LANES * 2
-        return self.warps * (self.slots * of_slot + of_kept) + RING_AREAS * (8 + self.area_bytes(n))
+        return self.warps * (self.slots * of_slot + of_kept) + EXCHANGE_AREAS * (8 + self.area_bytes(n))
 
     def resident_ctas(self, operation: str, n: int, itemsize: int) -> int:
         """Of a multiprocessor, as many as its shared memory and its registers hold."""
