@@ -287,7 +287,7 @@ def test_rows_beside_vectors(backend: Any, operation: str, dtype: str) -> None:
     if backend.name != "cupy":
         pytest.skip("the schedules are those of the backend 'cupy'")
     rng, gpu = np.random.default_rng(9), launch.gpu(backend.xp.cuda.runtime.getDevice())
-    for n in (1, 2, 16, 256, 1000, 2048):
+    for n in (1, 2, 16, 256, 1000, 2048, 16400):
         made = case(rng, operation, draw(rng, (5, n), dtype, "wide"), dtype, False)
         for schedule in schedules_of(operation, n, dtype, (WHOLE_VECTORS, *NOT_ALIGNED)):
             compare_beside_vectors(backend, operation, made, {"choose_register_schedule": schedule}, str(schedule))

@@ -5,7 +5,6 @@ Everything here may change freely; the results stay the same.
 
 from __future__ import annotations
 
-import itertools
 from typing import NamedTuple
 
 from ...contract import ACCUMULATE, ITEMSIZE, SUM_CHUNK, SUM_LANES
@@ -219,17 +218,10 @@ LONG_ROW = 8 * SUM_CHUNK
 LONGEST_BESIDE_WORDS = 4 * SUM_CHUNK
 """Elements of gradients of 16 bits that begin anywhere and are not shifted, at most: longer ones are read once, too."""
 
-NEARLY_LONG = {
-    *itertools.product(("log_softmax", "logsumexp"), ("bfloat16", "float16", "float32")),
-    ("softmax", "float32"),
-}
-"""Operations and dtypes of which longer rows, twice as long at most, may be a CTA's: see `choose_register_schedule`."""
-
-NEARLY_LONG_ANYWHERE = NEARLY_LONG | {
-    *itertools.product(SUMS, ("bfloat16", "float16", "float32")),
-    *itertools.product(("softmax",), ("bfloat16", "float16")),
-}
-"""Those that may be if rows begin anywhere."""
+NEARLY_LONG, NEARLY_LONG_ANYWHERE = EXPONENTIALS, EXPONENTIALS | SUMS
+"""Operations of which longer rows, twice as long at most, may be a CTA's, and those of which rows that begin anywhere
+may: see `choose_register_schedule`. Not of float64.
+"""
 
 THREADS_OF_A_MULTIPROCESSOR = 2048
 
@@ -296,11 +288,12 @@ def register_schedules(operation: str, n: int, element: str, steps: Steps) -> li
                 continue  # a row costs too little, or neighbours would read too far apart
             found.append(RegisterSchedule(vector, groups, 1, False, max(1, vectors // groups), CTA_WARPS * 32))
     elif length <= WARP_STEPS * SUM_LANES:
-        if is_double and not is_sum:  # of which a warp could keep few rows, and computes long
-            found.append(RegisterSchedule(2, 1, WARP_STEPS, True, 32, SUM_LANES // 2))
-        else:
+        is_long = is_double and not is_sum  # a warp could keep few rows, and computes long
+        if not is_long:
             groups = GROUP_LANES // vector
             found.append(RegisterSchedule(vector, groups, WARP_STEPS, False, 32, CTA_WARPS * 32))
+        if is_long or operation in NORM_GRADIENTS:  # of three arrays
+            found.append(RegisterSchedule(2, 1, WARP_STEPS, True, 32, SUM_LANES // 2))
     elif length <= _longest(operation, element, is_aligned, is_shifted):
         if is_sum and length <= SUM_CHUNK and not is_double:
             groups = GROUP_LANES // vector
@@ -352,8 +345,9 @@ def _spread_vectors(operation: str, n: int, element: str, is_aligned: bool) -> l
 
 
 def _is_nearly_long(operation: str, n: int, element: str, is_aligned: bool) -> bool:
-    """Whether a thread has 8 elements of 256; of softmax of 16 bits, exponentials take twice the registers."""
-    return n > LONG_ROW and (operation, element) in (NEARLY_LONG if is_aligned else NEARLY_LONG_ANYWHERE)
+    """Whether a thread has 8 elements of 256."""
+    is_such = operation in (NEARLY_LONG if is_aligned else NEARLY_LONG_ANYWHERE)
+    return n > LONG_ROW and is_such and element != "float64"
 
 
 def _spread_widths(operation: str, n: int, element: str) -> tuple[int, ...]:
@@ -374,8 +368,8 @@ def choose_register_schedule(
 ) -> RegisterSchedule | None:
     """The schedule of the fewest threads of a row that fill the GPU (of gradients, and short rows in parts of vectors,
     half of it), else of the most; None for long rows, and for more rows than a launch has CTAs for. Of rows nearly as
-    long, only many that are aligned, and of those that begin anywhere few, those of which the ring is slower, and where
-    there is none.
+    long, only as many as nearly fill the GPU if they are aligned, and of those that begin anywhere few, those of which
+    the ring is slower, and where there is none.
     """
     if device.compute_capability < FIRST_WITH_PAIRS or n == 0:
         return None
@@ -385,19 +379,20 @@ def choose_register_schedule(
     found = [one for one in found if ceil_div(rows, one.rows) <= MAX_GRID]
     is_aligned = steps.are_vectors(vector_width(element))
     is_nearly_long = _is_nearly_long(operation, n, element, is_aligned)
-    if is_nearly_long and not is_aligned:
-        has_ring = device.compute_capability == RING_CAPABILITY and not are_few(rows, n, device)
-        is_faster = has_ring and (operation == "softmax" or (operation == "log_softmax" and ITEMSIZE[element] > 2))
-        return None if is_faster or not found else found[-1]
+    if is_nearly_long:
+        if is_aligned:  # a cluster has more of few rows on its way
+            is_slower = rows < NEARLY_ALL * device.multiprocessors
+        else:
+            has_ring = device.compute_capability == RING_CAPABILITY and not are_few(rows, n, device)
+            is_slower = has_ring and (operation == "softmax" or (operation == "log_softmax" and ITEMSIZE[element] > 2))
+        return None if is_slower or not found else found[-1]
     enough = THREADS_OF_A_MULTIPROCESSOR * device.multiprocessors
     if operation in REGISTER_BACKWARD or (n <= SUM_LANES and not is_aligned):
         enough //= 2
     for one in found:
         if rows * one.threads >= enough * one.rows:
             return one
-    if not found or is_nearly_long:  # of few such rows, a cluster has more on its way
-        return None
-    return found[-1]
+    return found[-1] if found else None
 
 
 # ----------------------------------------------------------------------------------------- long rows that are read once
@@ -693,12 +688,13 @@ def choose_ring_schedule(
 
     A chunk for each warp and the next row's on its way; the fewest CTAs of which a multiprocessor holds nearly as many
     warps with a chunk as of any. Where that is a pair, and rows of 16 bits begin anywhere: one CTA, two chunks for each
-    warp, and the next row's each on its way to where this row's was. Of few rows, the most CTAs of which the GPU holds
-    those of all rows at a time. If that is none, and pairs of multiprocessors are not many more than rows: such a pair
-    for each row, without a next one.
+    warp, and the next row's each on its way to where this row's was. Of few rows, of which the GPU holds all at a time:
+    a CTA or two for each, if that is a CTA for every second multiprocessor; else the most. If it does not hold them,
+    and pairs of multiprocessors are not many more than rows: such a pair for each row, without a next one.
     """
     chunks = chunks_of(n)
-    if (are_few(rows, n, device) and chunks < (64 if line_up else FEW_CHUNKS)) or (operation in SUMS and line_up):
+    is_elsewhere = operation in SUMS if line_up else are_few(rows, n, device) and chunks < FEW_CHUNKS
+    if is_elsewhere:
         return None
     if operation == "softmax" and itemsize == 2 and line_up and chunks <= 8:
         return None  # of shorter rows, other kernels have more on their way
@@ -720,6 +716,10 @@ def choose_ring_schedule(
     first = next(one for one in double if working(one) >= 0.85 * most)
     if rows * first.ctas >= 2 * device.multiprocessors * first.resident_ctas(operation, n, itemsize):
         return found.get((1, 1), first) if first.ctas == 2 and itemsize == 2 and not line_up else first
+    for one in double:
+        fills_half = 2 * rows * one.ctas >= NEARLY_ALL * device.multiprocessors
+        if operation in EXPONENTIALS and one.ctas <= 2 and hold_all(one) and fills_half:
+            return one
     if (holding := next(filter(hold_all, reversed(double)), None)) is not None:
         return holding
     single = found.get((2, 1))

@@ -3,14 +3,18 @@
 // OPERATION: as below; a mean by any divisor. ELEMENT, ACCUMULATE, WIDTH, GROUPS, STEPS, SPREAD, LAYOUT: see
 // register_rows.cuh. THREADS: of a CTA, at most.
 //
-// One form of exp serves every t <= 0, so that no thread has to wait for another's branch.
+// One form of exp serves every t <= 0, so that no thread has to wait for another's branch; a warp of a row that is a CTA's
+// has a shorter one where all of its t are near.
 #include "register_rows.cuh"
 
 enum Operation { Mean, Softmax, LogSoftmax, LogSumExp };
 
 constexpr bool IS_SUM = OPERATION == Mean, IS_LOG = OPERATION == LogSoftmax, IS_PRECISE = sizeof(X) == sizeof(A);
 constexpr bool IS_ALONE = IS_SUM || OPERATION == LogSumExp;  // one result of a row
-constexpr bool RECOMPUTED = IS_LOG && sizeof(X) == 2 && VECTORS * WORDS > 16;  // of packed elements, in half the registers
+constexpr bool HAS_PLAIN = SPREAD && !IS_SUM && sizeof(A) == 4;
+// Results are computed of packed elements, in half the registers; softmax then computes powers again, eight at a time.
+constexpr bool RECOMPUTED = sizeof(X) == 2 && VECTORS * WORDS > 16 && (IS_LOG || (OPERATION == Softmax && LAYOUT == Whole));
+constexpr bool KEEPS_POWERS = OPERATION == Softmax && !RECOMPUTED;
 
 // Word number `word` of a vector of elements that are not there: -inf, or 0 in a sum.
 template <class T>
@@ -60,6 +64,24 @@ __device__ __forceinline__ A thread_maximum(const Words (&raw)[VECTORS], T* type
     }
 }
 
+// The minimum of a thread; a NaN is overlooked.
+template <class T>
+__device__ __forceinline__ float thread_minimum(const Words (&raw)[VECTORS], T* type) {
+    if constexpr (sizeof(T) == 2) {
+        unsigned pairs[VECTORS * WORDS];
+#pragma unroll
+        for (int i = 0; i < VECTORS * WORDS; i++) pairs[i] = raw[i / WORDS][i % WORDS];
+        float low, high;
+        unpair(fold(pairs, [=](unsigned a, unsigned b) { return min_pair(a, b, type); }), type, low, high);
+        return fminf(low, high);
+    } else {
+        float v[VECTORS * WIDTH];
+#pragma unroll
+        for (int i = 0; i < VECTORS * WIDTH; i++) v[i] = element(raw[i / WIDTH], i % WIDTH, type);
+        return fold(v, [](float a, float b) { return fminf(a, b); });
+    }
+}
+
 // Divides exponentials of float64, which are of a t above near_of if their upper words are larger than this: to keep the
 // least t of all takes registers that there are not.
 constexpr bool IS_DOUBLE = sizeof(A) == 8;
@@ -81,10 +103,84 @@ __device__ __forceinline__ void divide_powers(V (&power)[WIDTH], V divisor, V re
 // Of t <= 0: the larger the smaller t is, but for -infinity, as of what is absent: that quotient is 0 in any case.
 __device__ __forceinline__ unsigned bits_above_infinity(float t) { return __float_as_uint(t) + 0x00800000u; }
 
+// Add the exponentials of a thread's elements, but for those of the maximum, which are counted, to their lanes; v becomes
+// x - maximum in log_softmax, else the exponentials. Of t, the least, or the largest bits_above_infinity. IS_PLAIN: of a
+// warp that is_plain (see the kernel), where `least` is known.
+template <bool IS_PLAIN>
+__device__ __forceinline__ void exponentiate(const Words (&raw)[VECTORS], const Place& place, int n, A maximum,
+                                             A (&v)[VECTORS][WIDTH], A (&lane)[GROUPS][WIDTH], A (&heads)[TEAMS][WIDTH],
+                                             A& least, unsigned& least_bits, unsigned& count) {
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++) {
+#pragma unroll
+        for (int j = 0; j < WIDTH; j++) {
+            A error = 0, power;
+            const A value = element(raw[i], j, static_cast<X*>(nullptr));
+            const A t = IS_PRECISE ? difference(value, maximum, error) : value - maximum;
+            const bool is_maximum = !IS_PLAIN && is_zero(t);
+            if constexpr (IS_PLAIN && !IS_DOUBLE)
+                power = exponential_near<IS_PRECISE>(t, error);
+            else
+                power = exponential_below<IS_PRECISE>(t, error);
+            count += is_maximum;
+            lane[i % GROUPS][j] += is_maximum ? A(0) : power;
+            v[i][j] = IS_LOG ? t : power;
+            if constexpr (!IS_PLAIN && !IS_LOG && !IS_DOUBLE) {
+                if (LAYOUT != Whole)
+                    least_bits = max(least_bits, bits_above_infinity(t));
+                else if (place.has(i, j, n))
+                    least = smaller(least, t);
+            }
+        }
+        if (i == 0) take_head(lane, place, heads);
+    }
+}
+
+// Softmax of a thread's vectors of EIGHT elements, of which no t is below `least`. Where it is not sure to what the
+// quotients of a vector round, they are computed last.
+template <int EIGHT>
+__device__ __forceinline__ void write_powers(const Words (&raw)[VECTORS], const Place& place, int n, bool are_vectors,
+                                             A maximum, A normaliser, A least, const X* from, X* to) {
+    if constexpr (EIGHT == 8) {
+        X* const type = nullptr;
+        const A reciprocal = 1 / normaliser;
+        const Bounds bounds(reciprocal, least);
+        unsigned unsure = 0;
+#pragma unroll
+        for (int i = 0; i < VECTORS; i++) {
+            A v[EIGHT];
+            unsigned words[EIGHT / 2];
+#pragma unroll
+            for (int j = 0; j < EIGHT; j++) v[j] = element(raw[i], j, type);
+            if (round_powers(v, maximum, bounds, words, type) && least > NEAR)
+                store_vector(to, place, i, n, are_vectors, words);
+            else if (place(i) < n)
+                unsure |= 1u << i;
+        }
+#pragma unroll 1
+        for (; unsure != 0; unsure &= unsure - 1) {
+            const int i = __ffs(unsure) - 1;
+            unsigned words[EIGHT / 2];
+            if (are_vectors)
+                load_words(from + place(i), words);
+            else
+                load_singly(from + place(i), n - place(i), words);
+            const uint4 vector = make_uint4(words[0], words[1], words[2], words[3]);
+            A v[EIGHT];
+#pragma unroll
+            for (int j = 0; j < EIGHT; j++) v[j] = element(words, j, type);
+            quotients<false, X>(&vector, v, maximum, normaliser, reciprocal, true);
+            round_results(v, words);
+            store_vector(to, place, i, n, are_vectors, words);
+        }
+    }
+}
+
 // -------------------------------------------------------------------------------------------------------------- kernel
 
-// Left to itself the compiler takes fewer registers than some narrow rows need.
-constexpr int LEAST_CTAS = LAYOUT == Narrow && (RECOMPUTED || (IS_SUM && IS_DOUBLE)) ? 1 : 0;
+// Left to itself the compiler takes fewer registers than some narrow rows need, and more than leave room for two CTAs of
+// softmax that computes powers again.
+constexpr int LEAST_CTAS = RECOMPUTED && !IS_LOG ? 2 : LAYOUT == Narrow && (RECOMPUTED || (IS_SUM && IS_DOUBLE)) ? 1 : 0;
 
 // `rows` rows of n elements, `x_step` and `out_step` elements apart, and as many threads as they take.
 extern "C" __global__ void __launch_bounds__(THREADS, LEAST_CTAS)
@@ -144,10 +240,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST_CTAS)
     }
 
     A maximum = fold_lanes(thread_maximum(raw, type), lanes, Larger());
+    // Whether the warp has as many elements as it can have, all near the maximum, and none is it, as most have in long rows.
+    bool is_plain = false;
+    A least_of_all = 0;
     if constexpr (SPREAD) {
+        const A most_of_warp = maximum;
         if (lane_id() == 0) shared.maxima[warp] = maximum;
         __syncthreads();
         maximum = fold_warps(shared.maxima, Larger());
+        if constexpr (HAS_PLAIN) {
+            least_of_all = thread_minimum(raw, type) - maximum;
+            is_plain = __all_sync(~0u, least_of_all > NEAR) && most_of_warp != maximum;
+        }
     }
 
     if constexpr (RECOMPUTED) forget_widened(raw);
@@ -155,25 +259,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST_CTAS)
     A least = 0;
     unsigned least_bits = 0;  // the same where the compiler does not know which vectors are whole
     unsigned count = 0;
-#pragma unroll
-    for (int i = 0; i < VECTORS; i++) {
-#pragma unroll
-        for (int j = 0; j < WIDTH; j++) {
-            A error = 0;
-            const A value = element(raw[i], j, type);
-            const A t = IS_PRECISE ? difference(value, maximum, error) : value - maximum;
-            const A power = exponential_below<IS_PRECISE>(t, error);
-            count += is_zero(t);
-            lane[i % GROUPS][j] += is_zero(t) ? A(0) : power;
-            v[i][j] = IS_LOG ? t : power;
-            if constexpr (!IS_LOG && !IS_DOUBLE) {
-                if (LAYOUT != Whole)
-                    least_bits = max(least_bits, bits_above_infinity(t));
-                else if (place.has(i, j, n))
-                    least = smaller(least, t);
-            }
-        }
-        if (i == 0) take_head(lane, place, lanes_of_teams.heads[0]);
+    if (is_plain) {
+        least = least_of_all;
+        exponentiate<true>(raw, place, n, maximum, v, lane, lanes_of_teams.heads[0], least, least_bits, count);
+    } else {
+        exponentiate<false>(raw, place, n, maximum, v, lane, lanes_of_teams.heads[0], least, least_bits, count);
     }
     const A sum = row_sum(lane, place, lanes_of_teams, shared.sums, count, shared.counts);
     if constexpr (IS_ALONE) {
@@ -191,7 +281,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST_CTAS)
         for (int i = 0; i < VECTORS && !RECOMPUTED; i++)
 #pragma unroll
             for (int j = 0; j < WIDTH; j++) v[i][j] = v[i][j] - normaliser;
-    } else {
+    } else if constexpr (KEEPS_POWERS) {
         constexpr int AT_ONCE = sizeof(X) == 2 ? 8 : WIDTH;
         const A reciprocal = 1 / normaliser;
         if constexpr (IS_DOUBLE) {
@@ -214,6 +304,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST_CTAS)
 #pragma unroll
                 for (int j = 0; j < WIDTH; j++) v[i][j] = divide_anywhere(v[i][j], normaliser);
         }
+    }
+    if constexpr (RECOMPUTED && !IS_LOG) {
+        write_powers<WIDTH>(raw, place, n, are_vectors, maximum, normaliser, least, from, to);
+        return;
     }
     bool are_written = are_vectors;
     if constexpr (IS_DOUBLE) {  // asked again: there is no register to remember it
