@@ -334,6 +334,12 @@ def copy_bandwidth() -> float:
         return 2 * COPIED_BYTES / min(alternate({"": graph}, 4)[""])
 
 
+def free_unused() -> None:
+    """Give back memory that no tensor has, if there is much of it."""
+    if torch.cuda.memory_reserved() > MOST_RESERVED:
+        torch.cuda.empty_cache()
+
+
 def measure(case: Case, backend: str | None, copied: float | None) -> Result:
     """Check a case, then time it; on a GPU if there is a `copied` bandwidth."""
     calls = OPERATIONS[case.operation]
@@ -344,8 +350,7 @@ def measure(case: Case, backend: str | None, copied: float | None) -> Result:
     }
     if device == "cuda":
         candidates |= {name: functools.partial(call, dim=case.dim) for name, call in peers(case.operation).items()}
-        if torch.cuda.memory_reserved() > MOST_RESERVED:
-            torch.cuda.empty_cache()  # the memory of graphs that are gone
+        free_unused()  # the memory of graphs that are gone
         with torch.cuda.stream(torch.cuda.Stream()):
             rotated = rotations(case.moved) if case.moved < ROTATED_BYTES else 1  # L2 is cold
             return _time(case, candidates, device, rotated, case.moved / (copied or 1.0))
@@ -371,6 +376,7 @@ def _time(
         graphs = {}
         for name, call in list(candidates.items()):
             call(*operands[0])
+            free_unused()  # a graph has memory of its own
             graphs[name] = capture(functools.partial(_keep, results, call, *given) for given in operands)
         samples = alternate(graphs, len(operands))
     one = min if device == "cpu" else lambda times: spread(times).median

@@ -288,11 +288,13 @@ def register_schedules(operation: str, n: int, element: str, steps: Steps) -> li
                 continue  # a row costs too little, or neighbours would read too far apart
             found.append(RegisterSchedule(vector, groups, 1, False, max(1, vectors // groups), CTA_WARPS * 32))
     elif length <= WARP_STEPS * SUM_LANES:
-        is_long = is_double and not is_sum  # a warp could keep few rows, and computes long
-        if not is_long:
+        has_three_arrays = operation in NORM_GRADIENTS
+        # Of a double a warp could keep few rows, and computes long; of three arrays, a thread has much.
+        is_much = (is_double and not is_sum) or (has_three_arrays and element == "float32" and n > 2 * SUM_LANES)
+        if not is_much:
             groups = GROUP_LANES // vector
             found.append(RegisterSchedule(vector, groups, WARP_STEPS, False, 32, CTA_WARPS * 32))
-        if is_long or operation in NORM_GRADIENTS:  # of three arrays
+        if is_much or has_three_arrays:
             found.append(RegisterSchedule(2, 1, WARP_STEPS, True, 32, SUM_LANES // 2))
     elif length <= _longest(operation, element, is_aligned, is_shifted):
         if is_sum and length <= SUM_CHUNK and not is_double:
@@ -367,9 +369,9 @@ def choose_register_schedule(
     operation: str, rows: int, n: int, element: str, steps: Steps, device: GPU
 ) -> RegisterSchedule | None:
     """The schedule of the fewest threads of a row that fill the GPU (of gradients, and short rows in parts of vectors,
-    half of it), else of the most; None for long rows, and for more rows than a launch has CTAs for. Of rows nearly as
-    long, only as many as nearly fill the GPU if they are aligned, and of those that begin anywhere few, those of which
-    the ring is slower, and where there is none.
+    half of it or less), else of the most; None for long rows, and for more rows than a launch has CTAs for. Of rows
+    nearly as long, only as many as nearly fill the GPU if they are aligned, and of those that begin anywhere few, those
+    of which the ring is slower, and where there is none.
     """
     if device.compute_capability < FIRST_WITH_PAIRS or n == 0:
         return None
@@ -388,6 +390,8 @@ def choose_register_schedule(
         return None if is_slower or not found else found[-1]
     enough = THREADS_OF_A_MULTIPROCESSOR * device.multiprocessors
     if operation in REGISTER_BACKWARD or (n <= SUM_LANES and not is_aligned):
+        enough //= 2
+    if operation in NORM_GRADIENTS and ITEMSIZE[element] == 2:
         enough //= 2
     for one in found:
         if rows * one.threads >= enough * one.rows:

@@ -11,10 +11,11 @@ enum Operation { Mean, Softmax, LogSoftmax, LogSumExp };
 
 constexpr bool IS_SUM = OPERATION == Mean, IS_LOG = OPERATION == LogSoftmax, IS_PRECISE = sizeof(X) == sizeof(A);
 constexpr bool IS_ALONE = IS_SUM || OPERATION == LogSumExp;  // one result of a row
-constexpr bool HAS_PLAIN = SPREAD && !IS_SUM && sizeof(A) == 4;
 // Results are computed of packed elements, in half the registers; softmax then computes powers again, eight at a time.
 constexpr bool RECOMPUTED = sizeof(X) == 2 && VECTORS * WORDS > 16 && (IS_LOG || (OPERATION == Softmax && LAYOUT == Whole));
 constexpr bool KEEPS_POWERS = OPERATION == Softmax && !RECOMPUTED;
+// Whether a warp may be plain (see the kernel): a second form costs registers, and log_softmax of rows that begin anywhere time.
+constexpr bool HAS_PLAIN = SPREAD && !IS_SUM && sizeof(A) == 4 && (LAYOUT == Whole || !IS_LOG || RECOMPUTED);
 
 // Word number `word` of a vector of elements that are not there: -inf, or 0 in a sum.
 template <class T>
