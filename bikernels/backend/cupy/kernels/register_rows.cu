@@ -4,7 +4,7 @@
 // register_rows.cuh. THREADS: of a CTA, at most.
 //
 // One form of exp serves every t <= 0, so that no thread has to wait for another's branch; a warp of a row that is a CTA's
-// has a shorter one where all of its t are near.
+// may have a shorter one where all of its t are near.
 #include "register_rows.cuh"
 
 enum Operation { Mean, Softmax, LogSoftmax, LogSumExp };
@@ -14,7 +14,8 @@ constexpr bool IS_ALONE = IS_SUM || OPERATION == LogSumExp;  // one result of a 
 // Results are computed of packed elements, in half the registers; softmax then computes powers again, eight at a time.
 constexpr bool RECOMPUTED = sizeof(X) == 2 && VECTORS * WORDS > 16 && (IS_LOG || (OPERATION == Softmax && LAYOUT == Whole));
 constexpr bool KEEPS_POWERS = OPERATION == Softmax && !RECOMPUTED;
-// Whether a warp may be plain (see the kernel): a second form costs registers, and log_softmax of rows that begin anywhere time.
+// Whether a warp may be plain (see the kernel). A second form made log_softmax slower where rows begin anywhere, unless it
+// keeps packed elements.
 constexpr bool HAS_PLAIN = SPREAD && !IS_SUM && sizeof(A) == 4 && (LAYOUT == Whole || !IS_LOG || RECOMPUTED);
 
 // Word number `word` of a vector of elements that are not there: -inf, or 0 in a sum.
