@@ -44,43 +44,37 @@ struct __align__(16) Shared {
     unsigned counts[MOST_WARPS];
 };
 
+// The larger of two, a NaN if there is one; the smaller, a NaN overlooked. Of numbers, and of two pairs of 16 bits.
 struct Larger {
     __device__ __forceinline__ A operator()(A a, A b) const { return larger_nan(a, b); }
+    template <class T>
+    __device__ __forceinline__ unsigned operator()(unsigned a, unsigned b, T* type) const {
+        return max_nan_pair(a, b, type);
+    }
+};
+struct Smaller {
+    __device__ __forceinline__ A operator()(A a, A b) const { return smaller(a, b); }
+    template <class T>
+    __device__ __forceinline__ unsigned operator()(unsigned a, unsigned b, T* type) const {
+        return min_pair(a, b, type);
+    }
 };
 
-// The maximum of a thread; a NaN if there is one.
-template <class T>
-__device__ __forceinline__ A thread_maximum(const Words (&raw)[VECTORS], T* type) {
+// The largest or smallest of a thread's elements.
+template <class T, class Combine>
+__device__ __forceinline__ A thread_extreme(const Words (&raw)[VECTORS], T* type, Combine combine) {
     if constexpr (sizeof(T) == 2) {
         unsigned pairs[VECTORS * WORDS];
 #pragma unroll
         for (int i = 0; i < VECTORS * WORDS; i++) pairs[i] = raw[i / WORDS][i % WORDS];
         float low, high;
-        unpair(fold(pairs, [=](unsigned a, unsigned b) { return max_nan_pair(a, b, type); }), type, low, high);
-        return larger_nan(low, high);
+        unpair(fold(pairs, [=](unsigned a, unsigned b) { return combine(a, b, type); }), type, low, high);
+        return combine(low, high);
     } else {
         A v[VECTORS * WIDTH];
 #pragma unroll
         for (int i = 0; i < VECTORS * WIDTH; i++) v[i] = element(raw[i / WIDTH], i % WIDTH, type);
-        return fold(v, Larger());
-    }
-}
-
-// The minimum of a thread; a NaN is overlooked.
-template <class T>
-__device__ __forceinline__ float thread_minimum(const Words (&raw)[VECTORS], T* type) {
-    if constexpr (sizeof(T) == 2) {
-        unsigned pairs[VECTORS * WORDS];
-#pragma unroll
-        for (int i = 0; i < VECTORS * WORDS; i++) pairs[i] = raw[i / WORDS][i % WORDS];
-        float low, high;
-        unpair(fold(pairs, [=](unsigned a, unsigned b) { return min_pair(a, b, type); }), type, low, high);
-        return fminf(low, high);
-    } else {
-        float v[VECTORS * WIDTH];
-#pragma unroll
-        for (int i = 0; i < VECTORS * WIDTH; i++) v[i] = element(raw[i / WIDTH], i % WIDTH, type);
-        return fold(v, [](float a, float b) { return fminf(a, b); });
+        return fold(v, combine);
     }
 }
 
@@ -241,7 +235,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST_CTAS)
         return;
     }
 
-    A maximum = fold_lanes(thread_maximum(raw, type), lanes, Larger());
+    A maximum = fold_lanes(thread_extreme(raw, type, Larger()), lanes, Larger());
     // Whether the warp has as many elements as it can have, all near the maximum, and none is it, as most have in long rows.
     bool is_plain = false;
     A least_of_all = 0;
@@ -251,7 +245,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST_CTAS)
         __syncthreads();
         maximum = fold_warps(shared.maxima, Larger());
         if constexpr (HAS_PLAIN) {
-            least_of_all = thread_minimum(raw, type) - maximum;
+            least_of_all = thread_extreme(raw, type, Smaller()) - maximum;
             is_plain = __all_sync(~0u, least_of_all > NEAR) && most_of_warp != maximum;
         }
     }
