@@ -20,6 +20,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from numba import config
 from numba.np.ufunc import parallel
@@ -194,8 +195,26 @@ def run_compiled(work: int, argument: int, threads: int, cost: float) -> None:
         alone()
 
 
+class _Memory:
+    """So many bytes. While the interpreter ends they are not given back: compiled code may still write to them."""
+
+    def __init__(self, size: int) -> None:
+        self._bytes = bytearray(size + 63)
+        self.address = (ctypes.addressof(ctypes.c_char.from_buffer(self._bytes)) + 63) // 64 * 64
+        """That of a cache line."""
+
+    def __del__(
+        self,
+        is_ending: Callable[[], bool] = sys.is_finalizing,
+        keep: Callable[[ctypes.py_object[Any]], object] = ctypes.pythonapi["Py_IncRef"],
+        held: type[ctypes.py_object[Any]] = ctypes.py_object,
+    ) -> None:
+        if is_ending():
+            keep(held(self._bytes))
+
+
 class _Scratch(threading.local):
-    memory = bytearray()
+    memory: _Memory | None = None
     size, address = 0, 0
 
 
@@ -205,9 +224,8 @@ _scratch = _Scratch()
 def scratch(size: int) -> int:
     """The address, that of a cache line, of so many bytes that are the calling thread's own until it asks again."""
     if size > _scratch.size:
-        memory = bytearray(size + 63)
-        _scratch.memory, _scratch.size = memory, size
-        _scratch.address = (ctypes.addressof(ctypes.c_char.from_buffer(memory)) + 63) // 64 * 64
+        memory = _Memory(size)
+        _scratch.memory, _scratch.size, _scratch.address = memory, size, memory.address
     return _scratch.address
 
 
