@@ -104,6 +104,9 @@ class Operation(NamedTuple):
     result: str = ROWS_OF_N
     operands: tuple[str, ...] = ("x",)
     """x and grad; mean and rstd, which have an element for a row; weight and bias, which have the elements of a row."""
+    is_masked: bool = False
+    """Whether every other element, at random, is -inf, as those that are not to be attended to or chosen; never a row's
+    first one."""
 
     def ours(self, *operands: torch.Tensor, axis: int, backend: str | None) -> torch.Tensor:
         """What the core computes of tensors, on the current stream."""
@@ -133,6 +136,10 @@ class Operation(NamedTuple):
             if name in shared:
                 return shared[name]
             x = torch.randn(case.shape, device=device, dtype=dtype)
+            if self.is_masked:
+                mask = torch.rand(case.shape, device=device) < 0.5
+                mask.select(case.dim, 0).fill_(False)
+                x.masked_fill_(mask, -torch.inf)
             is_logarithm = self.core is bikernels.log_softmax_backward and name == "x"
             return x.abs_().neg_() if is_logarithm else x
 
@@ -169,6 +176,8 @@ def _norm_backward(name: str, of_weight: bool) -> Callable[..., torch.Tensor]:
 OPERATIONS = {
     "log_softmax": Operation(bikernels.log_softmax, torch.log_softmax),
     "softmax": Operation(bikernels.softmax, torch.softmax),
+    "masked_log_softmax": Operation(bikernels.log_softmax, torch.log_softmax, is_masked=True),
+    "masked_softmax": Operation(bikernels.softmax, torch.softmax, is_masked=True),
     "mean": Operation(bikernels.mean, torch.mean, ONE_FOR_A_ROW),
     "sum": Operation(bikernels.sum, torch.sum, ONE_FOR_A_ROW),
     "var": Operation(functools.partial(bikernels.var, correction=1), torch.var, ONE_FOR_A_ROW),
@@ -194,8 +203,13 @@ OPERATIONS = {
         bikernels.layer_norm_weight_backward, _norm_backward("layer_norm", True), A_ROW, ("grad", "x", "mean", "rstd")
     ),
 }
-REFERENCE = {"var": functools.partial(reference.var, correction=1)}
+REFERENCE = {
+    "var": functools.partial(reference.var, correction=1),
+    "masked_log_softmax": reference.log_softmax,
+    "masked_softmax": reference.softmax,
+}
 NORMS = ("rms_norm", "layer_norm")
+MASKED = tuple(name for name, operation in OPERATIONS.items() if operation.is_masked)
 FORWARD = tuple(name for name in OPERATIONS if not name.endswith("backward"))
 BACKWARD = tuple(name for name in OPERATIONS if name.endswith("backward"))
 
@@ -210,7 +224,7 @@ def cpu_cases(quick: bool) -> Iterator[Case]:
             yield Case(operation, 512, 4096, dtype, "last")
             yield Case(operation, 4096, 256, dtype, "last")
             yield Case(operation, 16, 151936, dtype, "last")
-            if operation not in NORMS:
+            if operation not in (*NORMS, *MASKED):
                 yield Case(operation, 4096, 512, dtype, "first")
                 yield Case(operation, 4096, 512, dtype, "middle")
     if not quick:
@@ -231,6 +245,9 @@ def _cases(quick: bool) -> Iterator[Case]:
             yield Case(operation, 4096, 8192, dtype, "first")
             yield Case(operation, 151936, 1024, dtype, "first")
             yield Case(operation, 4096, 1024, dtype, "middle")
+        for operation in MASKED:
+            for rows, n in (*SHAPES, (65536, 256), (4096, 50257)):
+                yield Case(operation, rows, n, dtype, "last")
         for operation in NORMS:
             for rows, n in ((8192, 4096), (64, 8192)):
                 yield Case(operation, rows, n, dtype, "last")
@@ -253,14 +270,14 @@ def sweep() -> Iterator[Case]:
     """All operations, dtypes and axes over rows and lengths, and rows of odd lengths; backward passes in the dtypes of
     training.
     """
-    for operation in OPERATIONS:
+    for operation in (one for one in OPERATIONS if one not in MASKED):
         axes = ("last",) if operation.startswith(NORMS) else ("last", "first", "middle")
         dtypes = ("bf16", "fp32") if operation in BACKWARD else tuple(DTYPES)
         for dtype, axis, rows, n in itertools.product(dtypes, axes, ROWS, LENGTHS):
             case = Case(operation, rows, n, dtype, axis)
             if case.read <= MOST_READ and case.written <= MOST_WRITTEN and (axis != "middle" or rows >= 64):
                 yield case
-    for operation in (one for one in OPERATIONS if OPERATIONS[one].result != A_ROW):
+    for operation in (one for one in OPERATIONS if one not in MASKED and OPERATIONS[one].result != A_ROW):
         for dtype, rows, n in itertools.product(("bf16", "fp32"), ODD_ROWS, ODD_LENGTHS):
             yield Case(operation, rows, n, dtype, "last")
 
@@ -397,7 +414,7 @@ def check(case: Case, operands: Sequence[torch.Tensor], out: torch.Tensor) -> bo
             return operand[:, [0, -1]] if operand.shape[1] > 1 else operand
         return operand if operand.dim() == 1 else _ends(case, operand)
 
-    compute = REFERENCE.get(case.operation, getattr(reference, case.operation))
+    compute = REFERENCE.get(case.operation) or getattr(reference, case.operation)
     expected = compute(*(_to_numpy(part(operand)) for operand in operands), kept=1)
     actual = _ends(case, out) if operation.result == ROWS_OF_N else out.reshape(-1)[[0, -1]]
     actual = actual[: len(expected)]  # of a single column

@@ -23,7 +23,7 @@ from ...specs import ReductionSpec
 from .. import ReductionLaunch
 from . import pool, threads, vectors
 from .compile import address_of, emitted, inner, invoke, kernel
-from .elementary import NEAR, Real, emit_exp, emit_exp_near, emit_log, root
+from .elementary import NEAR, Real, emit_exp_below, emit_exp_near, emit_log, root
 from .formulas import RECIPROCAL_ROOT, ROOT, TOTAL, Formula, Sum, formula
 from .numerics import (
     FLOAT,
@@ -229,7 +229,7 @@ class _Code:
             if precise:
                 back = b.fsub(t, x)
                 d = b.fadd(b.fsub(x, b.fsub(t, back)), b.fsub(b.fneg(m[i]), back))
-            value = (emit_exp_near if near else emit_exp)(b, t, d)
+            value = (emit_exp_near if near else emit_exp_below)(b, t, d)
             zero = vectors.constant(value.type, 0.0)
             is_most = b.fcmp_ordered("==", t, zero)
             j = i % len(counts)

@@ -84,6 +84,28 @@ def emit_exp_near(builder: Any, t: Any, d: Any = None) -> Any:
     return builder.bitcast(builder.add(p, exponent), real)
 
 
+def emit_exp_below(builder: Any, t: Any, d: Any = None) -> Any:
+    """As `emit_exp` for t <= 0: what is 0 in any case, such as that of -inf, never meets a subnormal number, which
+    processors compute slowly.
+    """
+    real = t.type
+    name, word, fraction = _format(real)
+    numbers, bias, shift = EXP[name], *((127, 65) if name == "float32" else (1023, 513))
+    zero = constant(real, 0.0)
+    below = builder.fcmp_ordered("<", t, constant(real, numbers.low))
+    t = builder.select(below, zero, t)
+    magic = constant(real, numbers.magic - bias + shift)  # z then holds the exponent of 2^(k + shift), a normal number
+    z = _fma(builder, t, constant(real, numbers.log2e), magic)
+    k = builder.fsub(z, magic)
+    f = _fma(builder, k, constant(real, -numbers.ln2_high), t)
+    f = _fma(builder, k, constant(real, -numbers.ln2_low), f)
+    if d is not None:
+        f = builder.fadd(f, builder.select(below, zero, d))
+    p = _polynomial(builder, numbers.coefficients, f)
+    p = builder.fmul(p, builder.bitcast(builder.shl(builder.bitcast(z, word), constant(word, fraction)), real))
+    return builder.select(below, zero, builder.fmul(p, constant(real, 2.0**-shift)))
+
+
 def emit_log(builder: Any, u: Any) -> Any:
     """Natural logarithm of u, float32 or float64, scalar or vector."""
     real = u.type

@@ -141,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 if (i * WARP + lane_id() < members_of(all)) most_of_row = max(most_of_row, maxima[i * WARP + lane_id()]);
             maximum = of_ordered_bits(__reduce_max_sync(~0u, most_of_row));
         }
-        const A least_t = least - maximum;
+        A least_t = least - maximum;
         const bool are_near = __all_sync(~0u, least_t > NEAR);
         const int left = left_of(team());
         const bool is_plain = left >= CHUNKS * SUM_CHUNK && are_near && of_ordered_bits(most_of_warp) != maximum;
@@ -151,6 +151,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         X* const type = nullptr;
         if (!is_plain) {
             A sums[CHUNKS] = {};
+            unsigned least_order = ~0u;
             const int steps = (left + SUM_LANES - 1) / SUM_LANES;
 #pragma unroll 1
             for (int c = 0; c < CHUNKS; c++) {
@@ -160,15 +161,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     const uint4 raw = *place(index, step);
                     Elements v;
                     unpack(raw, type, v);
-                    exponentials<false, X>(&raw, v, maximum, count);
+                    Elements all;
+                    exponentials_anywhere<false>(v, maximum, count, all);
 #pragma unroll
-                    for (int j = 0; j < THREAD_LANES; j++) lane[j] += v[j];
+                    for (int j = 0; j < THREAD_LANES; j++) {
+                        lane[j] += v[j];
+                        least_order = min(least_order, order_of_power(all[j]));
+                    }
                 }
                 sums[0] = sums[1];
                 sums[1] = sum_warp(fold_thread_lanes(lane));
             }
             sum = sums[0] + sums[1];
             count = __reduce_add_sync(~0u, count);
+            least_t = least_order >= SURE ? NEAR : lowest<A>();
         }
 
         uint4 held[HELD];
@@ -234,7 +240,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
         // Where it is not sure to what the quotients of a vector round, they are computed below.
         const auto reciprocal_of = [](A divisor) { return IS_LOG ? A(0) : 1 / divisor; };
-        const bool is_few = normaliser <= FEW, is_simple = is_few && are_near;
+        const bool is_few = normaliser <= FEW, is_simple = is_few && least_t >= NEAR;
         const Bounds bounds(reciprocal_of(normaliser), least_t);
         unsigned unsure = 0;
         const auto put = [&](X* to, int i, const unsigned (&words)[4]) {

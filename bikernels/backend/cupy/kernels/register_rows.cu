@@ -78,7 +78,7 @@ __device__ __forceinline__ A thread_extreme(const Words (&raw)[VECTORS], T* type
     }
 }
 
-// Divides exponentials of float64, which are of a t above near_of if their upper words are larger than this: to keep the
+// Divides exponentials of float64, which are of a t above -600 if their upper words are larger than this: to keep the
 // least t of all takes registers that there are not.
 constexpr bool IS_DOUBLE = sizeof(A) == 8;
 constexpr int NEAR_UPPER = 158 << 20;  // of 2^-865
@@ -96,16 +96,13 @@ __device__ __forceinline__ void divide_powers(V (&power)[WIDTH], V divisor, V re
     }
 }
 
-// Of t <= 0: the larger the smaller t is, but for -infinity, as of what is absent: that quotient is 0 in any case.
-__device__ __forceinline__ unsigned bits_above_infinity(float t) { return __float_as_uint(t) + 0x00800000u; }
-
 // Add the exponentials of a thread's elements, but for those of the maximum, which are counted, to their lanes; v becomes
-// x - maximum in log_softmax, else the exponentials. Of t, the least, or the largest bits_above_infinity. IS_PLAIN: of a
-// warp that is_plain (see the kernel), where `least` is known.
+// x - maximum in log_softmax, else the exponentials; least_order the least order_of_power. IS_PLAIN: of a warp that is_plain
+// (see the kernel), where all of these are SURE.
 template <bool IS_PLAIN>
-__device__ __forceinline__ void exponentiate(const Words (&raw)[VECTORS], const Place& place, int n, A maximum,
+__device__ __forceinline__ void exponentiate(const Words (&raw)[VECTORS], const Place& place, A maximum,
                                              A (&v)[VECTORS][WIDTH], A (&lane)[GROUPS][WIDTH], A (&heads)[TEAMS][WIDTH],
-                                             A& least, unsigned& least_bits, unsigned& count) {
+                                             unsigned& least_order, unsigned& count) {
 #pragma unroll
     for (int i = 0; i < VECTORS; i++) {
 #pragma unroll
@@ -121,19 +118,14 @@ __device__ __forceinline__ void exponentiate(const Words (&raw)[VECTORS], const 
             count += is_maximum;
             lane[i % GROUPS][j] += is_maximum ? A(0) : power;
             v[i][j] = IS_LOG ? t : power;
-            if constexpr (!IS_PLAIN && !IS_LOG && !IS_DOUBLE) {
-                if (LAYOUT != Whole)
-                    least_bits = max(least_bits, bits_above_infinity(t));
-                else if (place.has(i, j, n))
-                    least = smaller(least, t);
-            }
+            if constexpr (!IS_PLAIN && !IS_LOG && !IS_DOUBLE) least_order = min(least_order, order_of_power(power));
         }
         if (i == 0) take_head(lane, place, heads);
     }
 }
 
-// Softmax of a thread's vectors of EIGHT elements, of which no t is below `least`. Where it is not sure to what the
-// quotients of a vector round, they are computed last.
+// Softmax of a thread's vectors of EIGHT elements, of which no t is below `least`, but where the power is 0. Where it is not
+// sure to what the quotients of a vector round, they are computed last.
 template <int EIGHT>
 __device__ __forceinline__ void write_powers(const Words (&raw)[VECTORS], const Place& place, int n, bool are_vectors,
                                              A maximum, A normaliser, A least, const X* from, X* to) {
@@ -148,7 +140,7 @@ __device__ __forceinline__ void write_powers(const Words (&raw)[VECTORS], const 
             unsigned words[EIGHT / 2];
 #pragma unroll
             for (int j = 0; j < EIGHT; j++) v[j] = element(raw[i], j, type);
-            if (round_powers(v, maximum, bounds, words, type) && least > NEAR)
+            if (round_powers(v, maximum, bounds, words, type) && least >= NEAR)
                 store_vector(to, place, i, n, are_vectors, words);
             else if (place(i) < n)
                 unsure |= 1u << i;
@@ -238,28 +230,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST_CTAS)
     A maximum = fold_lanes(thread_extreme(raw, type, Larger()), lanes, Larger());
     // Whether the warp has as many elements as it can have, all near the maximum, and none is it, as most have in long rows.
     bool is_plain = false;
-    A least_of_all = 0;
+    A least = 0;  // no t of the thread's is smaller, but those whose power is 0
     if constexpr (SPREAD) {
         const A most_of_warp = maximum;
         if (lane_id() == 0) shared.maxima[warp] = maximum;
         __syncthreads();
         maximum = fold_warps(shared.maxima, Larger());
         if constexpr (HAS_PLAIN) {
-            least_of_all = thread_extreme(raw, type, Smaller()) - maximum;
-            is_plain = __all_sync(~0u, least_of_all > NEAR) && most_of_warp != maximum;
+            least = thread_extreme(raw, type, Smaller()) - maximum;
+            is_plain = __all_sync(~0u, least > NEAR) && most_of_warp != maximum;
         }
     }
 
     if constexpr (RECOMPUTED) forget_widened(raw);
     A v[VECTORS][WIDTH];  // x - maximum, unless that is RECOMPUTED, or exponentials
-    A least = 0;
-    unsigned least_bits = 0;  // the same where the compiler does not know which vectors are whole
-    unsigned count = 0;
+    unsigned least_order = ~0u, count = 0;
     if (is_plain) {
-        least = least_of_all;
-        exponentiate<true>(raw, place, n, maximum, v, lane, lanes_of_teams.heads[0], least, least_bits, count);
+        exponentiate<true>(raw, place, maximum, v, lane, lanes_of_teams.heads[0], least_order, count);
     } else {
-        exponentiate<false>(raw, place, n, maximum, v, lane, lanes_of_teams.heads[0], least, least_bits, count);
+        exponentiate<false>(raw, place, maximum, v, lane, lanes_of_teams.heads[0], least_order, count);
+        least = least_order >= SURE ? A(NEAR) : lowest<A>();
     }
     const A sum = row_sum(lane, place, lanes_of_teams, shared.sums, count, shared.counts);
     if constexpr (IS_ALONE) {
@@ -284,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST_CTAS)
 #pragma unroll
             for (int i = 0; i < VECTORS; i++)
                 if (place(i) < n) divide_powers(v[i], normaliser, reciprocal);
-        } else if (LAYOUT == Whole ? least > near_of(A(0)) : least_bits < bits_above_infinity(NEAR)) {
+        } else if (least >= NEAR) {
 #pragma unroll
             for (int i = 0; i < VECTORS * WIDTH; i += AT_ONCE) {
                 A some[AT_ONCE], results[AT_ONCE];

@@ -196,19 +196,18 @@ struct Chunk : Phase<PLAIN> {
     __device__ __forceinline__ int steps() const { return min(STEPS, (end + SUM_LANES - 1) / SUM_LANES); }
 
     // The tree over a chunk. on_simple(step, i, v), on_careful(step, v) and on_edge(step, present, v) write the terms of a
-    // step to v, one(position) returns that of one element. `is_simple`: whether whole steps are not edges; `care`: which
-    // of these, as bits, need more than on_simple does. It knows nothing of elements before the chunk either.
+    // step to v, one(position) returns that of one element. `care`: which whole steps, as bits, need more than on_simple
+    // does. It knows nothing of elements before the chunk either.
     template <class Simple, class Careful, class Edge, class One>
-    __device__ __forceinline__ A sum(bool is_simple, unsigned care, Simple on_simple, Careful on_careful, Edge on_edge,
-                                     One one) const {
-        return sum(is_simple, care, false, on_simple, on_simple, on_careful, on_edge, one);
+    __device__ __forceinline__ A sum(unsigned care, Simple on_simple, Careful on_careful, Edge on_edge, One one) const {
+        return sum(care, false, on_simple, on_simple, on_careful, on_edge, one);
     }
     // With on_simplest(step, i, v) in place of on_simple, `is_simplest`.
     template <class Simplest, class Simple, class Careful, class Edge, class One>
-    __device__ __forceinline__ A sum(bool is_simple, unsigned care, bool is_simplest, Simplest on_simplest,
-                                     Simple on_simple, Careful on_careful, Edge on_edge, One one) const {
+    __device__ __forceinline__ A sum(unsigned care, bool is_simplest, Simplest on_simplest, Simple on_simple,
+                                     Careful on_careful, Edge on_edge, One one) const {
         Elements lane = {};
-        const int whole = is_simple ? whole_steps() : 0;
+        const int whole = whole_steps();
         care |= phase > 0;
         int step = 0;
 #pragma unroll 1
@@ -569,7 +568,7 @@ struct Mean {
             };
             const auto one = [&](int position) { return c.read_one(position); };
             const auto first = [&](int step, Elements& v) { c.read(step, 0, v); };
-            const A sum = c.sum(true, 0, elements, first, of_edge, one);
+            const A sum = c.sum(0, elements, first, of_edge, one);
             row.team.share(row.turn, place_of_chunk(c.number, row.chunks), __float_as_uint(sum));
         });
         row.team.arrived(row.turn, row.chunks * 4);
@@ -599,9 +598,8 @@ struct SoftmaxFamily {
     using Chunk = ::Chunk<PLAIN>;
 
     A maximum;
-    A least;           // of the thread's elements
+    A least;           // of the thread's elements; then of t, but those whose power is 0, or NEAR if only that is known
     int most_of_warp;  // as an ordered integer
-    bool are_near;
     bool is_known;  // whether the warp's chunk is full and computed without care
     Elements last;
 
@@ -656,16 +654,18 @@ struct SoftmaxFamily {
         maximum = of_ordered_bits(__reduce_max_sync(~0u, most_of_row));
 
         const bool has_maximum = of_ordered_bits(most_of_warp) == maximum;
-        are_near = __all_sync(~0u, least - maximum > NEAR);
         const bool are_smaller = !IS_PRECISE || __all_sync(~0u, least >= -maximum);
+        least -= maximum;
+        const bool are_near = __all_sync(~0u, least > NEAR);
         is_known = false;
+        unsigned least_order = ~0u;  // of powers whose t are not near
         const auto share = [&](const Chunk& c, A sum, unsigned count) {
             const uint2 pair = make_uint2(__float_as_uint(sum), count);
             row.team.share(row.turn + 1, place_of_chunk(c.number, row.chunks), pair);
         };
         row.for_chunks([&](const Chunk& c, int) {
             unsigned count = 0, care = 0;
-            if (are_near && has_maximum) {
+            if (has_maximum) {
                 Chunk::template for_range<4>(0, c.whole_steps(), [&](int step, int i) {
                     uint4 raw[VECTORS];
                     Elements v;
@@ -691,14 +691,27 @@ struct SoftmaxFamily {
                 if constexpr (IS_PRECISE) difference(x, maximum, error);
                 return error;
             };
-            const auto on_steps = [&](auto error_of) {
-                return [&, error_of](int step, int i, Elements& v) {
-                    Elements t;
-                    near(error_of, step, i, t, v);
-                };
+            const auto anywhere = [&](int step, int i, Elements& t, Elements& v) {
+                if (IS_PRECISE && are_near) return near(error_of_any, step, i, t, v);
+                c.read(step, i, v);
+#pragma unroll
+                for (int j = 0; j < THREAD_LANES; j++) {
+                    A error = 0;
+                    t[j] = IS_PRECISE ? difference(v[j], maximum, error) : v[j] - maximum;
+                    v[j] = exponential_below<IS_PRECISE>(t[j], error);
+                }
+                if constexpr (WRITES_SLOTS) {
+                    c.keep(step, i, v);
+#pragma unroll
+                    for (int j = 0; j < THREAD_LANES; j++) least_order = min(least_order, order_of_power(v[j]));
+                }
             };
             // Where no element is larger in magnitude than the maximum, the difference's error is that of Dekker's sum.
             const auto error_of_smaller = [&](A x, A t) { return IS_PRECISE ? x - (t + maximum) : A(0); };
+            const auto smaller = [&](int step, int i, Elements& v) {
+                Elements t;
+                near(error_of_smaller, step, i, t, v);
+            };
             if (c.is_full() && are_near && care == 0 && are_smaller) {
                 is_known = true;
                 const auto on_last_step = [&](Elements& v) {
@@ -711,14 +724,18 @@ struct SoftmaxFamily {
                         near(error_of_smaller, STEPS - 1, 0, t, v);
                     }
                 };
-                share(c, Chunk::sum_full(on_steps(error_of_smaller), on_last_step), 0);
+                share(c, Chunk::sum_full(smaller, on_last_step), 0);
                 return;
             }
             const A sum = c.sum(
-                are_near, care, are_smaller, on_steps(error_of_smaller), on_steps(error_of_any),
+                care, are_near && are_smaller, smaller,
+                [&](int step, int i, Elements& v) {
+                    Elements t;
+                    anywhere(step, i, t, v);
+                },
                 [&](int step, Elements& v) {
                     Elements t;
-                    near(error_of_any, step, 0, t, v);
+                    anywhere(step, 0, t, v);
 #pragma unroll
                     for (int j = 0; j < THREAD_LANES; j++) {
                         count += t[j] == 0 && !(step == 0 && c.is_before(j));
@@ -726,19 +743,15 @@ struct SoftmaxFamily {
                     }
                 },
                 [&](int step, unsigned present, Elements& v) {
-                    uint4 raw[VECTORS];
                     Elements all;
-                    c.read(step, 0, raw, v);
-                    if (present == 0xFF) {
-                        exponentials<IS_PRECISE, ELEMENT>(raw, v, maximum, count, all);
-                    } else {
+                    c.read(step, 0, v);
 #pragma unroll
-                        for (int j = 0; j < THREAD_LANES; j++) {
-                            const bool is_present = present >> j & 1, is_maximum = v[j] - maximum == 0;
-                            count += is_present && is_maximum;
-                            all[j] = exponential_anywhere<IS_PRECISE>(v[j], maximum);
-                            v[j] = is_present && !is_maximum ? all[j] : A(0);
-                        }
+                    for (int j = 0; j < THREAD_LANES; j++) {
+                        const bool is_present = present >> j & 1, is_maximum = v[j] - maximum == 0;
+                        all[j] = exponential_anywhere<IS_PRECISE>(v[j], maximum);
+                        count += is_present && is_maximum;
+                        v[j] = is_present && !is_maximum ? all[j] : A(0);
+                        least_order = min(least_order, order_of_power(v[j]));
                     }
                     if constexpr (WRITES_SLOTS) c.keep(step, 0, all);
                 },
@@ -747,12 +760,14 @@ struct SoftmaxFamily {
                     const bool is_maximum = x - maximum == 0;
                     const A all = exponential_anywhere<IS_PRECISE>(x, maximum);
                     if constexpr (KEEPS_ALL) reinterpret_cast<A*>(c.kept)[position] = all;
+                    least_order = min(least_order, order_of_power(all));
                     count += is_maximum;
                     return is_maximum ? A(0) : all;
                 });
             share(c, sum, __reduce_add_sync(~0u, count));
         });
         row.team.arrived(row.turn + 1, row.chunks * 8);
+        if (!are_near) least = __all_sync(~0u, least_order >= SURE) ? NEAR : lowest<A>();
     }
 
     template <class Done>
@@ -778,7 +793,7 @@ struct SoftmaxFamily {
                 [&](const Chunk& c, int position) { return result(c.read_one(position)); }, done);
         } else {
             const A reciprocal = 1 / normaliser;
-            const bool is_few = normaliser <= FEW, is_simple = is_few && are_near;
+            const bool is_few = normaliser <= FEW, is_simple = is_few && least >= NEAR;
             const auto divide_kept = [&](const Chunk& c, int step, int i, Elements& v) {
                 Elements kept;
                 c.read_kept(step, i, kept);
@@ -790,26 +805,13 @@ struct SoftmaxFamily {
                 [&](const Chunk& c, int step, int i, Elements& v) {
                     if (c.has_kept(step + i)) {
                         c.read_kept(step, i, v);
-                        if (is_simple) {
-#pragma unroll
-                            for (int j = 0; j < THREAD_LANES; j++) v[j] = divide_near(v[j], normaliser, reciprocal);
-                        } else {
-#pragma unroll 1
-                            for (int j = 0; j < THREAD_LANES; j++) {  // a queue, so that the division's code exists once
-                                const A quotient = v[0] / normaliser;
-#pragma unroll
-                                for (int k = 0; k < THREAD_LANES - 1; k++) v[k] = v[k + 1];
-                                v[THREAD_LANES - 1] = quotient;
-                            }
-                        }
                     } else {
-                        uint4 raw[VECTORS];
-                        c.read(step, i, raw, v);
-                        if constexpr (!IS_PRECISE)
-                            if (is_simple && round_quotients(v, maximum, reciprocal, static_cast<RESULT*>(nullptr)))
-                                return;
-                        quotients<IS_PRECISE, ELEMENT>(raw, v, maximum, normaliser, reciprocal, is_few);
+                        c.read(step, i, v);
+                        if (is_simple && round_for(v, reciprocal)) return;
+#pragma unroll
+                        for (int j = 0; j < THREAD_LANES; j++) v[j] = exponential_anywhere<IS_PRECISE>(v[j], maximum);
                     }
+                    divide(v, normaliser, reciprocal, is_few);
                 },
                 [&](const Chunk& c, int position) {
                     const A x = c.read_one(position);
@@ -826,14 +828,9 @@ struct SoftmaxFamily {
                     if constexpr (KEEPS_LAST) {
 #pragma unroll 1
                         for (int step = kept; step < STEPS - 1; step++) {
-                            uint4 raw[VECTORS];
                             Elements v;
-                            c.read(step, 0, raw, v);
-                            bool are_rounded = false;
-                            if constexpr (!IS_PRECISE)
-                                are_rounded = round_quotients(v, maximum, reciprocal, static_cast<RESULT*>(nullptr));
-                            if (!are_rounded)
-                                quotients<IS_PRECISE, ELEMENT>(raw, v, maximum, normaliser, reciprocal, is_few);
+                            c.read(step, 0, v);
+                            if (!round_for(v, reciprocal)) quotients_near<IS_PRECISE>(v, maximum, normaliser, reciprocal);
                             put(step, 0, v);
                         }
                         Elements v;
@@ -846,6 +843,14 @@ struct SoftmaxFamily {
     }
 
   private:
+    // Softmax of eight elements of 16 bits: whether it is sure to what they round.
+    __device__ __forceinline__ bool round_for(Elements& v, A reciprocal) const {
+        unsigned words[THREAD_LANES / 2];
+        if constexpr (IS_PRECISE)
+            return false;
+        else
+            return round_powers(v, maximum, Bounds(reciprocal, least), words, static_cast<RESULT*>(nullptr));
+    }
     // Whether one of eight elements may be the maximum; what lies before the row may be anything.
     static __device__ __forceinline__ bool may_have(A maximum, const uint4*, const Elements& v, float*) {
         A most = v[0];

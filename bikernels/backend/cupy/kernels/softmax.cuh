@@ -1,8 +1,8 @@
 // The exponentials of softmax, eight at a time (docs/contract.md, sections 4 and 5).
 //
 // Where t = x - maximum lies in (NEAR, 0], exp needs neither the comparisons for the ends of its range nor two factors
-// for its power of two, so eight of them are tested at once. Elsewhere (-inf, NaN, float64) it is numerics.cuh's exp.
-// Both are the same operations on the same numbers.
+// for its power of two, so eight of them are tested at once. Elsewhere one form serves every t <= 0. Both give the numbers of
+// numerics.cuh's exp.
 #pragma once
 #include "reduction.cuh"
 
@@ -75,9 +75,6 @@ __device__ __forceinline__ double exponential_below(double t, double d) {
     return upper > lowest ? 0.0 : power;
 }
 
-// Above which t the quotients of exponentials, by a divisor of up to 2^20, can be corrected by fma.
-__device__ __forceinline__ float near_of(float) { return NEAR; }
-__device__ __forceinline__ double near_of(double) { return -600.0; }
 __device__ __forceinline__ float smaller(float a, float b) { return fminf(a, b); }
 __device__ __forceinline__ double smaller(double a, double b) { return b < a ? b : a; }
 __device__ __forceinline__ float nan_of(float) { return __uint_as_float(NAN_FLOAT32); }
@@ -288,6 +285,20 @@ __device__ __forceinline__ bool are_near(const uint4* raw, const float (&)[8], f
 
 // --------------------------------------------------------------------------------------------------------------- terms
 
+// `exponentials` of any eight elements. A NaN is left to the first term, if the maximum is no number, so that it is the sum.
+template <bool PRECISE, class A>
+__device__ __forceinline__ void exponentials_anywhere(A (&v)[8], A maximum, unsigned& count, A (&all)[8]) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        A error = 0;
+        const A t = PRECISE ? difference(v[j], maximum, error) : v[j] - maximum;
+        all[j] = exponential_below<PRECISE>(t, error);
+        count += is_zero(t);
+        v[j] = is_zero(t) ? A(0) : all[j];
+    }
+    v[0] += maximum - maximum;
+}
+
 // v becomes the terms of eight elements in softmax's sum; those that are the maximum are counted. `all` becomes the
 // exponentials, of which the terms lack those of the maximum. X: as they are stored.
 template <bool PRECISE, class X, class A>
@@ -312,13 +323,7 @@ __device__ __forceinline__ void exponentials(const uint4* raw, A (&v)[8], A maxi
             return;
         }
     }
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-        const bool is_maximum = v[j] - maximum == 0;
-        count += is_maximum;
-        all[j] = exponential_anywhere<PRECISE>(v[j], maximum);
-        v[j] = is_maximum ? A(0) : all[j];
-    }
+    exponentials_anywhere<PRECISE>(v, maximum, count, all);
 }
 template <bool PRECISE, class X, class A>
 __device__ __forceinline__ void exponentials(const uint4* raw, A (&v)[8], A maximum, unsigned& count) {
@@ -346,41 +351,65 @@ __device__ __forceinline__ A divide_anywhere(A a, A divisor) {
     return a == 0 ? a * divisor : quotient;  // NaN, if that is one
 }
 
+// Powers in the order of these integers, but 0, that of what is masked, above all. From SURE on, divide_near is right.
+__device__ __forceinline__ unsigned order_of_power(float power) { return __float_as_uint(power) - 1; }
+constexpr unsigned SURE = 0x0E800000;  // EXP_NEAR
+
+__device__ __forceinline__ bool are_sure(const float (&power)[8]) {
+    float least = power[0];
+#pragma unroll
+    for (int j = 1; j < 8; j++) least = fminf(least, power[j]);
+    if (least > EXP_NEAR) return true;
+    unsigned order = ~0u;
+#pragma unroll
+    for (int j = 0; j < 8; j++) order = min(order, order_of_power(power[j]));
+    return order >= SURE;
+}
+
 // Divides eight exponentials; `is_few`: divisor <= FEW.
 template <class A>
 __device__ __forceinline__ void divide(A (&v)[8], A divisor, A reciprocal, bool is_few) {
     if constexpr (is_same<A, float>::value) {
-        float least = v[0];
-#pragma unroll
-        for (int j = 1; j < 8; j++) least = fminf(least, v[j]);
-        if (is_few && least > EXP_NEAR) {
+        if (is_few && are_sure(v)) {
 #pragma unroll
             for (int j = 0; j < 8; j++) v[j] = divide_near(v[j], divisor, reciprocal);
             return;
         }
-    }
+#pragma unroll 1
+        for (int j = 0; j < 8; j++) {  // a queue, so that the division's code exists once
+            const A quotient = divide_anywhere(v[0], divisor);
 #pragma unroll
-    for (int j = 0; j < 8; j++) v[j] = v[j] / divisor;
+            for (int k = 0; k < 7; k++) v[k] = v[k + 1];
+            v[7] = quotient;
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < 8; j++) v[j] = v[j] / divisor;
+    }
 }
 
-// v becomes softmax of eight elements; `is_few`: divisor <= FEW.
+// v becomes softmax of eight elements that are near, by a divisor <= FEW.
+template <bool PRECISE>
+__device__ __forceinline__ void quotients_near(float (&v)[8], float maximum, float divisor, float reciprocal) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        float error = 0;
+        const float t = PRECISE ? difference(v[j], maximum, error) : v[j] - maximum;
+        v[j] = divide_near(exponential_near<PRECISE>(t, error), divisor, reciprocal);
+    }
+}
+// The same of any eight elements; `is_few`: divisor <= FEW. X: as they are stored.
 template <bool PRECISE, class X, class A>
 __device__ __forceinline__ void quotients(const uint4* raw, A (&v)[8], A maximum, A divisor, A reciprocal,
                                           bool is_few) {
     if constexpr (is_same<A, float>::value) {
         float most;
-        if (is_few && are_near(raw, v, maximum, most, static_cast<X*>(nullptr))) {
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-                float error = 0;
-                const float t = PRECISE ? difference(v[j], maximum, error) : v[j] - maximum;
-                v[j] = divide_near(exponential_near<PRECISE>(t, error), divisor, reciprocal);
-            }
-            return;
-        }
+        if (is_few && are_near(raw, v, maximum, most, static_cast<X*>(nullptr)))
+            return quotients_near<PRECISE>(v, maximum, divisor, reciprocal);
     }
 #pragma unroll
-    for (int j = 0; j < 8; j++) v[j] = exponential_anywhere<PRECISE>(v[j], maximum) / divisor;
+    for (int j = 0; j < 8; j++) v[j] = exponential_anywhere<PRECISE>(v[j], maximum);
+    divide(v, divisor, reciprocal, is_few);
 }
 
 // ---------------------------------------------------------------------------------------------------- rounded quotients
@@ -404,40 +433,8 @@ __device__ __forceinline__ float power_of_two(float x) {
     return result;
 }
 
-// log2(e) is the constant of exp and this.
-constexpr float LOG2E_LOW = static_cast<float>(1.4426950408889634 - EXP_FLOAT32_LOG2E);
-
-// Softmax of eight elements that are near, for a result of 16 bits: v becomes numbers that round to the same R as the
-// quotients do; false if that is not sure, and v is unchanged. exp by the hardware's power of two is within 2^-22, the
-// contract's exp within 2^-23, the reciprocal, the quotient and each product here within 2^-24: twelve times that is
-// more than all of them, and whatever lies between two numbers that round to the same rounds to it too.
-template <class R>
-__device__ __forceinline__ bool round_quotients(float (&v)[8], float maximum, float reciprocal, R* r) {
-    constexpr float SLACK = 0x1.8p-21f;
-    const float least = reciprocal * (1 - SLACK), most = reciprocal * (1 + SLACK);
-    float low[8];
-    unsigned differ = 0;
-#pragma unroll
-    for (int j = 0; j < 8; j += 2) {
-        float high[2];
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const float t = v[j + i] - maximum;
-            const float z = fused(t, EXP_FLOAT32_LOG2E, EXP_MAGIC);
-            const float f = fused(t, LOG2E_LOW, fused(t, EXP_FLOAT32_LOG2E, EXP_MAGIC - z));
-            const float e = __uint_as_float(__float_as_uint(power_of_two(f)) + (__float_as_uint(z) << 23));
-            low[j + i] = e * least;
-            high[i] = e * most;
-        }
-        differ |= packed_pair(low[j], low[j + 1], r) ^ packed_pair(high[0], high[1], r);
-    }
-    if (differ != 0) return false;
-#pragma unroll
-    for (int j = 0; j < 8; j++) v[j] = low[j];
-    return true;
-}
-
-// The bounds of the reciprocal for `round_powers`, where no t is below `least_t`, which lies above NEAR.
+// The bounds of the reciprocal for `round_powers`, where no t is below `least_t`, which is NEAR at least, but those whose
+// power is 0.
 struct Bounds {
     float least, most;
 
@@ -450,19 +447,26 @@ struct Bounds {
     }
 };
 
-// The same as round_quotients in fewer instructions: `words` become those of the results.
+// Softmax of eight elements for a result of 16 bits: v becomes numbers that round to R as the quotients do, `words` what they
+// round to; false if that is not sure, and v is unchanged. Whatever lies between two numbers that round to the same rounds to
+// it too.
 template <class R>
-__device__ __forceinline__ bool round_powers(const float (&v)[8], float maximum, const Bounds& bounds, unsigned (&words)[4],
-                                             R* r) {
+__device__ __forceinline__ bool round_powers(float (&v)[8], float maximum, const Bounds& bounds, unsigned (&words)[4], R* r) {
+    float low[8];
     unsigned differ = 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const float low = power_of_two((v[2 * i] - maximum) * EXP_FLOAT32_LOG2E);
-        const float high = power_of_two((v[2 * i + 1] - maximum) * EXP_FLOAT32_LOG2E);
-        words[i] = packed_pair(low * bounds.least, high * bounds.least, r);
-        differ |= words[i] ^ packed_pair(low * bounds.most, high * bounds.most, r);
+        const float even = power_of_two((v[2 * i] - maximum) * EXP_FLOAT32_LOG2E);
+        const float odd = power_of_two((v[2 * i + 1] - maximum) * EXP_FLOAT32_LOG2E);
+        low[2 * i] = even * bounds.least;
+        low[2 * i + 1] = odd * bounds.least;
+        words[i] = packed_pair(low[2 * i], low[2 * i + 1], r);
+        differ |= words[i] ^ packed_pair(even * bounds.most, odd * bounds.most, r);
     }
-    return differ == 0;
+    if (differ != 0) return false;
+#pragma unroll
+    for (int j = 0; j < 8; j++) v[j] = low[j];
+    return true;
 }
 
 // v becomes numbers that round to R as the quotients of exponentials do; false if that is not sure. None of these is
