@@ -508,6 +508,7 @@ def plot(record: Results, path: Path, dtype: str = "bf16") -> None:
     """
     chosen = [one for one in record.results if one.case.axis == "last" and one.case.dtype == dtype]
     chosen = [one for one in chosen if one.case.rows in ROWS and one.case.n in LENGTHS]
+    chosen = [one for one in chosen if one.case.operation not in MASKED]  # few lengths
     operations = list(dict.fromkeys(one.case.operation for one in chosen))
     if not chosen:
         raise ValueError(f"the record has no sweep of {dtype} along the last axis, so there is nothing to draw")

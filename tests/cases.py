@@ -154,7 +154,7 @@ NORMS = ("rms_norm", "layer_norm")
 def rows_to_reduce(rng: np.random.Generator, operation: str, shape: tuple[int, int], dtype: str) -> np.ndarray:
     """Rows that show the order of a reduction's additions; one each that is special, that has its maximum many times,
     of which much cancels, and that has an element which is zero, or has no part in a softmax. In a softmax, half of one
-    is masked, and another has powers that are subnormal beside some that are 0.
+    is masked; powers of another are subnormal beside some that are 0, and those of one more nearly are.
     """
     count, n = shape
     is_softmax = operation in SOFTMAXES
@@ -164,8 +164,12 @@ def rows_to_reduce(rng: np.random.Generator, operation: str, shape: tuple[int, i
     if count > 5 and is_softmax:
         x[1, rng.random(n) < 0.5] = -np.inf
         x[1, n // 3 : n // 2] = -np.inf
-        x[2, ::3] -= np.asarray(95, x.dtype)
-        x[2, 1::3] = np.finfo(np.float16).min
+        ranges = ((709, 744), (601, 707)) if dtype == "float64" else ((88, 103), (69, 86))
+        for row, less in zip(x[2:4], ranges, strict=True):
+            lower = rng.random(n)
+            lower[row.argmax()] = 1
+            row[lower < 0.4] = row.max() - rng.uniform(*less, int((lower < 0.4).sum())).astype(x.dtype)
+            row[lower < 0.2] = np.finfo(np.float16).min
     x[count // 2] = draw(rng, (n,), dtype, "special")
     x[0, n // 3] = -np.inf if is_softmax else 0
     if n > 20:

@@ -174,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             }
             sum = sums[0] + sums[1];
             count = __reduce_add_sync(~0u, count);
-            least_t = least_order >= SURE ? NEAR : lowest<A>();
+            if (!are_near) least_t = least_order >= SURE ? NEAR : lowest<A>();
         }
 
         uint4 held[HELD];

@@ -98,7 +98,7 @@ __device__ __forceinline__ void divide_powers(V (&power)[WIDTH], V divisor, V re
 
 // Add the exponentials of a thread's elements, but for those of the maximum, which are counted, to their lanes; v becomes
 // x - maximum in log_softmax, else the exponentials; least_order the least order_of_power. IS_PLAIN: of a warp that is_plain
-// (see the kernel), where all of these are SURE.
+// (see the kernel), whose powers divide_near is right for.
 template <bool IS_PLAIN>
 __device__ __forceinline__ void exponentiate(const Words (&raw)[VECTORS], const Place& place, A maximum,
                                              A (&v)[VECTORS][WIDTH], A (&lane)[GROUPS][WIDTH], A (&heads)[TEAMS][WIDTH],
@@ -230,7 +230,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST_CTAS)
     A maximum = fold_lanes(thread_extreme(raw, type, Larger()), lanes, Larger());
     // Whether the warp has as many elements as it can have, all near the maximum, and none is it, as most have in long rows.
     bool is_plain = false;
-    A least = 0;  // no t of the thread's is smaller, but those whose power is 0
+    A least = lowest<A>();  // a bound of the thread's t, but where the power is 0
     if constexpr (SPREAD) {
         const A most_of_warp = maximum;
         if (lane_id() == 0) shared.maxima[warp] = maximum;
@@ -249,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST_CTAS)
         exponentiate<true>(raw, place, maximum, v, lane, lanes_of_teams.heads[0], least_order, count);
     } else {
         exponentiate<false>(raw, place, maximum, v, lane, lanes_of_teams.heads[0], least_order, count);
-        least = least_order >= SURE ? A(NEAR) : lowest<A>();
+        if (!(least > NEAR)) least = least_order >= SURE ? A(NEAR) : lowest<A>();
     }
     const A sum = row_sum(lane, place, lanes_of_teams, shared.sums, count, shared.counts);
     if constexpr (IS_ALONE) {

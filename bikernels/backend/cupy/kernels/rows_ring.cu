@@ -598,7 +598,7 @@ struct SoftmaxFamily {
     using Chunk = ::Chunk<PLAIN>;
 
     A maximum;
-    A least;           // of the thread's elements; then of t, but those whose power is 0, or NEAR if only that is known
+    A least;           // of the thread's elements; then a bound of t, but where the power is 0; -inf if there is none
     int most_of_warp;  // as an ordered integer
     bool is_known;  // whether the warp's chunk is full and computed without care
     Elements last;
@@ -658,7 +658,7 @@ struct SoftmaxFamily {
         least -= maximum;
         const bool are_near = __all_sync(~0u, least > NEAR);
         is_known = false;
-        unsigned least_order = ~0u;  // of powers whose t are not near
+        unsigned least_order = ~0u;  // of powers, where they are not all near
         const auto share = [&](const Chunk& c, A sum, unsigned count) {
             const uint2 pair = make_uint2(__float_as_uint(sum), count);
             row.team.share(row.turn + 1, place_of_chunk(c.number, row.chunks), pair);
@@ -751,7 +751,8 @@ struct SoftmaxFamily {
                         all[j] = exponential_anywhere<IS_PRECISE>(v[j], maximum);
                         count += is_present && is_maximum;
                         v[j] = is_present && !is_maximum ? all[j] : A(0);
-                        least_order = min(least_order, order_of_power(v[j]));
+                        // Of all: this warp also writes some that another one adds, and what is not there is rarely unsure.
+                        least_order = min(least_order, order_of_power(all[j]));
                     }
                     if constexpr (WRITES_SLOTS) c.keep(step, 0, all);
                 },

@@ -1,8 +1,8 @@
 // The exponentials of softmax, eight at a time (docs/contract.md, sections 4 and 5).
 //
 // Where t = x - maximum lies in (NEAR, 0], exp needs neither the comparisons for the ends of its range nor two factors
-// for its power of two, so eight of them are tested at once. Elsewhere one form serves every t <= 0. Both give the numbers of
-// numerics.cuh's exp.
+// for its power of two, so eight of them are tested at once. Another form, of few instructions more, serves every t <= 0. All
+// give the numbers of numerics.cuh's exp, which is taken where that is rare.
 #pragma once
 #include "reduction.cuh"
 
@@ -285,7 +285,8 @@ __device__ __forceinline__ bool are_near(const uint4* raw, const float (&)[8], f
 
 // --------------------------------------------------------------------------------------------------------------- terms
 
-// `exponentials` of any eight elements. A NaN is left to the first term, if the maximum is no number, so that it is the sum.
+// `exponentials` of any eight elements. If the maximum is no number, the first term is a NaN, and so is the sum that all are
+// divided by; the others, and `all`, may be anything.
 template <bool PRECISE, class A>
 __device__ __forceinline__ void exponentials_anywhere(A (&v)[8], A maximum, unsigned& count, A (&all)[8]) {
 #pragma unroll
@@ -433,8 +434,8 @@ __device__ __forceinline__ float power_of_two(float x) {
     return result;
 }
 
-// The bounds of the reciprocal for `round_powers`, where no t is below `least_t`, which is NEAR at least, but those whose
-// power is 0.
+// The bounds of the reciprocal for `round_powers`, where no t is below `least_t`, which has to be NEAR at least, but those
+// whose power is 0.
 struct Bounds {
     float least, most;
 
