@@ -75,18 +75,46 @@ def fold(builder: Any, parts: list[Any], level: int, pairs: bool = False, whole:
     def shuffle(a: Any, b: Any, places: list[int]) -> Any:
         return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(vectors.I32, count), places))
 
-    if pairs:
-        parts = [builder.fadd(*parts[i : i + 2]) for i in range(0, len(parts), 2)]
-    while len(parts) > 1:
-        bit = 1 << level % bits
-        own = [place + (count if place & bit else 0) for place in range(count)]
-        opposite = [place + (0 if place & bit else count) for place in range(count)]
-        swapped = [place ^ bit for place in range(count)]
+    def merge(parts: list[Any], ours: list[int]) -> list[Any]:
+        """The elements at these places of every two vectors, one behind the other, each plus its neighbour."""
+        merged = []
+        for a, b in zip(parts[::2], parts[1::2], strict=True):
+            own = vectors.opaque(builder, shuffle(a, b, ours))
+            merged.append(builder.fadd(own, shuffle(a, b, [place + distance for place in ours])))
+        return merged
+
+    def exchange(parts: list[Any]) -> list[Any]:
+        """Every second element of one vector for one of the other, each plus its neighbour: two blends, one shuffle."""
+        own = [place + (count if place & distance else 0) for place in range(count)]
+        opposite = [place + (0 if place & distance else count) for place in range(count)]
+        swapped = [place ^ distance for place in range(count)]
         merged = []
         for a, b in zip(parts[::2], parts[1::2], strict=True):
             other = vectors.opaque(builder, shuffle(a, b, opposite))
             merged.append(builder.fadd(shuffle(a, b, own), shuffle(other, other, swapped)))
-        parts = merged
+        return merged
+
+    if pairs:
+        parts = [builder.fadd(*parts[i : i + 2]) for i in range(0, len(parts), 2)]
+    size = 4 if parts[0].type.element == vectors.F32 else 8
+    while len(parts) > 1:
+        distance = 1 << level % bits
+        if distance * size in (4, 16) and 4 * distance <= count and len(parts) > 2:
+            # Two of every four from each vector are one instruction; done twice, all are where they belong.
+            ours = [
+                block + vector + unit + i
+                for block in range(0, count, 4 * distance)
+                for vector in (0, count)
+                for unit in (0, 2 * distance)
+                for i in range(distance)
+            ]
+            parts = merge(merge(parts, ours), ours)
+            level += 2
+            continue
+        if distance * size == 8 or 2 * distance == count:
+            parts = merge(parts, [place + (count - distance if place & distance else 0) for place in range(count)])
+        else:
+            parts = exchange(parts)
         level += 1
     (total,) = parts
     for _ in range(bits if whole else 0):
