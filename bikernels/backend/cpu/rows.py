@@ -157,8 +157,11 @@ def _offset(g, index, first, dimensions, operand):  # type: ignore[no-untyped-de
 @inner
 def group_start(g, group, operand, address):  # type: ignore[no-untyped-def]
     """Where the first row of a group begins."""
-    outer, block = group // g.blocks, group % g.blocks
-    place = _offset(g, outer, 0, g.kept, operand) + block * g.width * _field(g, operand, ROW)
+    if g.kept == 0:
+        place = group * g.width * _field(g, operand, ROW)
+    else:
+        outer, block = group // g.blocks, group % g.blocks
+        place = _offset(g, outer, 0, g.kept, operand) + block * g.width * _field(g, operand, ROW)
     return address + place * _field(g, operand, SIZE)
 
 
