@@ -294,7 +294,7 @@ class _AlongRows(_Code):
         vectors.for_range(b, first, self.rows, 1, starts, row)
 
     def is_short(self) -> bool:
-        """Whether a plan is so little code, the sum of x, that it is written again for chunks of whole rounds."""
+        """Whether a plan is so little code, the sum of x, that it is written again for rows of whole rounds."""
         is_sum = self.plan is not None and self.plan.element is None and [one.term for one in self.plan.sums] == [None]
         return is_sum and self.dtype("x") in ("bfloat16", "float32")
 
@@ -310,21 +310,21 @@ class _AlongRows(_Code):
         is_short = b.and_(is_short, b.icmp_unsigned("<=", b.sub(self.n, I64(1)), I64(SUM_CHUNK - 1)))
         done = b.select(is_short, b.and_(self.rows, I64(-self.count)), I64(0))
 
-        def row(i: Any, carried: list[Any]) -> list[Any]:
-            nonlocal level
-            (x,) = carried
+        def block(n: Any, starts: list[Any]) -> list[Any]:
+            def row(i: Any, carried: list[Any]) -> list[Any]:
+                nonlocal level
+                (x,) = carried
 
-            def terms(i: Any, number: int, pairs: bool, carried: list[Any]) -> list[Any]:
-                return self.read("x", self.at({"x": x}, i)["x"], number, pairs)
+                def terms(i: Any, number: int, pairs: bool, carried: list[Any]) -> list[Any]:
+                    return self.read("x", self.at({"x": x}, i)["x"], number, pairs)
 
-            def fetch(i: Any) -> None:
-                self.prefetch(("x",), self.at({"x": x}, i), _VECTORS)
+                def fetch(i: Any) -> None:
+                    self.prefetch(("x",), self.at({"x": x}, i), _VECTORS)
 
-            part, level = self._whole_lanes(terms, pairs, _VECTORS, fetch, I64(0), self.n)
-            vectors.store(b, part, b.add(self.folded, b.mul(i, I64(VECTOR_BYTES))))
-            return [b.add(x, steps[reads])]
+                part, level = self._whole_lanes(terms, pairs, _VECTORS, fetch, I64(0), n)
+                vectors.store(b, part, b.add(self.folded, b.mul(i, I64(VECTOR_BYTES))))
+                return [b.add(x, steps[reads])]
 
-        def block(_: Any, starts: list[Any]) -> list[Any]:
             vectors.for_range(b, I64(0), I64(self.count), 1, [starts[reads]], row)
             parts = [vectors.load(b, self.folded, i * VECTOR_BYTES, self.vector) for i in range(self.count)]
             total = b.fadd(fold(b, parts, level), vectors.constant(self.vector, 0.0))
@@ -338,7 +338,12 @@ class _AlongRows(_Code):
                 out = b.add(out, step)
             return [b.add(start, b.mul(step, I64(self.count))) for start, step in zip(starts, steps, strict=True)]
 
-        return done, vectors.for_range(b, I64(0), done, self.count, starts, block)
+        def blocks(n: Any) -> list[Any]:
+            return vectors.for_range(b, I64(0), done, self.count, starts, lambda _, starts: block(n, starts))
+
+        # A row of one round is so short that nothing of a loop should be in it.
+        one_round = b.icmp_signed("==", self.n, I64(SUM_LANES))
+        return done, vectors.either(b, one_round, lambda: blocks(I64(SUM_LANES)), lambda: blocks(self.n))
 
     def sums(self, bases: dict[str, Any], plan: Formula) -> None:
         scalars: list[Any] = []
@@ -403,17 +408,17 @@ class _AlongRows(_Code):
         A group of lanes jumps from line to line, which the processor foresees late: before each jump, `fetch` is given
         a place in the row that runs from one end to the other.
         """
-        b, short = self.builder, self.is_short()
+        b, has_formula = self.builder, self.plan is not None
 
         def chunk(first: Any, carried: list[Any]) -> list[Any]:
             length = vectors.minimum(b, b.sub(self.n, first), I64(SUM_CHUNK))
 
             def any_chunk() -> list[Any]:
-                loop = short or self.plan is None  # so as to have less code
+                loop = self.is_short() or not has_formula  # so as to have less code
                 total, values = self._chunk(terms, pairs, carried, group, fetch, loop, first, length)
                 return [total, *values]
 
-            if short:
+            if has_formula:  # chunks of whole rounds, which are most, have code of their own
                 is_whole = b.icmp_signed("==", b.and_(length, I64(SUM_LANES - 1)), I64(0))
                 is_whole = b.and_(is_whole, b.icmp_signed(">", length, I64(0)))
 
@@ -428,14 +433,29 @@ class _AlongRows(_Code):
 
         carried = vectors.for_range(b, I64(0), vectors.maximum(b, self.n, I64(1)), SUM_CHUNK, carried, chunk)
 
-        def upper() -> list[Any]:
-            function = ir.FunctionType(ir.VoidType(), [I64, I64, I64])
-            chunks = b.sdiv(b.add(self.n, I64(SUM_CHUNK - 1)), I64(SUM_CHUNK))
-            b.call(b.inttoptr(self.number(_UPPER), function.as_pointer()), [self.scratch, chunks, self.lanes])
-            return []
+        one_chunk = vectors.load(b, self.scratch, 0, self.real)
+        (total,) = vectors.when(b, b.icmp_signed(">", self.n, I64(SUM_CHUNK)), [one_chunk], self._upper_levels)
+        return total, carried
 
-        vectors.when(b, b.icmp_signed(">", self.n, I64(SUM_CHUNK)), [], upper)
-        return vectors.load(b, self.scratch, 0, self.real), carried
+    def _upper_levels(self) -> list[Any]:
+        """The sum of the chunks' sums."""
+        b = self.builder
+        chunks = b.sdiv(b.add(self.n, I64(SUM_CHUNK - 1)), I64(SUM_CHUNK))
+
+        def in_a_vector() -> list[Any]:
+            words = ir.VectorType(self.word, self.count)
+            number = vectors.splat(b, b.trunc(chunks, self.word), self.count)
+            is_there = b.icmp_signed("<", ir.Constant(words, list(range(self.count))), number)
+            sums = vectors.load(b, self.scratch, 0, self.vector)
+            sums = b.select(is_there, sums, vectors.constant(self.vector, 0.0))
+            return [b.extract_element(fold(b, [sums], 0, whole=True), I32(0))]
+
+        def in_memory() -> list[Any]:
+            function = ir.FunctionType(ir.VoidType(), [I64, I64, I64])
+            b.call(b.inttoptr(self.number(_UPPER), function.as_pointer()), [self.scratch, chunks, self.lanes])
+            return [vectors.load(b, self.scratch, 0, self.real)]
+
+        return vectors.either(b, b.icmp_signed("<=", chunks, I64(self.count)), in_a_vector, in_memory)
 
     def _sums(self, first: Any) -> Any:
         b = self.builder
@@ -545,7 +565,8 @@ class _AlongRows(_Code):
             lanes = self._lanes_in_order(terms, pairs, group, first, length)
             return [fold(b, [fold(b, sums, 0, pairs) for sums in lanes], levels)]
 
-        if VECTOR_BYTES == 64 or self.dtype("x") != "float32":  # blocks that are as fast
+        as_fast_in_blocks = VECTOR_BYTES == 64 or self.dtype("x") != "float32" or isinstance(length, ir.Constant)
+        if as_fast_in_blocks or not self.is_short():
             return in_blocks()[0], level
         is_in_order = b.icmp_signed("!=", self.number(_IN_ORDER), I64(0))
         return vectors.either(b, is_in_order, in_order, in_blocks)[0], level
