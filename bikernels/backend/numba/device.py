@@ -311,6 +311,37 @@ def folded(function: Function, *sizes: int) -> Function:
     return _straight(execute, ["state", "more", *(f"tuple_{i}" for i in range(len(sizes)))])
 
 
+@functools.cache
+def scanned(function: Function, *sizes: int) -> Function:
+    """A device function, folded and mapped: of a state, `more` and tuples, the last state and the results.
+
+    With the i-th parts `function` gives the next state and a tuple of results; all of these become one tuple.
+    """
+
+    def execute(typing_context: Any, state: Any, more: Any, *tuples: Any) -> Any:
+        given = [state, more, types.int32, *_slice_types(tuples, sizes)]
+        kind, inner = _resolved(typing_context, function, given)
+        times, (of_state, of_results) = _times(tuples, sizes), inner.return_type
+        results = types.UniTuple(of_results.dtype, of_results.count * times)
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            value, members = arguments[0], []
+            for i in range(times):
+                parts = _slices(builder, tuples, arguments[2:], sizes, i, context)
+                number = context.get_constant(types.int32, i)
+                both = _called(context, builder, kind, inner, [value, arguments[1], number, *parts], given)
+                value = context.cast(builder, builder.extract_value(both, 0), of_state, state)
+                found = builder.extract_value(both, 1)
+                members += [builder.extract_value(found, j) for j in range(of_results.count)]
+            return context.make_tuple(
+                builder, signature.return_type, [value, context.make_tuple(builder, results, members)]
+            )
+
+        return types.Tuple((state, results))(state, more, *tuples), generate
+
+    return _straight(execute, ["state", "more", *(f"tuple_{i}" for i in range(len(sizes)))])
+
+
 # ------------------------------------------------------------------------------------------------------- conversions
 
 
@@ -602,6 +633,46 @@ def store_in_cluster(dtype: str) -> Function:
     bits, register = _register(dtype)
     text = f"{{ .reg .b32 a; mapa.shared::cluster.u32 a, $0, $1; st.shared::cluster.{bits} [a], $2; }}"
     return instruction(text, ["r", "r", register, "~{memory}"], types.none, types.uint32, types.uint32, STORAGE[dtype])
+
+
+@functools.cache
+def begin_sending(first_bytes: int, second_bytes: int) -> Function:
+    """A device function begin(thread, barriers): for all threads of a cluster, before `wait_in_cluster`; two barriers
+    at that shared address then wait until so many bytes have been sent to their thread block.
+    """
+    text = (
+        "{ .reg .pred is_first; setp.eq.u32 is_first, $0, 0; "
+        "@is_first mbarrier.init.shared::cta.b64 [$1], 1; @is_first mbarrier.init.shared::cta.b64 [$1+8], 1; "
+        "@is_first fence.mbarrier_init.release.cluster; "
+        f"@is_first mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], {first_bytes}; "
+        f"@is_first mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1+8], {second_bytes}; "
+        "barrier.cluster.arrive.relaxed; }"
+    )
+    return instruction(text, ["r", "r", "~{memory}"], types.none, types.uint32, types.uint32)
+
+
+@functools.cache
+def send_in_cluster(dtype: str) -> Function:
+    """A device function send(address, rank, element, barrier): to this shared address in a thread block of the cluster,
+    whose barrier there counts the bytes.
+    """
+    _, register = _register(dtype)
+    text = (
+        "{ .reg .b32 there, counter; mapa.shared::cluster.u32 there, $0, $1; mapa.shared::cluster.u32 counter, $3, $1; "
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], $2, [counter]; }"
+    )
+    operands = types.uint32, types.uint32, STORAGE[dtype], types.uint32
+    return instruction(text, ["r", "r", register, "r", "~{memory}"], types.none, *operands)
+
+
+wait_for_bytes = instruction(
+    "{ .reg .pred is_done; WAIT_${:uid}: mbarrier.try_wait.parity.shared::cta.b64 is_done, [$0], 0; "
+    "@!is_done bra WAIT_${:uid}; }",
+    ["r", "~{memory}"],
+    types.none,
+    types.uint32,
+)
+"""wait_for_bytes(barrier): until they have been sent, to a barrier that is used once."""
 
 
 launch_dependents = instruction("griddepcontrol.launch_dependents;", ["~{memory}"], types.none)

@@ -15,7 +15,7 @@ from ...contract import ACCUMULATE
 from ...specs import ReductionSpec
 from .device import OPERATIONS, Function, device
 from .functions import exp as exp_of
-from .functions import exp_below
+from .functions import exp_below, exp_near
 from .functions import log as log_of
 
 OPERANDS = ("x", "grad", "weight", "bias", "mean", "rstd")
@@ -33,6 +33,9 @@ BESIDE = {
 }
 """All operands that an operation may have beside out and x."""
 
+NEAR = -68.0
+"""exp of what lies from here to 0, that by a sum of up to 2^24 of them, and what leads to it are not subnormal."""
+
 
 class Pass(NamedTuple):
     """The maximum of a row, or a sum of terms by the contract's tree."""
@@ -46,6 +49,10 @@ class Pass(NamedTuple):
     counts: bool = False
     written: str = ""
     """The operand, if it is there, to which the number is written."""
+    power: Function | None = None
+    """Of x and s, the exponential that a term is; the term of the maximum, which is counted, is 0."""
+    near_power: Function | None = None
+    """The same, in fewer instructions, of x from s + NEAR to s whose magnitude is not above that of s."""
 
     @property
     def is_sum(self) -> bool:
@@ -59,8 +66,8 @@ class Formula(NamedTuple):
     element: Function | None = None
     """The results of a row, of an element, s and t."""
     reads: tuple[str, ...] = ()
-    dividend: Function | None = None
-    """Of x and s, where an element is this divided by t: exponentials by their sum, for kernels that divide many."""
+    divides: bool = False
+    """Whether an element is the last pass's power divided by t, for kernels that divide many."""
 
 
 @functools.cache
@@ -161,7 +168,8 @@ def _softmaxes(operation: str, accumulate: str, precise: bool) -> Formula:
     """s is the maximum; t the sum of the exponentials, its logarithm, or the result of logsumexp. `precise`: whether
     exp makes up for the rounding of x - s.
     """
-    operations, exp, log = OPERATIONS[accumulate], exp_below(accumulate, precise), log_of(accumulate)
+    operations, log = OPERATIONS[accumulate], log_of(accumulate)
+    exp, exp_of_near = exp_below(accumulate, precise), exp_near(accumulate, precise)
     real, add, divide = operations.type, operations.add, operations.divide
 
     @device
@@ -170,6 +178,11 @@ def _softmaxes(operation: str, accumulate: str, precise: bool) -> Formula:
             return exp(t, real(0))
         shadow = add(t, -x)
         return exp(t, add(add(x, -add(t, -shadow)), add(-s, -shadow)))  # the error, exactly
+
+    @device
+    def near_power(x: Any, s: Any) -> Any:
+        t = add(x, -s)
+        return exp_of_near(t, add(x, -add(t, s)) if precise else real(0))  # the error, exactly (Dekker)
 
     @device
     def counted(total: Any, count: Any, s: Any) -> Any:
@@ -193,7 +206,8 @@ def _softmaxes(operation: str, accumulate: str, precise: bool) -> Formula:
         u = counted(total, count, s)
         shadow = add(u, -ones)
         error = add(add(ones, -add(u, -shadow)), add(total, -shadow))  # of the addition, exactly
-        return add(log(u), divide(error, u))
+        quotient = divide(u if error == real(0) else error, u)  # a division of 0 takes longer
+        return add(log(u), real(0) if error == real(0) else quotient)
 
     @device
     def logsumexp(total: Any, count: Any, s: Any, divisor: Any, eps: Any) -> Any:
@@ -202,12 +216,12 @@ def _softmaxes(operation: str, accumulate: str, precise: bool) -> Formula:
         return add(s, logarithm(total, count, s, divisor, eps))
 
     @device
-    def dividend(x: Any, s: Any) -> Any:
+    def power(x: Any, s: Any) -> Any:
         return exponential(x, s, add(x, -s))
 
     @device
     def softmax(x: Any, g: Any, w: Any, b: Any, m: Any, r: Any, s: Any, t: Any) -> Any:
-        return divide(dividend(x, s), t)
+        return divide(power(x, s), t)
 
     @device
     def log_softmax(x: Any, g: Any, w: Any, b: Any, m: Any, r: Any, s: Any, t: Any) -> Any:
@@ -218,8 +232,8 @@ def _softmaxes(operation: str, accumulate: str, precise: bool) -> Formula:
         "log_softmax": (logarithm, log_softmax),
         "logsumexp": (logsumexp, None),
     }[operation]
-    exponentials = Pass(term, ("x",), end, counts=True, written="" if element else "out")
-    return Formula((Pass(None, ("x",)), exponentials), element, ("x",), dividend if operation == "softmax" else None)
+    exponentials = Pass(term, ("x",), end, True, "" if element else "out", power, near_power)
+    return Formula((Pass(None, ("x",)), exponentials), element, ("x",), operation == "softmax")
 
 
 def _softmaxes_backward(operation: str, accumulate: str) -> Formula:

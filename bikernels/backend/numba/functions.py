@@ -97,6 +97,31 @@ def exp_below(accumulate: str, precise: bool) -> Function:
 
 
 @functools.cache
+def exp_near(accumulate: str, precise: bool) -> Function:
+    """exp where t <= 0 and its result is far from subnormal, in still fewer instructions; d as in `exp_below`."""
+    operations, numbers = OPERATIONS[accumulate], EXP[accumulate]
+    real, add, fma = operations.type, operations.add, operations.fma
+    to_bits, from_bits = operations.to_bits, operations.from_bits
+    signed, unsigned, fraction = _SIGNED[accumulate], _UNSIGNED[accumulate], _FRACTION[accumulate]
+    polynomial = _polynomial(accumulate, numbers.coefficients)
+    log2e, magic = numbers.log2e, 1.5 * 2.0**fraction
+    minus_ln2_high, minus_ln2_low = -numbers.ln2_high, -numbers.ln2_low
+
+    @device
+    def exp_near(t: Any, d: Any) -> Any:
+        z = fma(t, real(log2e), real(magic))
+        k = add(z, real(-magic))
+        f = fma(k, real(minus_ln2_low), fma(k, real(minus_ln2_high), t))
+        if precise:
+            f = add(f, d)
+        return from_bits(
+            signed(unsigned(to_bits(polynomial(f))) + unsigned(unsigned(to_bits(z)) << unsigned(fraction)))
+        )
+
+    return exp_near
+
+
+@functools.cache
 def log(accumulate: str) -> Function:
     """The device function log, of one argument."""
     operations, numbers = OPERATIONS[accumulate], LOG[accumulate]
@@ -119,7 +144,7 @@ def log(accumulate: str) -> Function:
         bits = signed(to_bits(multiply(u, real(scale)) if small else u))
         exponent = signed(signed(bits - signed(cut)) >> signed(fraction))
         m = from_bits(signed(bits - signed(exponent << signed(fraction))))
-        e = real(exponent - fraction if small else exponent)
+        e = real(signed(exponent - fraction if small else exponent))
         f = add(m, real(-1))
         p = polynomial(f)
         square = multiply(f, f)

@@ -36,6 +36,9 @@ from .device import (
     VECTOR_BYTES,
     WARP,
     Function,
+    arrive_in_cluster,
+    begin_in_cluster,
+    begin_sending,
     cuda,
     device,
     folded,
@@ -46,15 +49,19 @@ from .device import (
     mapped,
     pointer,
     prefetch_line,
+    scanned,
+    send_in_cluster,
     shared_address,
     store_in_cluster,
     types,
+    wait_for_bytes,
     wait_for_predecessors,
+    wait_in_cluster,
     writer,
 )
-from .formulas import BESIDE, OPERANDS, Formula, Pass, formula, numbers_of
+from .formulas import BESIDE, NEAR, OPERANDS, Formula, Pass, formula, numbers_of
 from .launch import Kernel, Launch, compute_capability, multiprocessors, on
-from .quotients import exact_quotients, rounded_quotients
+from .quotients import NEAR_POWER_BITS, bounds, exact_quotients, quotients_near, rounded_quotients
 from .vectors import (
     ACCUMULATED,
     DTYPES,
@@ -219,27 +226,81 @@ _add_warp = instruction("redux.sync.add.s32 $0, $1, 0xffffffff;", ["=r", "r"], t
 # ------------------------------------------------------------------------------------------------- warps of one row
 
 
-_begin_in_cluster = instruction("barrier.cluster.arrive.relaxed.aligned;", [], types.none)
-_arrive_at_cluster = instruction("barrier.cluster.arrive.release.aligned;", ["~{memory}"], types.none)
-_wait_for_cluster = instruction("barrier.cluster.wait.acquire.aligned;", ["~{memory}"], types.none)
-
-
 class Meeting(NamedTuple):
     """How the warps of a row share what each has found."""
 
     begin: Function
-    """begin(): to be called first of all."""
+    """begin(thread, barriers): to be called first of all."""
     ready: Function
     """ready(): once all blocks of the row have begun, so that something can be left with them."""
     leave: Function
-    """leave(table, row, place, lane, value): for the warps of the row, at a place that no other warp has."""
+    """leave(table, row, place, lane, value, barrier): for the warps of the row, at a place that no other warp has."""
+    leave_count: Function
+    """The same of a whole number."""
     meet: Function
-    """meet(): what has been left can be read."""
+    """meet(barrier): what has been left can be read."""
 
 
 @functools.cache
-def _meeting(team: int, ctas: int, places: int, is_count: bool) -> Meeting:
-    to_cluster = store_in_cluster("int32" if is_count else ACCUMULATED)
+def _meeting(ctas: int, places: int, first_bytes: int, second_bytes: int) -> Meeting:
+    """Where a row is a cluster's, its warps send what they leave to all blocks, whose barriers, one for each time that
+    they meet, count so many bytes: a barrier of the cluster would wait for all that threads have written.
+    """
+    begin, send, send_count = (
+        begin_sending(first_bytes, second_bytes),
+        send_in_cluster(ACCUMULATED),
+        send_in_cluster("int32"),
+    )
+
+    @device
+    def nothing() -> None:
+        pass
+
+    @device
+    def no_beginning(thread: Any, barriers: Any) -> None:
+        pass
+
+    @device
+    def leave(table: Any, row: Any, place: Any, lane: Any, value: Any, barrier: Any) -> None:
+        if lane == 0:
+            table[row * places + place] = value
+
+    @device
+    def leave_in_cluster(table: Any, row: Any, place: Any, lane: Any, value: Any, barrier: Any) -> None:
+        if lane < ctas:
+            send(types.uint32(shared_address(table) + 4 * place), types.uint32(lane), value, barrier)
+
+    @device
+    def leave_count_in_cluster(table: Any, row: Any, place: Any, lane: Any, value: Any, barrier: Any) -> None:
+        if lane < ctas:
+            send_count(types.uint32(shared_address(table) + 4 * place), types.uint32(lane), value, barrier)
+
+    @device
+    def meet(barrier: Any) -> None:
+        cuda.syncthreads()
+
+    if ctas > 1:
+        return Meeting(begin, wait_in_cluster, leave_in_cluster, leave_count_in_cluster, wait_for_bytes)
+    return Meeting(no_beginning, nothing, leave, leave, meet)
+
+
+def _meeting_of(variant: Variant) -> Meeting:
+    first, second = (4 * variant.team * (1 + one.counts) for one in (*variant.formula.passes, Pass(None, ()))[:2])
+    return _meeting(variant.ctas, variant.places, first, second)
+
+
+class StreamMeeting(NamedTuple):
+    """The same where warps leave as many values as they have chunks."""
+
+    begin: Function
+    ready: Function
+    leave: Function
+    meet: Function
+
+
+@functools.cache
+def _stream_meeting(ctas: int, places: int) -> StreamMeeting:
+    to_cluster = store_in_cluster(ACCUMULATED)
 
     @device
     def nothing() -> None:
@@ -261,20 +322,12 @@ def _meeting(team: int, ctas: int, places: int, is_count: bool) -> Meeting:
 
     @device
     def meet_in_cluster() -> None:
-        _arrive_at_cluster()
-        _wait_for_cluster()
-
-    @device
-    def begin() -> None:
-        _begin_in_cluster()
-
-    @device
-    def ready() -> None:
-        _wait_for_cluster()
+        arrive_in_cluster()
+        wait_in_cluster()
 
     if ctas > 1:
-        return Meeting(begin, ready, leave_in_cluster, meet_in_cluster)
-    return Meeting(nothing, nothing, leave, meet)
+        return StreamMeeting(begin_in_cluster, wait_in_cluster, leave_in_cluster, meet_in_cluster)
+    return StreamMeeting(nothing, nothing, leave, meet)
 
 
 @functools.cache
@@ -301,13 +354,13 @@ def _table_fold(combine: Function, places: int) -> Function:
 
 # ------------------------------------------------------------------------------------------------------------- passes
 # `where`: the table of floats and that of counts, the row's number in the block, the thread's lane, the place of the
-# warp in the row and the number of warps (or chunks) of the row, `left`: elements from the thread's first one on.
+# warp in the row and the number of warps of the row, `left`: elements from the thread's first one on, the barriers.
 # `beside`: addresses of the thread's first elements of weight and bias, then the row's mean and rstd. `sides`: words of
 # grad, weight and bias, or those of x in place of what is not there or read later.
 
 
-def _exchange(variant: Variant, combine: Function, neutral: float) -> Function:
-    """exchange(where, value): combine what the warps of a row have found, in each thread."""
+def _exchange(variant: Variant, number: int, combine: Function, neutral: float) -> Function:
+    """exchange(where, table, value): combine what the warps of a row have found in a pass, in each thread."""
     if variant.team == 1:
 
         @device
@@ -315,20 +368,21 @@ def _exchange(variant: Variant, combine: Function, neutral: float) -> Function:
             return value
 
         return alone
-    meeting = _meeting(variant.team, variant.ctas, variant.places, False)
+    meeting = _meeting_of(variant)
     leave, meet, table_fold = meeting.leave, meeting.meet, _table_fold(combine, variant.places)
 
     @device
     def exchange(where: Any, table: Any, value: Any) -> Any:
-        _, row, lane, place, count, _ = where
-        leave(table, row, place, lane, value)
-        meet()
+        _, row, lane, place, count, _, barriers = where
+        barrier = types.uint32(barriers + types.uint32(8 * number))
+        leave(table, row, place, lane, value, barrier)
+        meet(barrier)
         return table_fold(table, row, lane, count, types.float32(neutral))
 
     return exchange
 
 
-def _exchange_with_count(variant: Variant) -> Function:
+def _exchange_with_count(variant: Variant, number: int) -> Function:
     """exchange(where, table, value, count): the sums of both."""
     if variant.team == 1:
 
@@ -337,18 +391,19 @@ def _exchange_with_count(variant: Variant) -> Function:
             return value, count
 
         return alone
-    of_sums, of_counts = (_meeting(variant.team, variant.ctas, variant.places, is_count) for is_count in (False, True))
-    leave_sum, leave_count, meet = of_sums.leave, of_counts.leave, of_sums.meet
+    meeting = _meeting_of(variant)
+    leave, leave_count, meet = meeting.leave, meeting.leave_count, meeting.meet
     sums, counts = _table_fold(_add, variant.places), _table_fold(_plus, variant.places)
 
     @device
     def exchange(where: Any, table: Any, value: Any, count: Any) -> Any:
-        count_table, row, lane, place, number, _ = where
-        leave_sum(table, row, place, lane, value)
-        leave_count(count_table, row, place, lane, count)
-        meet()
-        total = sums(table, row, lane, number, types.float32(0))
-        return total, counts(count_table, row, lane, number, types.int32(0))
+        count_table, row, lane, place, team, _, barriers = where
+        barrier = types.uint32(barriers + types.uint32(8 * number))
+        leave(table, row, place, lane, value, barrier)
+        leave_count(count_table, row, place, lane, count, barrier)
+        meet(barrier)
+        total = sums(table, row, lane, team, types.float32(0))
+        return total, counts(count_table, row, lane, team, types.int32(0))
 
     return exchange
 
@@ -398,44 +453,31 @@ def _elements(variant: Variant, names: tuple[str, ...]) -> tuple[Function, Funct
 
 
 def _lane_sums(variant: Variant, one: Pass, masked: bool) -> Function:
-    """lane_sums(state, (beside, left, s), xs, grads, weights, biases): add the terms of some steps to the lanes and the
-    count; if `masked`, those of elements that are there.
+    """lane_sums(lanes, (beside, left, s), xs, grads, weights, biases): add the terms of some steps to the lanes; if
+    `masked`, those of elements that are there.
     """
     widen, beside_of = _elements(variant, one.reads)
-    words, term, counts = _vectors(variant).words, one.term, one.counts
+    words, term = _vectors(variant).words, one.term
     group, width = variant.span * variant.width, variant.width
     assert term is not None
 
     @device
-    def value_of(x: Any, g: Any, w: Any, m: Any, r: Any, s: Any) -> Any:
-        return term(x, g, w, x, m, r, s)
-
-    @device
     def add_term(more: Any, j: Any, lane: Any, x: Any, g: Any, w: Any) -> Any:
         i, left, m, r, s = more
-        value = value_of(x, g, w, m, r, s)[0] if counts else value_of(x, g, w, m, r, s)
+        value = term(x, g, w, x, m, r, s)
         if masked and left <= i * types.int32(SUM_LANES) + j // width * group:
             value = types.float32(0)
         return _add(lane, value)
 
-    @device
-    def add_count(count: Any, more: Any, j: Any, x: Any) -> Any:
-        _, _, m, r, s = more
-        return types.int32(count + value_of(x, x, x, m, r, s)[1])
-
-    add_terms, add_counts = mapped(add_term, MEMBER, MEMBER, MEMBER, MEMBER), folded(add_count, MEMBER)
+    add_terms = mapped(add_term, MEMBER, MEMBER, MEMBER, MEMBER)
 
     @device
-    def add_step(state: Any, more: Any, i: Any, xs: Any, grads: Any, weights: Any, biases: Any) -> Any:
-        lanes, count = state
+    def add_step(lanes: Any, more: Any, i: Any, xs: Any, grads: Any, weights: Any, biases: Any) -> Any:
         beside, left, s = more
         _, _, m, r = beside
         x = widen(0, xs)
         g, w, _ = beside_of(x, grads, weights, biases, beside, left, i)
-        numbers = (i, left, m, r, s)
-        if counts:
-            count = add_counts(count, numbers, x)
-        return add_terms(numbers, lanes, x, g, w), count
+        return add_terms((i, left, m, r, s), lanes, x, g, w)
 
     return folded(add_step, words, words, words, words)
 
@@ -451,19 +493,19 @@ def _all_lane_sums(variant: Variant, number: int) -> Function:
     reach = (variant.steps - 1) * SUM_LANES + (vectors - 1) * variant.span * variant.width + variant.width
 
     @device
-    def lane_sums(state: Any, more: Any, xs: Any, grads: Any, weights: Any, biases: Any) -> Any:
+    def lane_sums(lanes: Any, more: Any, xs: Any, grads: Any, weights: Any, biases: Any) -> Any:
         _, left, _ = more
         if left >= reach:
-            return unmasked(state, more, xs, grads, weights, biases)
-        return masked(state, more, xs, grads, weights, biases)
+            return unmasked(lanes, more, xs, grads, weights, biases)
+        return masked(lanes, more, xs, grads, weights, biases)
 
     return lane_sums
 
 
 def _no_step(variant: Variant) -> Function:
     @device
-    def step(xs: Any, sides: Any, beside: Any, where: Any, table: Any, numbers: Any, s: Any) -> Any:
-        return s
+    def step(xs: Any, sides: Any, beside: Any, where: Any, table: Any, numbers: Any, before: Any) -> Any:
+        return before[0], types.float32(0), xs
 
     return step
 
@@ -477,36 +519,158 @@ def _zeros(count: int) -> Function:
 
 
 def _step(variant: Variant, number: int) -> Function:
-    """step(xs, sides, beside, where, table, numbers, s): what a pass finds, in each thread."""
+    """step(xs, sides, beside, where, table, numbers, before): what a pass finds, in each thread; what it knows of the
+    elements that it is about, of a maximum that of the warp, of exponentials the least x - s of the thread; and what is
+    kept of the elements. `before`: the first two of the pass before.
+    """
     passes = variant.formula.passes
     if number >= len(passes):
         return _no_step(variant)
     one = passes[number]
     if not one.is_sum:
         maximum, shuffle = extreme_of(variant.dtype, "max.NaN", -math.inf), _shuffle(_larger, variant.span)
-        exchange = _exchange(variant, _larger, -math.inf)
+        exchange = _exchange(variant, number, _larger, -math.inf)
 
         @device
-        def find_maximum(xs: Any, sides: Any, beside: Any, where: Any, table: Any, numbers: Any, s: Any) -> Any:
-            return exchange(where, table, shuffle(maximum(xs)))
+        def find_maximum(xs: Any, sides: Any, beside: Any, where: Any, table: Any, numbers: Any, before: Any) -> Any:
+            of_warp = shuffle(maximum(xs))
+            return exchange(where, table, of_warp), of_warp, xs
 
         return find_maximum
+    if one.power is not None:
+        return _step_of_powers(variant, number)
     lane_sums, warp_sum = _all_lane_sums(variant, number), _warp_sum(variant.width, variant.lanes, variant.span)
-    count_warp = _add_warp if variant.span == WARP else _shuffle(_plus, variant.span)
-    zeros, counts, end = _zeros(variant.lanes), one.counts, one.end
-    exchange = _exchange_with_count(variant) if counts else _exchange(variant, _add, 0.0)
-    assert end is not None
+    zeros, end, exchange = _zeros(variant.lanes), one.end, _exchange(variant, number, _add, 0.0)
+    assert end is not None and not one.counts
 
     @device
-    def find_sum(xs: Any, sides: Any, beside: Any, where: Any, table: Any, numbers: Any, s: Any) -> Any:
+    def find_sum(xs: Any, sides: Any, beside: Any, where: Any, table: Any, numbers: Any, before: Any) -> Any:
         grads, weights, biases = sides
-        lanes, count = lane_sums((zeros(0), types.int32(0)), (beside, where[5], s), xs, grads, weights, biases)
-        total = warp_sum(lanes)
-        if counts:
-            total, count = exchange(where, table, total, count_warp(count))
+        total = exchange(
+            where, table, warp_sum(lane_sums(zeros(0), (beside, where[5], before[0]), xs, grads, weights, biases))
+        )
+        value = end(total, types.int32(0), before[0], types.float32(numbers[number]), types.float32(numbers[2]))
+        return value, types.float32(0), xs
+
+    return find_sum
+
+
+def _keeps_powers(variant: Variant) -> bool:
+    """Whether exponentials are kept in place of the elements."""
+    if not variant.formula.divides:
+        return False
+    held = variant.steps * _vectors(variant).words
+    return ITEMSIZE[variant.dtype] == 4 or held <= MOST_PAIRS
+
+
+MOST_PAIRS = 16
+"""Words of a thread's elements of 16 bits: of no more, exponentials, which are twice as many, are kept."""
+
+
+def _step_of_powers(variant: Variant, number: int) -> Function:
+    """As `_step`, of the sum of exponentials."""
+    one, dtype = variant.formula.passes[number], variant.dtype
+    power, near_power, end, words = one.power, one.near_power, one.end, _vectors(variant).words
+    assert power is not None and near_power is not None and end is not None
+    widen, least, lanes = widener(dtype), extreme_of(dtype, "min", math.inf), variant.lanes
+    zeros, exchange = _zeros(lanes), _exchange_with_count(variant, number)
+    fold, groups = _fold(_add, variant.width), variant.lanes // variant.width
+    shuffle, fold_groups = _shuffle(_add, variant.span), _fold(_add, groups)
+    count_warp = _add_warp if variant.span == WARP else _shuffle(_plus, variant.span)
+    to_bits = OPERATIONS[ACCUMULATED].to_bits
+    keeps, has_plain, is_precise = _keeps_powers(variant), variant.team > 1, dtype == ACCUMULATED
+
+    @device
+    def power_of(s: Any, i: Any, x: Any) -> Any:
+        return power(x, s)
+
+    @device
+    def near_power_of(s: Any, i: Any, x: Any) -> Any:
+        return near_power(x, s)
+
+    @device
+    def add_term(s: Any, i: Any, lane: Any, x: Any, value: Any) -> Any:
+        return _add(lane, types.float32(0) if _add(x, -s) == types.float32(0) else value)
+
+    @device
+    def add_plain_term(more: Any, i: Any, lane: Any, value: Any) -> Any:
+        return _add(lane, value)
+
+    @device
+    def add_count(count: Any, s: Any, i: Any, x: Any) -> Any:
+        return types.int32(count + (1 if _add(x, -s) == types.float32(0) else 0))
+
+    @device
+    def smaller_power(smallest: Any, more: Any, i: Any, value: Any) -> Any:
+        return min(smallest, types.uint32(types.uint32(to_bits(value)) - types.uint32(1)))  # a 0 is overlooked
+
+    @device
+    def near_if(smallest: Any) -> Any:
+        return types.float32(NEAR) if smallest >= types.uint32(NEAR_POWER_BITS - 1) else types.float32(-math.inf)
+
+    powers, near_powers = mapped(power_of, MEMBER), mapped(near_power_of, MEMBER)
+    least_power = folded(smaller_power, MEMBER)
+    add_terms, add_plain_terms = mapped(add_term, MEMBER, MEMBER, MEMBER), mapped(add_plain_term, MEMBER, MEMBER)
+    add_counts = folded(add_count, MEMBER)
+
+    @device
+    def fold_lanes(more: Any, g: Any, values: Any) -> Any:
+        return fold(values)
+
+    @device
+    def shuffle_one(more: Any, g: Any, value: Any) -> Any:
+        return shuffle(value)
+
+    folds, shuffles = mapped(fold_lanes, variant.width), mapped(shuffle_one, MEMBER)
+
+    @device
+    def add_step(state: Any, more: Any, i: Any, xs: Any) -> Any:
+        (sums, count, smallest), (s, left) = state, more
+        x = widen(0, xs)
+        if has_plain and left <= i * types.int32(SUM_LANES):  # steps that overlap would take registers
+            return (sums, count, smallest), x
+        values = powers(s, x)
+        return (add_terms(s, sums, x, values), add_counts(count, s, x), least_power(smallest, 0, values)), values
+
+    @device
+    def add_plain_step(sums: Any, s: Any, i: Any, xs: Any) -> Any:
+        values = near_powers(s, widen(0, xs))
+        return add_plain_terms(0, sums, values), values
+
+    add_steps, add_plain_steps = scanned(add_step, words), scanned(add_plain_step, words)
+
+    @device
+    def general(more: Any, xs: Any) -> Any:
+        (sums, count, smallest), kept = add_steps((zeros(0), types.int32(0), types.uint32(0xFFFFFFFF)), more, xs)
+        if keeps:
+            return folds(0, sums), count, kept, near_if(smallest)
+        return folds(0, sums), count, xs, near_if(smallest)
+
+    @device
+    def plain(s: Any, xs: Any, least_t: Any) -> Any:
+        sums, kept = add_plain_steps(zeros(0), s, xs)
+        if keeps:
+            return folds(0, sums), types.int32(0), kept, least_t
+        return folds(0, sums), types.int32(0), xs, least_t
+
+    @device
+    def find_sum(xs: Any, sides: Any, beside: Any, where: Any, table: Any, numbers: Any, before: Any) -> Any:
+        s, most = before
+        is_plain, least_t = False, types.float32(0)
+        if has_plain:
+            smallest = least(xs)
+            least_t = _add(smallest, -s)
+            is_plain = least_t > types.float32(NEAR)
+            if is_precise:
+                is_plain = is_plain & (smallest >= -s)
+            is_plain = cuda.all_sync(ALL_LANES, is_plain) and most != s
+        if is_plain:
+            sums, count, kept, known = plain(s, xs, least_t)
         else:
-            total = exchange(where, table, total)
-        return end(total, count, s, types.float32(numbers[number]), types.float32(numbers[2]))
+            sums, count, kept, known = general((s, where[5]), xs)
+        total, count = exchange(where, table, fold_groups(shuffles(0, sums)), count_warp(count))
+        value = end(total, count, s, types.float32(numbers[number]), types.float32(numbers[2]))
+        return value, known, kept
 
     return find_sum
 
@@ -515,17 +679,19 @@ def _step(variant: Variant, number: int) -> Function:
 
 
 @device
-def _no_row(address: Any, xs: Any, sides: Any, beside: Any, left: Any, s: Any, t: Any) -> None:
+def _no_row(address: Any, xs: Any, sides: Any, beside: Any, left: Any, s: Any, t: Any, known: Any, source: Any) -> None:
     pass
 
 
 def _row_writer(variant: Variant) -> Function:
-    """write_row(address, xs, sides, beside, left, s, t): the results of a thread's elements."""
+    """write_row(address, xs, sides, beside, left, s, t, known, source): the results of a thread's elements. `xs`: what
+    is kept of them; `known`: what the last pass knows of them; `source`: the address of the first.
+    """
     plan, vectors = variant.formula, _vectors(variant)
     if plan.element is None:
         return _no_row
-    if plan.dividend is not None:
-        return _quotient_writer(variant, plan.dividend)
+    if plan.divides:
+        return _kept_quotient_writer(variant) if _keeps_powers(variant) else _quotient_writer(variant)
     element, store, narrow = plan.element, vectors.store, narrower(variant.dtype)
     widen, beside_of = _elements(variant, plan.reads)
 
@@ -548,32 +714,87 @@ def _row_writer(variant: Variant) -> Function:
     write_steps = folded(write_step, *[vectors.words] * 4)
 
     @device
-    def write_row(address: Any, xs: Any, sides: Any, beside: Any, left: Any, s: Any, t: Any) -> None:
+    def write_row(
+        address: Any, xs: Any, sides: Any, beside: Any, left: Any, s: Any, t: Any, known: Any, source: Any
+    ) -> None:
         grads, weights, biases = sides
         write_steps(types.int32(0), (address, beside, left, s, t), xs, grads, weights, biases)
 
     return write_row
 
 
-def _quotient_writer(variant: Variant, dividend: Function) -> Function:
-    """As `_row_writer`, of exponentials by their sum."""
-    vectors, dtype = _vectors(variant), variant.dtype
-    store, one_by = vectors.store, OPERATIONS[ACCUMULATED].divide
-    quotients = (exact_quotients if dtype == ACCUMULATED else rounded_quotients)(dtype, dividend)
+def _kept_quotient_writer(variant: Variant) -> Function:
+    """As `_row_writer`, of powers by their sum."""
+    store, one_by = _vectors(variant).store, OPERATIONS[ACCUMULATED].divide
+    near, write_exactly = quotients_near(variant.dtype, variant.overlaps), _exact_quotient_writer(variant)
+    all_steps = (1 << variant.steps) - 1
 
     @device
-    def write_step(state: Any, more: Any, i: Any, words: Any) -> Any:
-        address, left, s, t, reciprocal = more
-        store(address, left, i, quotients(words, s, t, reciprocal))
+    def write_step(state: Any, more: Any, i: Any, powers: Any) -> Any:
+        address, left, t, reciprocal = more
+        store(address, left, i, near(powers, t, reciprocal))
         return state
+
+    write_steps = folded(write_step, variant.lanes)
+
+    @device
+    def write_row(
+        address: Any, powers: Any, sides: Any, beside: Any, left: Any, s: Any, t: Any, known: Any, source: Any
+    ) -> None:
+        reciprocal = one_by(types.float32(1), t)
+        if known >= types.float32(NEAR) and t == t:
+            write_steps(types.int32(0), (address, left, t, reciprocal), powers)
+        else:
+            write_exactly(types.uint32(all_steps), address, left, s, t, reciprocal, source)
+
+    return write_row
+
+
+def _quotient_writer(variant: Variant) -> Function:
+    """As `_row_writer`, of powers by their sum that are computed again: by the hardware, and in the steps in which it
+    is not sure to what that rounds, as the contract says.
+    """
+    vectors, one_by = _vectors(variant), OPERATIONS[ACCUMULATED].divide
+    store, rounded, write_exactly = vectors.store, rounded_quotients(variant.dtype), _exact_quotient_writer(variant)
+
+    @device
+    def write_step(unsure: Any, more: Any, i: Any, words: Any) -> Any:
+        address, left, s, both, is_near = more
+        results, difference = rounded(words, s, both)
+        is_sure = is_near and difference == types.uint32(0)
+        store(address, left if is_sure else types.int32(-(2**31)), i, results)
+        return types.uint32(unsure | (types.uint32(0) if is_sure else types.uint32(1) << types.uint32(i)))
 
     write_steps = folded(write_step, vectors.words)
 
     @device
-    def write_row(address: Any, xs: Any, sides: Any, beside: Any, left: Any, s: Any, t: Any) -> None:
-        write_steps(types.int32(0), (address, left, s, t, one_by(types.float32(1), t)), xs)
+    def write_row(
+        address: Any, xs: Any, sides: Any, beside: Any, left: Any, s: Any, t: Any, known: Any, source: Any
+    ) -> None:
+        reciprocal = one_by(types.float32(1), t)
+        more = address, left, s, bounds(reciprocal, known), known >= types.float32(NEAR)
+        unsure = write_steps(types.uint32(0), more, xs)
+        write_exactly(unsure, address, left, s, t, reciprocal, source)
 
     return write_row
+
+
+def _exact_quotient_writer(variant: Variant) -> Function:
+    """write_exactly(steps, address, left, s, t, reciprocal, source): the results of the steps whose bits are set, of
+    elements that are read again, as those of a thread have no numbers by which a loop could name them.
+    """
+    vectors, power = _vectors(variant), variant.formula.passes[-1].power
+    assert power is not None
+    load, store, exact = vectors.load, vectors.store, exact_quotients(variant.dtype, power)
+
+    @device
+    def write_exactly(steps: Any, address: Any, left: Any, s: Any, t: Any, reciprocal: Any, source: Any) -> None:
+        while steps != types.uint32(0):
+            i = types.int32(cuda.ffs(types.int32(steps)) - 1)
+            steps = types.uint32(steps & types.uint32(steps - types.uint32(1)))
+            store(address, left, i, exact(load((source, left), i), s, t, reciprocal))
+
+    return write_exactly
 
 
 def _number_writer(variant: Variant, written: str) -> Function:
@@ -730,13 +951,22 @@ def _reduce(variant: Variant) -> Function:
     first, second = _step(variant, 0), _step(variant, 1)
     write_row = _row_writer(variant)
     write_first, write_second = (_number_writer(variant, one.written) for one in (*plan.passes, Pass(None, ()))[:2])
-    meeting = _meeting(team, variant.ctas, variant.places, False)
+    meeting, is_cluster = _meeting_of(variant), variant.ctas > 1
     begin, ready = meeting.begin, meeting.ready
     launch_dependents, wait_for_predecessors = _overlap(variant)
     prefetch = _prefetch(variant)
 
+    @device
+    def remember(more: Any, kept: Any) -> Any:
+        return kept
+
+    forget = remember if _keeps_powers(variant) else forget_widened
+
     def reduce(addresses: Any, strides: Any, sizes: Any, numbers: Any) -> None:
-        begin()
+        barriers = types.uint32(0)
+        if is_cluster:
+            barriers = shared_address(cuda.shared.array(2, types.uint64))
+        begin(types.uint32(cuda.threadIdx.x), barriers)
         tables = cuda.shared.array(places, types.float32), cuda.shared.array(places, types.float32)
         counts = cuda.shared.array(places, types.int32)
         row, is_there, number, lane, mine = place(sizes[0])
@@ -758,11 +988,10 @@ def _reduce(variant: Variant) -> Function:
         if reads_bias:
             biases = load_side((beside[1], left))
         sides = grads, weights, biases
-        where = counts, number, lane, mine, types.int32(team), left
+        where = counts, number, lane, mine, types.int32(team), left, barriers
         ready()
-        s = first(xs, sides, beside, where, tables[0], numbers, types.float32(0))
-        xs = forget_widened(0, xs)
-        t = second(xs, sides, beside, where, tables[1], numbers, s)
+        s, known, _ = first(xs, sides, beside, where, tables[0], numbers, (types.float32(0), types.float32(0)))
+        t, known, kept = second(forget_widened(0, xs), sides, beside, where, tables[1], numbers, (s, known))
         launch_dependents()  # not before: those that wait for this kernel would crowd some multiprocessors
         # The same to all but the assembler, which would keep what was compared for the loads in registers.
         left_again = cuda.shfl_sync(ALL_LANES, left, types.int32(cuda.laneid))
@@ -771,7 +1000,8 @@ def _reduce(variant: Variant) -> Function:
                 write_first(addresses, strides, row, s)
                 write_second(addresses, strides, row, t)
             out = addresses[0] + (row * strides[0] + start) * itemsize
-            write_row(out, forget_widened(0, xs), sides, beside, left_again, s, t)
+            source = addresses[1] + (row * strides[1] + start) * itemsize
+            write_row(out, forget(0, kept), sides, beside, left_again, s, t, known, source)
 
     return reduce
 
@@ -783,7 +1013,7 @@ def _stream(variant: Variant) -> Function:
     load, zeros = mapped(_vectors(variant).load, count=variant.steps), _zeros(LANES)
     lane_sums, warp_sum = _lane_sums(variant, one, False), _warp_sum(width, LANES, WARP)
     table_sum, loads, part = _table_fold(_add, variant.places), STEPS // variant.steps, variant.steps * SUM_LANES
-    begin, ready, leave, meet = _meeting(team, variant.ctas, variant.places, False)
+    begin, ready, leave, meet = _stream_meeting(variant.ctas, variant.places)
     launch_dependents, wait_for_predecessors = _overlap(variant)
     end, write = one.end, _number_writer(variant, one.written)
     assert end is not None
@@ -801,13 +1031,13 @@ def _stream(variant: Variant) -> Function:
         ready()
         for chunk in range(mine, chunks, types.int32(team)):
             start = types.int32(chunk * types.int32(SUM_CHUNK) + lane * types.int32(width))
-            state = zeros(0), types.int32(0)
+            lanes = zeros(0)
             for i in range(loads):
                 at = types.int32(start + types.int32(i) * types.int32(part))
                 left = types.int32(n - at)
                 xs = load((x + at * types.int64(itemsize), left))
-                state = lane_sums(state, (beside, left, types.float32(0)), xs, xs, xs, xs)
-            leave(table, number, chunk, lane, warp_sum(state[0]))
+                lanes = lane_sums(lanes, (beside, left, types.float32(0)), xs, xs, xs, xs)
+            leave(table, number, chunk, lane, warp_sum(lanes))
         meet()
         total = table_sum(table, number, lane, chunks, types.float32(0))
         total = end(total, types.int32(0), types.float32(0), types.float32(numbers[0]), types.float32(numbers[2]))
@@ -959,7 +1189,7 @@ def choose(
         parts *= 2
     while parts < MOST_PARTS and rows * chunks * parts < busy and 2 * parts * chunks <= PREFERRED_WARPS:
         parts *= 2
-    if ITEMSIZE[dtype] == 2 and formula(operation, dtype).dividend is not None and chunks <= FEW_CHUNKS:
+    if ITEMSIZE[dtype] == 2 and formula(operation, dtype).divides and chunks <= FEW_CHUNKS:
         parts = max(parts, 2)
     warps = chunks * parts
     ctas = min(most_ctas, -(-warps // CLUSTER_WARPS)) if warps > PREFERRED_WARPS else 1
