@@ -47,7 +47,7 @@ SHARED_BYTES = 99 << 10
 """Shared memory that every GPU from sm_80 on has for a thread block."""
 
 
-PRODUCTS_SHARE, REDUCTIONS_SHARE, ROWS_SHARE, COLUMNS_SHARE = 4, 9, 31, 3
+PRODUCTS_SHARE, REDUCTIONS_SHARE, ROWS_SHARE, COLUMNS_SHARE = 4, 9, 27, 3
 """One in so many kernels of each product, which differ by their tiles, and of each reduction: of the general ones,
 which differ by stage, mode and dtype, those of rows and those of columns, unless --every-kernel asks for all.
 """
@@ -161,6 +161,28 @@ def test_the_check_sees_spills() -> None:
     assert inspection.needs(ptx, kernel.architecture(GPUS[0])).spill_bytes > 0
 
 
+def test_few_long_rows_have_the_large_clusters_that_a_gpu_holds() -> None:
+    gpu = Device("cuda", 0)
+
+    def planned(rows_: int, n: int, held: int, processors: int = 132, capability: tuple[int, int] = (9, 0)) -> int:
+        row = Layout("bfloat16", (rows_, n), (n, 1))
+        with (
+            mock.patch.object(rows, "compute_capability", return_value=capability),
+            mock.patch.object(rows, "multiprocessors", return_value=processors),
+            mock.patch.object(rows, "clusters_at_once", return_value=held),
+            mock.patch.object(rows, "on"),
+        ):
+            found = rows._plan_for(ReductionSpec("softmax", 1, x=row, out=row), gpu)
+        return 0 if found is None else found.variant.ctas
+
+    large, portable = rows.LARGE_CTAS, device.MOST_CTAS
+    assert planned(1, 151936, held=1) == planned(8, 151936, held=14) == large
+    assert planned(1, 151936, held=0) == planned(8, 151936, held=7) == portable
+    assert planned(9, 151936, held=14) == planned(8, 151936, held=14, processors=114) == portable
+    assert planned(1, 32000, held=14) == 1
+    assert planned(1, 151936, held=14, capability=(8, 0)) == 0
+
+
 ROWS = ((9, 200), (9, 201), (8, 4096), (9, 9001), (5, 152000))
 """Rows and their length. Of odd ones, rows begin anywhere in a vector."""
 
@@ -199,10 +221,11 @@ def test_rows_in_registers_have_the_bits_of_the_general_kernels(
             return backend.get(out)
 
         expected = result(reduction.prepare_general(spec, gpu), layouts["out"].shape, operands, x.dtype)
-        for as_if in (1, 2**16):  # rows
-            width = 1 if n % 2 else 16 // x.itemsize
-            variant = rows.choose(operation, dtype, tuple(layouts), as_if, n, width, 132, has_clusters)
-            if variant is not None:
+        width = 1 if n % 2 else 16 // x.itemsize
+        given = operation, dtype, tuple(layouts)
+        tried = [rows.choose(*given, as_if, n, width, 132, has_clusters) for as_if in (1, 8, 16, 2**16)]  # rows
+        for variant in dict.fromkeys(tried):
+            if variant is not None and rows.holds(variant, count, gpu):
                 variant = variant._replace(ahead=min(variant.ahead, 1))  # a row that there is
                 taken.add(variant)
                 with mock.patch.object(rows, "choose", return_value=variant):

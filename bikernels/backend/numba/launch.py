@@ -22,7 +22,7 @@ from numba.cuda.cudadrv import nvvm
 
 from ...views import Device
 from .._disk_cache import stored
-from .device import Function, cuda
+from .device import MOST_CTAS, Function, cuda
 
 ENTRY = "kernel"
 """Name of every kernel in its PTX."""
@@ -47,6 +47,8 @@ class Kernel(NamedTuple):
     """`blocks` of GPUs older than compute capability 9.0, where they differ: those need a few more registers."""
     oldest: tuple[int, int] = (0, 0)
     """The compute capability from which on there are its instructions."""
+    cluster: int = 1
+    """Thread blocks of a cluster."""
     overlaps: bool = False
     """Whether it may be launched before the kernel in front has ended, for whose end it waits then (9.0 too)."""
 
@@ -123,11 +125,35 @@ def _loaded(kernel: Kernel, gpu: Device) -> Any:
     if kernel.shared_bytes > DEFAULT_SHARED_BYTES:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuKernelSetAttribute(attribute, kernel.shared_bytes, int(loaded.handle), gpu.index))
+    if kernel.cluster > MOST_CTAS:  # where that fails, `clusters_at_once` is 0
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+        driver.cuKernelSetAttribute(attribute, 1, int(loaded.handle), gpu.index)
     return loaded
 
 
 DEFAULT_SHARED_BYTES = 48 << 10
 """Shared memory that a thread block gets unasked."""
+
+
+def _cluster_config(kernel: Kernel) -> Any:
+    """Of a launch of one cluster."""
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    size = attribute.value.clusterDim
+    size.x, size.y, size.z = kernel.cluster, 1, 1
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = kernel.cluster, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = kernel.threads, 1, 1
+    config.sharedMemBytes, config.attrs, config.numAttrs = kernel.shared_bytes, [attribute], 1
+    return config
+
+
+@functools.cache
+def clusters_at_once(kernel: Kernel, gpu: Device) -> int:
+    """How many of its clusters a GPU, which is the current one, holds; 0: it has none so large."""
+    function = driver.CUfunction(int(_loaded(kernel, gpu).handle))
+    status, count = driver.cuOccupancyMaxActiveClusters(function, _cluster_config(kernel))
+    return int(count) if status == driver.CUresult.CUDA_SUCCESS else 0
 
 
 @functools.cache

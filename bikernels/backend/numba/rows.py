@@ -60,7 +60,7 @@ from .device import (
     writer,
 )
 from .formulas import BESIDE, NEAR, OPERANDS, Formula, Pass, formula, numbers_of
-from .launch import Kernel, Launch, compute_capability, multiprocessors, on
+from .launch import Kernel, Launch, clusters_at_once, compute_capability, multiprocessors, on
 from .quotients import NEAR_POWER_BITS, bounds, exact_quotients, quotients_near, rounded_quotients
 from .vectors import (
     ACCUMULATED,
@@ -121,6 +121,8 @@ class Variant(NamedTuple):
     """Whether it may be launched before the kernel in front has ended."""
     ahead: int = 0
     """Rows from one to that which it has the L2 fetch, as about so many are begun at a time; 0: it does not."""
+    few: bool = False
+    """Whether rows are so few that a thread may have many registers."""
 
     @property
     def formula(self) -> Formula:
@@ -579,6 +581,7 @@ def _step_of_powers(variant: Variant, number: int) -> Function:
     count_warp = _add_warp if variant.span == WARP else _shuffle(_plus, variant.span)
     to_bits = OPERATIONS[ACCUMULATED].to_bits
     keeps, has_plain, is_precise = _keeps_powers(variant), variant.team > 1, dtype == ACCUMULATED
+    one_by_one = has_plain and not (variant.few and ITEMSIZE[dtype] == 2)  # what is rare then
 
     @device
     def power_of(s: Any, i: Any, x: Any) -> Any:
@@ -627,7 +630,7 @@ def _step_of_powers(variant: Variant, number: int) -> Function:
     def add_step(state: Any, more: Any, i: Any, xs: Any) -> Any:
         (sums, count, smallest), (s, left) = state, more
         x = widen(0, xs)
-        if has_plain and left <= i * types.int32(SUM_LANES):  # steps that overlap would take registers
+        if one_by_one and left <= i * types.int32(SUM_LANES):  # steps that overlap would take registers
             return (sums, count, smallest), x
         values = powers(s, x)
         return (add_terms(s, sums, x, values), add_counts(count, s, x), least_power(smallest, 0, values)), values
@@ -862,6 +865,7 @@ def kernel(variant: Variant) -> Kernel:
         max(1, _threads_of_a_multiprocessor(variant) // variant.threads),
         older_blocks=max(1, LEAST_THREADS // variant.threads),
         oldest=FIRST_WITH_CLUSTERS if variant.overlaps or variant.ctas > 1 else FIRST,
+        cluster=variant.ctas,
         overlaps=variant.overlaps,
     )
 
@@ -875,7 +879,7 @@ def _threads_of_a_multiprocessor(variant: Variant) -> int:
     if "grad" in variant.operands:
         return LEAST_THREADS
     held = variant.steps * _vectors(variant).words
-    if held > HELD:
+    if held > HELD or variant.few:
         return MANY_THREADS
     sides = sum(name in variant.operands for name in ("weight", "bias")) if _are_early(variant) else 0
     return MORE_THREADS if variant.lanes > LANES or held * (1 + sides) > HELD else MOST_THREADS
@@ -1060,6 +1064,9 @@ FEW_CHUNKS = 4
 """Of 16-bit rows whose results are quotients, which take more instructions: those have two warps each, at least."""
 LONG_CHUNKS, MANY_HELD = 9, 64
 """From so many chunks on, a thread has so many registers' worth of elements, so that fewer warps meet."""
+LARGE_CTAS = 2 * MOST_CTAS
+"""Of a cluster, where a GPU has such. Few rows, of which each thread block of MOST_CTAS would have more than
+CLUSTER_WARPS chunks, have as many as there are multiprocessors for, and two warps share a chunk."""
 BUSY_WARPS = 8
 """Of a multiprocessor: rows that have fewer are divided among more."""
 ROUNDS = 4
@@ -1081,7 +1088,7 @@ class Plan(NamedTuple):
 
 def prepare(spec: ReductionSpec, gpu: Device, otherwise: Callable[[], ReductionLaunch]) -> ReductionLaunch | None:
     """The launch, if there is a plan; `otherwise` prepares what takes operands that are aligned for no other plan."""
-    chosen = plan(spec, compute_capability(gpu), multiprocessors(gpu))
+    chosen = _plan_for(spec, gpu)
     if chosen is None:
         return None
     run, vectors, alignment = _launch(chosen, gpu), chosen.vectors, chosen.alignment
@@ -1090,7 +1097,7 @@ def prepare(spec: ReductionSpec, gpu: Device, otherwise: Callable[[], ReductionL
 
     @functools.cache
     def unaligned() -> ReductionLaunch:
-        other = plan(spec, compute_capability(gpu), multiprocessors(gpu), aligned=False)
+        other = _plan_for(spec, gpu, aligned=False)
         return otherwise() if other is None else _launch(other, gpu)
 
     def launch(stream: int, *addresses: int) -> None:
@@ -1098,6 +1105,23 @@ def prepare(spec: ReductionSpec, gpu: Device, otherwise: Callable[[], ReductionL
         (run if is_aligned else unaligned())(stream, *addresses)
 
     return launch
+
+
+def _plan_for(spec: ReductionSpec, gpu: Device, aligned: bool = True) -> Plan | None:
+    """The plan, for clusters that the GPU holds."""
+    given = spec, compute_capability(gpu), multiprocessors(gpu), aligned
+    chosen = plan(*given)
+    if chosen is None or holds(chosen.variant, chosen.grid, gpu):
+        return chosen
+    return plan(*given, large_clusters=False)
+
+
+def holds(variant: Variant, clusters: int, gpu: Device) -> bool:
+    """Whether a GPU holds so many of its clusters at a time, asked of those that not every GPU has."""
+    if variant.ctas <= MOST_CTAS:
+        return True
+    with on(gpu):
+        return clusters_at_once(kernel(variant), gpu) >= clusters
 
 
 def _launch(chosen: Plan, gpu: Device) -> ReductionLaunch:
@@ -1112,9 +1136,15 @@ def _launch(chosen: Plan, gpu: Device) -> ReductionLaunch:
     return launch
 
 
-def plan(spec: ReductionSpec, capability: tuple[int, int], processors: int, aligned: bool = True) -> Plan | None:
+def plan(
+    spec: ReductionSpec,
+    capability: tuple[int, int],
+    processors: int,
+    aligned: bool = True,
+    large_clusters: bool = True,
+) -> Plan | None:
     """The plan for a GPU of that compute capability and so many multiprocessors, for addresses that are aligned as far
-    as vectors need it, or not at all; None: not for here.
+    as vectors need it, or not at all; None: not for here. `large_clusters`: see `choose`.
     """
     layouts = {name: layout for name in ("out", *OPERANDS) if (layout := getattr(spec, name)) is not None}
     kept, shape, dtype = spec.kept, spec.x.shape, spec.out.dtype
@@ -1139,7 +1169,7 @@ def plan(spec: ReductionSpec, capability: tuple[int, int], processors: int, alig
     while any(number % width for number in (n, *(steps[place] for place in vectors))):
         width //= 2
     has_clusters = capability >= FIRST_WITH_CLUSTERS
-    variant = choose(spec.operation, dtype, tuple(layouts), rows, n, width, processors, has_clusters)
+    variant = choose(spec.operation, dtype, tuple(layouts), rows, n, width, processors, has_clusters, large_clusters)
     if variant is None:
         return None
     arguments = (*steps, rows, n, *numbers_of(spec, n))
@@ -1155,8 +1185,11 @@ def choose(
     width: int,
     multiprocessors: int,
     has_clusters: bool,
+    large_clusters: bool = True,
 ) -> Variant | None:
-    """The variant for rows of n elements, in vectors of `width`; None if a row does not fit."""
+    """The variant for rows of n elements, in vectors of `width`; None if a row does not fit. `large_clusters`: whether
+    the GPU may have clusters of LARGE_CTAS.
+    """
     chunks = -(-n // SUM_CHUNK)
     steps = STEPS if chunks > 1 else 1 << (-(-n // SUM_LANES) - 1).bit_length()
     registers = LANES * ITEMSIZE[dtype] // 4 * (1 + ("grad" in operands))  # for a step
@@ -1180,6 +1213,11 @@ def choose(
         return _in_blocks(
             one._replace(steps=min(STEPS, HELD // registers), streams=True), rows, warps, ctas, multiprocessors
         )
+    if has_clusters and "grad" not in operands and chunks > MOST_CTAS * CLUSTER_WARPS:
+        ctas = LARGE_CTAS if large_clusters and rows * LARGE_CTAS <= multiprocessors else MOST_CTAS
+        few = one._replace(parts=2, width=min(width, LANES // 2), warps=-(-2 * chunks // ctas), ctas=ctas, few=True)
+        if rows * ctas <= multiprocessors and few.warps <= MOST_WARPS:
+            return few
     parts, most = 1, HELD
     if "grad" in operands:
         most = HELD // 2 if width == 1 else HELD  # single elements take more registers
@@ -1212,10 +1250,10 @@ def _in_blocks(variant: Variant, rows: int, warps: int, ctas: int, multiprocesso
     return variant._replace(warps=warps, rows=of_block, ctas=ctas)
 
 
-EXAMPLES = ((2**16, 256, True), (2**16, 256, False), (2**13, 4096, True), (64, 8192, True), (64, 151936, True),
-            (2**12, 50257, True), (2**12, 25001, False))  # fmt: skip
-"""Rows, their length, whether the GPU has clusters: a share of a warp, warps of a block, a cluster, rows that begin
-anywhere."""
+EXAMPLES = ((2**16, 256, True), (2**16, 256, False), (2**13, 4096, True), (64, 8192, True), (1, 151936, True),
+            (64, 151936, True), (2**12, 50257, True), (2**12, 25001, False))  # fmt: skip
+"""Rows, their length, whether the GPU has clusters: a share of a warp, warps of a block, a large cluster, one,
+rows that begin anywhere."""
 
 
 def variants() -> Iterator[Variant]:
