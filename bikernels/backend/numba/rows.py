@@ -123,6 +123,8 @@ class Variant(NamedTuple):
     """Rows from one to that which it has the L2 fetch, as about so many are begun at a time; 0: it does not."""
     few: bool = False
     """Whether rows are so few that a thread may have many registers."""
+    early: bool = False
+    """Whether the next kernel may be launched at once, and the L2 fetches this one's rows before it may read them."""
 
     @property
     def formula(self) -> Formula:
@@ -921,10 +923,10 @@ LINE = 128
 """Bytes that the L2 fetches at a time."""
 
 
-def _prefetch(variant: Variant) -> Function:
-    """prefetch(x, step, row, (rows, n), thread): have the L2 fetch a later row, by all threads of this one."""
-    ahead, itemsize, threads = variant.ahead, ITEMSIZE[variant.dtype], variant.team * WARP
-    lines = STEPS * SUM_LANES * itemsize // (WARP * LINE * variant.parts)
+def _prefetch(variant: Variant, ahead: int | None) -> Function:
+    """prefetch(x, step, row, (rows, n), thread): have the L2 fetch the row `ahead` of this one, by all its threads."""
+    itemsize, threads = ITEMSIZE[variant.dtype], variant.team * WARP
+    lines = -(-STEPS * SUM_LANES * itemsize // (WARP * LINE * variant.parts))
 
     @device
     def nothing(x: Any, step: Any, row: Any, sizes: Any, thread: Any) -> None:
@@ -939,7 +941,7 @@ def _prefetch(variant: Variant) -> Function:
                 if at < types.int32(sizes[1]) * types.int32(itemsize):
                     prefetch_line(x + later * step * types.int64(itemsize) + types.int64(at))
 
-    return prefetch if ahead and lines else nothing
+    return nothing if ahead is None else prefetch
 
 
 def _reduce(variant: Variant) -> Function:
@@ -958,7 +960,8 @@ def _reduce(variant: Variant) -> Function:
     meeting, is_cluster = _meeting_of(variant), variant.ctas > 1
     begin, ready = meeting.begin, meeting.ready
     launch_dependents, wait_for_predecessors = _overlap(variant)
-    prefetch = _prefetch(variant)
+    early, fetch = variant.early, _prefetch(variant, 0 if variant.early else None)
+    prefetch = _prefetch(variant, variant.ahead or None)
 
     @device
     def remember(more: Any, kept: Any) -> Any:
@@ -980,6 +983,9 @@ def _reduce(variant: Variant) -> Function:
             chunk * types.int32(SUM_CHUNK) + part * types.int32(SUM_LANES // parts) + lane * types.int32(width)
         )
         left = types.int32(types.int32(sizes[1]) - start)
+        if early:
+            launch_dependents()
+            fetch(addresses[1], strides[1], row, sizes, types.int32(mine * types.int32(WARP) + lane))
         wait_for_predecessors()
         xs = load((addresses[1] + (row * strides[1] + start) * itemsize, left))
         grads = weights = biases = xs
@@ -996,7 +1002,8 @@ def _reduce(variant: Variant) -> Function:
         ready()
         s, known, _ = first(xs, sides, beside, where, tables[0], numbers, (types.float32(0), types.float32(0)))
         t, known, kept = second(forget_widened(0, xs), sides, beside, where, tables[1], numbers, (s, known))
-        launch_dependents()  # not before: those that wait for this kernel would crowd some multiprocessors
+        if not early:
+            launch_dependents()  # not before: those that wait for this kernel would crowd some multiprocessors
         # The same to all but the assembler, which would keep what was compared for the loads in registers.
         left_again = cuda.shfl_sync(ALL_LANES, left, types.int32(cuda.laneid))
         if is_there:
@@ -1067,6 +1074,8 @@ LONG_CHUNKS, MANY_HELD = 9, 64
 LARGE_CTAS = 2 * MOST_CTAS
 """Of a cluster, where a GPU has such. Few rows, of which each thread block of MOST_CTAS would have more than
 CLUSTER_WARPS chunks, have as many as there are multiprocessors for, and two warps share a chunk."""
+EARLY_SHARE = 4
+"""Rows that have no more than one multiprocessor in so many are fetched early: else it takes longer."""
 BUSY_WARPS = 8
 """Of a multiprocessor: rows that have fewer are divided among more."""
 ROUNDS = 4
@@ -1217,7 +1226,7 @@ def choose(
         ctas = LARGE_CTAS if large_clusters and rows * LARGE_CTAS <= multiprocessors else MOST_CTAS
         few = one._replace(parts=2, width=min(width, LANES // 2), warps=-(-2 * chunks // ctas), ctas=ctas, few=True)
         if rows * ctas <= multiprocessors and few.warps <= MOST_WARPS:
-            return few
+            return few._replace(early=EARLY_SHARE * rows * ctas <= multiprocessors)
     parts, most = 1, HELD
     if "grad" in operands:
         most = HELD // 2 if width == 1 else HELD  # single elements take more registers
