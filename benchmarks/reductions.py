@@ -215,6 +215,8 @@ BACKWARD = tuple(name for name in OPERATIONS if name.endswith("backward"))
 
 SHAPES = ((1024, 151936), (8192, 32000), (8192, 4096), (1, 151936), (8, 151936), (64, 151936))
 """Those that the goals name."""
+SERVED = ((32, 32000), (128, 32000), (32, 128256), (128, 128256))
+"""Requests that are served together, and vocabularies."""
 
 
 def cpu_cases(quick: bool) -> Iterator[Case]:
@@ -245,6 +247,9 @@ def _cases(quick: bool) -> Iterator[Case]:
             yield Case(operation, 4096, 8192, dtype, "first")
             yield Case(operation, 151936, 1024, dtype, "first")
             yield Case(operation, 4096, 1024, dtype, "middle")
+        for operation in ("log_softmax", "softmax"):
+            for rows, n in SERVED:
+                yield Case(operation, rows, n, dtype, "last")
         for operation in MASKED:
             for rows, n in (*SHAPES, (65536, 256), (4096, 50257)):
                 yield Case(operation, rows, n, dtype, "last")

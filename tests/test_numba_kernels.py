@@ -178,8 +178,9 @@ def test_few_long_rows_have_the_large_clusters_that_a_gpu_holds() -> None:
     large, portable = rows.LARGE_CTAS, device.MOST_CTAS
     assert planned(1, 151936, held=1) == planned(8, 151936, held=14) == large
     assert planned(1, 151936, held=0) == planned(8, 151936, held=7) == portable
-    assert planned(9, 151936, held=14) == planned(8, 151936, held=14, processors=114) == portable
-    assert planned(1, 32000, held=14) == 1
+    assert planned(64, 151936, held=14) == planned(8, 151936, held=14, processors=78) == portable
+    assert planned(16, 32000, held=0) == portable
+    assert planned(4096, 32000, held=14) == 1
     assert planned(1, 151936, held=14, capability=(8, 0)) == 0
 
 

@@ -1072,8 +1072,9 @@ FEW_CHUNKS = 4
 LONG_CHUNKS, MANY_HELD = 9, 64
 """From so many chunks on, a thread has so many registers' worth of elements, so that fewer warps meet."""
 LARGE_CTAS = 2 * MOST_CTAS
-"""Of a cluster, where a GPU has such. Few rows, of which each thread block of MOST_CTAS would have more than
-CLUSTER_WARPS chunks, have as many as there are multiprocessors for, and two warps share a chunk."""
+"""Of a cluster, where a GPU has such."""
+DIVIDED_CHUNKS, DIVIDED_WARPS, DIVIDED_SOFTMAX_WARPS = 8, 3, 13
+"""Rows of so many chunks have a cluster each and two warps to a chunk, if a multiprocessor then has no more warps."""
 EARLY_SHARE = 4
 """Rows that have no more than one multiprocessor in so many are fetched early: else it takes longer."""
 BUSY_WARPS = 8
@@ -1222,11 +1223,15 @@ def choose(
         return _in_blocks(
             one._replace(steps=min(STEPS, HELD // registers), streams=True), rows, warps, ctas, multiprocessors
         )
-    if has_clusters and "grad" not in operands and chunks > MOST_CTAS * CLUSTER_WARPS:
-        ctas = LARGE_CTAS if large_clusters and rows * LARGE_CTAS <= multiprocessors else MOST_CTAS
-        few = one._replace(parts=2, width=min(width, LANES // 2), warps=-(-2 * chunks // ctas), ctas=ctas, few=True)
-        if rows * ctas <= multiprocessors and few.warps <= MOST_WARPS:
-            return few._replace(early=EARLY_SHARE * rows * ctas <= multiprocessors)
+    if has_clusters and chunks >= DIVIDED_CHUNKS and "grad" not in operands:
+        is_softmax = formula(operation, dtype).passes[0].term is None
+        most = DIVIDED_SOFTMAX_WARPS if is_softmax else DIVIDED_WARPS
+        ctas = LARGE_CTAS if large_clusters and chunks > LARGE_CTAS else MOST_CTAS
+        warps = -(-2 * chunks // ctas)
+        if rows * 2 * chunks <= most * multiprocessors and warps <= MOST_WARPS:
+            is_early = EARLY_SHARE * rows * ctas <= multiprocessors
+            width = min(width, LANES // 2)
+            return one._replace(parts=2, width=width, warps=warps, ctas=ctas, few=True, early=is_early)
     parts, most = 1, HELD
     if "grad" in operands:
         most = HELD // 2 if width == 1 else HELD  # single elements take more registers
