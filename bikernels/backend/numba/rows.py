@@ -582,7 +582,9 @@ def _step_of_powers(variant: Variant, number: int) -> Function:
     shuffle, fold_groups = _shuffle(_add, variant.span), _fold(_add, groups)
     count_warp = _add_warp if variant.span == WARP else _shuffle(_plus, variant.span)
     to_bits = OPERATIONS[ACCUMULATED].to_bits
-    keeps, has_plain, is_precise = _keeps_powers(variant), variant.team > 1, dtype == ACCUMULATED
+    keeps, is_precise = _keeps_powers(variant), dtype == ACCUMULATED
+    # A second form makes rows of a thread block slower where a warp does little else, in 16 bits.
+    has_plain = variant.team > 1 and (variant.formula.divides or variant.ctas > 1 or is_precise)
     one_by_one = has_plain and not (variant.few and ITEMSIZE[dtype] == 2)  # what is rare then
 
     @device

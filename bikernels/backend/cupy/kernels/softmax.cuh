@@ -287,15 +287,15 @@ __device__ __forceinline__ bool are_near(const uint4* raw, const float (&)[8], f
 
 // `exponentials` of any eight elements. If the maximum is no number, the first term is a NaN, and so is the sum that all are
 // divided by; the others, and `all`, may be anything.
-template <bool PRECISE, class A>
-__device__ __forceinline__ void exponentials_anywhere(A (&v)[8], A maximum, unsigned& count, A (&all)[8]) {
+template <bool PRECISE>
+__device__ __forceinline__ void exponentials_anywhere(float (&v)[8], float maximum, unsigned& count, float (&all)[8]) {
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-        A error = 0;
-        const A t = PRECISE ? difference(v[j], maximum, error) : v[j] - maximum;
+        float error = 0;
+        const float t = PRECISE ? difference(v[j], maximum, error) : v[j] - maximum;
         all[j] = exponential_below<PRECISE>(t, error);
-        count += is_zero(t);
-        v[j] = is_zero(t) ? A(0) : all[j];
+        count += t == 0;
+        v[j] = t == 0 ? 0.0f : all[j];
     }
     v[0] += maximum - maximum;
 }
@@ -323,8 +323,16 @@ __device__ __forceinline__ void exponentials(const uint4* raw, A (&v)[8], A maxi
             }
             return;
         }
+        exponentials_anywhere<PRECISE>(v, maximum, count, all);
+    } else {  // the form for every t takes registers that float64 does not have
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const bool is_maximum = v[j] - maximum == 0;
+            count += is_maximum;
+            all[j] = exponential_anywhere<PRECISE>(v[j], maximum);
+            v[j] = is_maximum ? A(0) : all[j];
+        }
     }
-    exponentials_anywhere<PRECISE>(v, maximum, count, all);
 }
 template <bool PRECISE, class X, class A>
 __device__ __forceinline__ void exponentials(const uint4* raw, A (&v)[8], A maximum, unsigned& count) {
