@@ -29,6 +29,16 @@ def _format(real: ir.Type) -> tuple[str, ir.Type, int]:
     return name, like(real, word), fraction
 
 
+def _reduced(builder: Any, t: Any, magic: float) -> tuple[Any, Any]:
+    """The number whose low bits hold k, which the magic number shifts there, and t - k ln 2."""
+    real = t.type
+    numbers, shift = EXP[_format(real)[0]], constant(real, magic)
+    z = _fma(builder, t, constant(real, numbers.log2e), shift)
+    k = builder.fsub(z, shift)
+    f = _fma(builder, k, constant(real, -numbers.ln2_high), t)
+    return z, _fma(builder, k, constant(real, -numbers.ln2_low), f)
+
+
 def emit_exp(builder: Any, t: Any, d: Any = None) -> Any:
     """e to the power t + d, where d, 0 if there is none, lies below the last bit of t; scalars or vectors."""
     real = t.type
@@ -38,11 +48,7 @@ def emit_exp(builder: Any, t: Any, d: Any = None) -> Any:
     below = builder.fcmp_ordered("<", t, low)
     t_in_range = builder.select(below, low, t)  # a NaN fails both comparisons and stays
     t = builder.select(builder.fcmp_ordered(">", t_in_range, high), high, t_in_range)
-    magic = constant(real, numbers.magic)
-    z = _fma(builder, t, constant(real, numbers.log2e), magic)
-    k = builder.fsub(z, magic)
-    f = _fma(builder, k, constant(real, -numbers.ln2_high), t)
-    f = _fma(builder, k, constant(real, -numbers.ln2_low), f)
+    z, f = _reduced(builder, t, numbers.magic)
     if d is not None:
         f = builder.fadd(f, builder.select(below, constant(real, 0.0), d))
     p = _polynomial(builder, numbers.coefficients, f)
@@ -72,11 +78,7 @@ def emit_exp_near(builder: Any, t: Any, d: Any = None) -> Any:
     real = t.type
     name, word, fraction = _format(real)
     numbers, bias = EXP[name], 127 if name == "float32" else 1023
-    magic = constant(real, numbers.magic - 2 * bias)  # z then holds k alone in its low bits
-    z = _fma(builder, t, constant(real, numbers.log2e), magic)
-    k = builder.fsub(z, magic)
-    f = _fma(builder, k, constant(real, -numbers.ln2_high), t)
-    f = _fma(builder, k, constant(real, -numbers.ln2_low), f)
+    z, f = _reduced(builder, t, numbers.magic - 2 * bias)  # z holds k alone
     if d is not None:
         f = builder.fadd(f, d)
     p = builder.bitcast(_polynomial(builder, numbers.coefficients, f), word)
@@ -94,11 +96,7 @@ def emit_exp_below(builder: Any, t: Any, d: Any = None) -> Any:
     zero = constant(real, 0.0)
     below = builder.fcmp_ordered("<", t, constant(real, numbers.low))
     t = builder.select(below, zero, t)
-    magic = constant(real, numbers.magic - bias + shift)  # z then holds the exponent of 2^(k + shift), a normal number
-    z = _fma(builder, t, constant(real, numbers.log2e), magic)
-    k = builder.fsub(z, magic)
-    f = _fma(builder, k, constant(real, -numbers.ln2_high), t)
-    f = _fma(builder, k, constant(real, -numbers.ln2_low), f)
+    z, f = _reduced(builder, t, numbers.magic - bias + shift)  # z holds the exponent of 2^(k + shift), a normal number
     if d is not None:
         f = builder.fadd(f, builder.select(below, zero, d))
     p = _polynomial(builder, numbers.coefficients, f)
